@@ -1,0 +1,72 @@
+"""Checkpoints: which ones an attempt may continue from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from holdfast.core.errors import InvalidStep
+from holdfast.core.trial import Attempt
+from holdfast.core.values import Metrics
+
+
+class CheckpointStatus(StrEnum):
+    VALID = "valid"
+    CORRUPT = "corrupt"
+    DELETED = "deleted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A published checkpoint, as its row says. ``path`` is relative to the experiment's."""
+
+    id: int
+    trial: int
+    attempt: int
+    step: int
+    path: str
+    digest: str
+    """of the manifest, so that exchanged directories are noticed"""
+    bytes: int
+    status: CheckpointStatus = CheckpointStatus.VALID
+    reason: str = ""
+    pinned: bool = False
+    metrics: Metrics = field(default_factory=dict)
+
+
+def check_step(step: object) -> int:
+    """Return ``step`` if it is a whole number from 0; InvalidStep otherwise (True and 2.0 are refused)."""
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise InvalidStep(f"step is {step!r}; it must be a whole number from 0")
+    return step
+
+
+def chain(current: int, attempts: Mapping[int, Attempt]) -> list[tuple[int, int | None]]:
+    """Return the attempts whose checkpoints count for attempt ``current``, newest first, each with its last eligible step.
+
+    An attempt without a parent ends the chain: a restarted trial's old checkpoints are history. None means every step.
+    """
+    links: list[tuple[int, int | None]] = []
+    number: int | None = current
+    limit: int | None = None
+    while number is not None and all(number != seen for seen, _ in links):
+        links.append((number, limit))
+        attempt = attempts[number]
+        number = attempt.parent
+        if attempt.parent_step is not None:
+            limit = attempt.parent_step if limit is None else min(limit, attempt.parent_step)
+    return links
+
+
+def eligible(current: int, attempts: Mapping[int, Attempt], checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Return the valid checkpoints on the chain of attempt ``current``, the one to resume from first."""
+    order = {number: (place, limit) for place, (number, limit) in enumerate(chain(current, attempts))}
+    found = [
+        checkpoint
+        for checkpoint in checkpoints
+        if checkpoint.status is CheckpointStatus.VALID
+        and checkpoint.attempt in order
+        and ((limit := order[checkpoint.attempt][1]) is None or checkpoint.step <= limit)
+    ]
+    return sorted(found, key=lambda checkpoint: (order[checkpoint.attempt][0], -checkpoint.step))

@@ -1,0 +1,132 @@
+"""The search loop: what to do next, decided from what is stored alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from holdfast.core.budget import Budget
+from holdfast.core.objective import score
+from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Run the waiting attempt of a trial."""
+
+    trial: int
+
+
+@dataclass(frozen=True)
+class Propose:
+    """Ask the proposer for the config of the next trial."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing can be started now; wait for a trial to end, or until a waiting one is due."""
+
+    until: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """The search ends."""
+
+    reason: str
+
+
+Action = Submit | Propose | Wait | Done
+
+
+@dataclass
+class Ledger:
+    """The loop's projection of the stored trials; ``update`` keeps it up to date with each changed row."""
+
+    budget: Budget
+    max_concurrent: int
+    fail_fast: bool = False
+    exhausted: bool = False
+    """the proposer has nothing more, or no new trials are wanted"""
+    halt: str | None = None
+    """why the search must end now, whatever is left to do"""
+    active_seconds: float = 0.0
+    best: float | None = None
+    statuses: dict[int, TrialStatus] = field(default_factory=dict)
+    waiting: dict[int, datetime | None] = field(default_factory=dict)
+    running: set[int] = field(default_factory=set)
+    counts: Counter[TrialStatus] = field(default_factory=Counter)
+
+    def update(self, trial: Trial, *, fresh: bool = True) -> None:
+        """Take in a trial's row; ``fresh`` rows changed in this run (an old error does not fail fast again)."""
+        before = self.statuses.get(trial.number)
+        if before is not None:
+            self.counts[before] -= 1
+        self.statuses[trial.number] = trial.status
+        self.counts[trial.status] += 1
+        self.running.discard(trial.number)
+        self.waiting.pop(trial.number, None)
+        if trial.status is TrialStatus.PENDING:
+            self.waiting[trial.number] = trial.ts_start
+        elif trial.status is TrialStatus.RUNNING:
+            self.running.add(trial.number)
+        elif trial.status in SCORED:
+            self._score(trial)
+        elif trial.status in ERRORED and fresh and self.fail_fast and self.halt is None:
+            self.halt = f"trial {trial.number} errored and fail_fast is set"
+
+    def submitted(self, number: int) -> None:
+        """Note that a waiting trial was handed to a runner; its claim follows."""
+        self.waiting.pop(number, None)
+        self.running.add(number)
+
+    def _score(self, trial: Trial) -> None:
+        value = score(trial.metrics, self.budget.objective)
+        if value is None or not math.isfinite(value):
+            return
+        if self.best is None or self.budget.objective.better(value, self.best):
+            self.best = value
+
+    @property
+    def total(self) -> int:
+        return len(self.statuses)
+
+    @property
+    def unfinished(self) -> int:
+        return sum(self.counts[status] for status in ACTIVE)
+
+
+def decide(ledger: Ledger, now: datetime) -> Action:
+    """Return the next action: waiting trials by number first, then proposals, never more than ``max_concurrent`` at once."""
+    if ledger.halt is not None:
+        return Wait() if ledger.running else Done(ledger.halt)
+    closed = ledger.budget.closed(trials=ledger.total, active_seconds=ledger.active_seconds, best=ledger.best)
+    out_of_time = closed is not None and ledger.budget.time_budget is not None
+    out_of_time = out_of_time and ledger.active_seconds >= (ledger.budget.time_budget or 0.0)
+    if len(ledger.running) >= ledger.max_concurrent:
+        return Wait()
+    if not out_of_time:
+        due = [number for number, start in ledger.waiting.items() if start is None or start <= now]
+        if due:
+            return Submit(min(due))
+    if closed is None and not ledger.exhausted:
+        return Propose(max(ledger.statuses, default=-1) + 1)
+    if ledger.running:
+        return Wait()
+    if ledger.waiting and not out_of_time:
+        return Wait(until=min(start for start in ledger.waiting.values() if start is not None))
+    return Done(closed or "nothing is left to do")
+
+
+def actions(ledger: Ledger, now: Callable[[], datetime]) -> Iterator[Action]:
+    """Yield one action after the other, decided anew each time from the ledger, until the search is done."""
+    while True:
+        action = decide(ledger, now())
+        yield action
+        if isinstance(action, Done):
+            return

@@ -1,0 +1,237 @@
+"""The search space: typed parameters, conditions between them, and a config's one canonical form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator, model_validator
+
+from holdfast.core.errors import InvalidConfig
+from holdfast.core.values import Config, Scalar, digest, dumps
+
+Condition = dict[str, Scalar | list[Scalar]]
+
+
+class _Parameter(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    when: Condition | None = Field(
+        default=None, description="active only while each named parameter has the value, or one of the values"
+    )
+
+    def accepts(self, value: Scalar) -> bool:
+        """Tell whether ``value`` lies in the parameter's domain."""
+        return self.problem(value) is None
+
+    def problem(self, value: Scalar) -> str | None:
+        """Return what is wrong with ``value``, or None."""
+        raise NotImplementedError  # abstract: each kind below has its own
+
+    def coerce(self, value: Scalar) -> Scalar:
+        """Return ``value`` in the parameter's declared type (an int given for a float becomes one)."""
+        return value
+
+
+class _Numeric(_Parameter):
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        low, high, step = (getattr(self, name) for name in ("low", "high", "step"))
+        if low > high:
+            raise ValueError(f"low ({low}) is above high ({high}); swap them")
+        if getattr(self, "log", False):
+            if low <= 0:
+                raise ValueError(f"log: true needs low above 0, not {low}; raise low or drop log")
+            if isinstance(self, FloatParameter) and step is not None:
+                raise ValueError("log and step exclude each other; drop one")
+        if step is not None and step <= 0:
+            raise ValueError(f"step must be above 0, not {step}")
+        default = getattr(self, "default", None)
+        if default is not None and (reason := self.problem(default)):
+            raise ValueError(f"default {default!r} {reason}")
+        return self
+
+
+class FloatParameter(_Numeric):
+    """A real number in [low, high]."""
+
+    type: Literal["float"] = "float"
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    default: float | None = None
+
+    def problem(self, value: Scalar) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return "is no finite number"
+        if not self.low <= value <= self.high:
+            return f"is outside [{self.low}, {self.high}]"
+        if self.step is not None:
+            steps = (value - self.low) / self.step
+            if abs(steps - round(steps)) > 1e-6:
+                return f"is not {self.low} plus a multiple of the step {self.step}"
+        return None
+
+    def coerce(self, value: Scalar) -> Scalar:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class IntParameter(_Numeric):
+    """A whole number in [low, high]."""
+
+    type: Literal["int"] = "int"
+    low: int
+    high: int
+    log: bool = False
+    step: int | None = None
+    default: int | None = None
+
+    def problem(self, value: Scalar) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            return "is no whole number"
+        if not self.low <= value <= self.high:
+            return f"is outside [{self.low}, {self.high}]"
+        if self.step is not None and (value - self.low) % self.step:
+            return f"is not {self.low} plus a multiple of the step {self.step}"
+        return None
+
+    def coerce(self, value: Scalar) -> Scalar:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _same(left: Scalar, right: Scalar) -> bool:
+    """Compare with types: 1, 1.0 and True are three values."""
+    return type(left) is type(right) and left == right
+
+
+class CategoricalParameter(_Parameter):
+    """One of several values."""
+
+    type: Literal["categorical"] = "categorical"
+    choices: tuple[Scalar, ...]
+    default: Scalar = None
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _keep_types(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            for item in value:
+                if not (item is None or isinstance(item, (bool, int, float, str))):
+                    raise ValueError(f"each choice must be a number, a string, true, false or null, not {type(item).__name__}")
+        return value
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not self.choices:
+            raise ValueError("choices is empty; name at least one value")
+        keys = [dumps(choice) for choice in self.choices]
+        doubled = sorted({key for key in keys if keys.count(key) > 1})
+        if doubled:
+            raise ValueError(f"choices names {', '.join(doubled)} more than once; name each value once")
+        if self.default is not None and not self.accepts(self.default):
+            raise ValueError(f"default {self.default!r} is none of the choices {list(self.choices)}")
+        return self
+
+    def problem(self, value: Scalar) -> str | None:
+        if any(_same(value, choice) for choice in self.choices):
+            return None
+        return f"is none of the choices {list(self.choices)}"
+
+
+class ConstantParameter(_Parameter):
+    """One fixed value, part of every config."""
+
+    type: Literal["constant"] = "constant"
+    value: Scalar
+
+    def problem(self, value: Scalar) -> str | None:
+        return None if _same(value, self.value) else f"is not the constant {self.value!r}"
+
+
+Parameter = Annotated[
+    FloatParameter | IntParameter | CategoricalParameter | ConstantParameter,
+    Field(discriminator="type"),
+]
+
+
+class Space(RootModel[dict[str, Parameter]]):
+    """Parameters by name, in declared order; may be empty."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="after")
+    def _conditions(self) -> Self:
+        seen: dict[str, _Parameter] = {}
+        for name, parameter in self.root.items():
+            for other, wanted in (parameter.when or {}).items():
+                if other not in self.root:
+                    raise ValueError(f"{name}: when names {other!r}, which is no parameter; allowed: {', '.join(seen) or 'none'}")
+                if other not in seen:
+                    raise ValueError(f"{name}: when names {other!r}, which is declared later; move {other!r} above {name!r}")
+                for value in wanted if isinstance(wanted, list) else [wanted]:
+                    if reason := seen[other].problem(seen[other].coerce(value)):
+                        raise ValueError(f"{name}: when asks {other} = {value!r}, which {reason}")
+            seen[name] = parameter
+        return self
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        return self.root
+
+    def is_active(self, name: str, config: Mapping[str, Scalar]) -> bool:
+        """Tell whether parameter ``name`` is part of a config that begins with ``config``."""
+        for other, wanted in (self.root[name].when or {}).items():
+            if other not in config:
+                return False
+            allowed = wanted if isinstance(wanted, list) else [wanted]
+            if not any(_same(config[other], self.root[other].coerce(value)) for value in allowed):
+                return False
+        return True
+
+    def validate_config(self, config: Mapping[str, Scalar]) -> Config:
+        """Return ``config`` in declared order and types; InvalidConfig for unknown, missing or out-of-domain values."""
+        result: Config = {}
+        for name, parameter in self.root.items():
+            if not self.is_active(name, result):
+                if name in config:
+                    raise InvalidConfig(f"config names {name!r}, which is inactive here (when: {parameter.when}); leave it out")
+                continue
+            if name not in config:
+                raise InvalidConfig(f"config lacks {name!r}; it needs {', '.join(self.root)}")
+            value = parameter.coerce(config[name])
+            if reason := parameter.problem(value):
+                raise InvalidConfig(f"config: {name} = {config[name]!r} {reason}")
+            result[name] = value
+        unknown = sorted(set(config) - set(self.root))
+        if unknown:
+            raise InvalidConfig(f"config names {', '.join(map(repr, unknown))}; allowed: {', '.join(self.root) or 'nothing'}")
+        return result
+
+    def difference(self, other: Space) -> list[str]:
+        """Return one line for each parameter that differs from ``other`` (ours first), in declared order; [] when equal."""
+        lines = []
+        for name in dict.fromkeys([*self.root, *other.root]):
+            ours, theirs = self.root.get(name), other.root.get(name)
+            if ours != theirs or dumps(_form(ours)) != dumps(_form(theirs)):
+                lines.append(f"{name}: {_show(ours)} / {_show(theirs)}")
+        return lines
+
+
+def _form(parameter: Parameter | None) -> dict[str, Any] | None:
+    return None if parameter is None else parameter.model_dump(mode="json", exclude_defaults=True)
+
+
+def _show(parameter: Parameter | None) -> str:
+    return "absent" if parameter is None else f"{parameter.type} {dumps(_form(parameter))}"
+
+
+def config_text(config: Mapping[str, Scalar]) -> str:
+    """Return the canonical JSON of a validated config: equal configs, equal text, whatever their key order."""
+    return dumps(dict(config))
+
+
+def config_digest(config: Mapping[str, Scalar]) -> str:
+    """Return the identity of a validated config."""
+    return digest(config_text(config))

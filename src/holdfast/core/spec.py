@@ -1,0 +1,253 @@
+"""The spec: the frozen description of an experiment, and readable reasons when it is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from holdfast.core.errors import SpecError
+from holdfast.core.objective import Direction, Objective
+from holdfast.core.space import Space
+
+LOCATION_FIELDS = {"storage", "database"}
+"""Where an experiment lives is no part of what it is; a database URL, which may hold a password, is stored nowhere."""
+
+CHANGEABLE = (
+    "search.num_trials",
+    "search.time_budget",
+    "search.max_concurrent",
+    "search.target",
+    "failure.max_failures",
+    "failure.fail_fast",
+    "failure.trial_timeout",
+)
+"""What a restore may change; each change is recorded in the audit."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SearchSection(_Section):
+    """How configs are proposed, and how many."""
+
+    engine: Literal["random", "grid", "tpe"] = Field(default="tpe", description="where proposals come from")
+    num_trials: int | None = Field(default=None, ge=0, description="trials in all; a grid's default is its size")
+    samples: int = Field(default=1, ge=1, description="trials per point of a grid")
+    seed: int | None = Field(default=None, ge=0, description="gives every other seed; drawn once and stored when absent")
+    max_concurrent: int = Field(default=1, ge=1, le=1000, description="trials that run at once")
+    time_budget: float | None = Field(default=None, gt=0, description="seconds of active time; no trial is started after it")
+    target: float | None = Field(default=None, description="stop proposing once the first objective is at least this good")
+
+
+class StoppingSection(_Section):
+    """What ends a trial early."""
+
+    rule: Literal["none"] = "none"
+    max_steps: int | None = Field(default=None, ge=1, description="a class trainable ends after as many steps")
+
+
+class CheckpointConfig(_Section):
+    """Which steps are saved, and which saved ones are kept (the union of the rules, and always the latest)."""
+
+    enabled: bool = True
+    mode: Literal["all", "last", "none"] = Field(default="all", description="all: by the rules; last: only the newest; none: off")
+    save_period: int = Field(default=1, ge=1, description="save each step that it divides")
+    keep_top_k: int | None = Field(default=1, ge=1, description="keep the best k by metric_name; null: not a rule")
+    keep_last: int | None = Field(default=2, ge=1, description="keep the newest n; null: not a rule; both null keep all")
+    metric_name: str | None = Field(default=None, description="the first objective when absent")
+    higher_is_better: bool | None = Field(default=None, description="the first objective's direction when absent")
+    serializer: Literal["safe", "cloudpickle"] = Field(default="safe", description="safe: JSON values, numpy arrays, bytes")
+
+    @property
+    def saves(self) -> bool:
+        return self.enabled and self.mode != "none"
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether ``step`` is to be saved."""
+        return self.saves and step % self.save_period == 0
+
+
+class FailureSection(_Section):
+    """What happens to a trial that fails."""
+
+    max_failures: int = Field(default=0, ge=0, description="failures that are retried; 2 allows 3 attempts")
+    fail_fast: bool = Field(default=False, description="the first errored trial ends the search")
+    trial_timeout: float | None = Field(default=None, gt=0, description="seconds that one attempt may take")
+
+
+class Resources(_Section):
+    """What each running trial gets for itself."""
+
+    cpu: int = Field(default=1, ge=1, description="threads of numerical libraries")
+    gpu: int = Field(default=0, ge=0, description="devices, by CUDA_VISIBLE_DEVICES")
+
+
+class ExecutionSection(_Section):
+    """Where user code runs."""
+
+    isolation: Literal["process", "inline"] = Field(default="process", description="inline: for trainables that use Prefect")
+    runner: Literal["threads"] = "threads"
+    resources: Resources = Resources()
+
+
+_NAME_FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f]")
+
+
+class ExperimentSpec(_Section):
+    """One search, described in full. Frozen once an experiment was created from it."""
+
+    name: str
+    trainable: str = Field(description="file.py:function, package.module:function, or a class in either")
+    storage: str = Field(default="./runs", description="the folder that experiments live in")
+    database: str | None = Field(default=None, description="SQLAlchemy URL; null: holdfast.db in the storage")
+    description: str = ""
+    if_exists: Literal["fail", "restore", "new"] = "fail"
+    objectives: dict[str, Direction]
+    space: Space
+    search: SearchSection = SearchSection()
+    stopping: StoppingSection = StoppingSection()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    failure: FailureSection = FailureSection()
+    execution: ExecutionSection = ExecutionSection()
+    references: dict[str, Any] = Field(default_factory=dict, description="handed to trials; no part of a config's identity")
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if not name.strip() or name in (".", "..") or name.startswith((".", "-")) or _NAME_FORBIDDEN.search(name):
+            raise ValueError("a name becomes a folder: no slash or control character, not empty, not starting with . or -")
+        if len(name.encode()) > 200:
+            raise ValueError(f"a name has at most 200 bytes, this one {len(name.encode())}")
+        return name
+
+    @field_validator("trainable")
+    @classmethod
+    def _two_parts(cls, trainable: str) -> str:
+        target, _, attribute = trainable.rpartition(":")
+        if not target or not attribute.isidentifier():
+            raise ValueError(f"{trainable!r} is not of the form train.py:train or package.module:train")
+        return trainable
+
+    @field_validator("storage")
+    @classmethod
+    def _local_storage(cls, storage: str) -> str:
+        if not storage.strip():
+            raise ValueError("the storage is empty; name a folder")
+        if "://" in storage:
+            raise ValueError(f"{storage!r} is an object store; this version keeps experiments in local folders only")
+        return storage
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if not self.objectives:
+            raise ValueError("objectives is empty; name at least one, such as {loss: min}")
+        if self.search.target is not None and len(self.objectives) > 1:
+            raise ValueError("search.target needs exactly one objective")
+        if self.search.engine == "grid":
+            for name, parameter in self.space.parameters.items():
+                if parameter.type == "float" and parameter.step is None:
+                    raise ValueError(f"space.{name} is continuous; a grid needs step: or type: categorical")
+        elif self.search.num_trials is None and self.search.time_budget is None and self.search.target is None:
+            raise ValueError("search.num_trials is absent; only a grid, a time_budget or a target can do without")
+        return self
+
+    @property
+    def goals(self) -> tuple[Objective, ...]:
+        """The objectives in declared order."""
+        return tuple(Objective(name=name, direction=direction) for name, direction in self.objectives.items())
+
+    @property
+    def trainable_name(self) -> str:
+        """The trainable's own name, wherever its file lies: ``train:train`` for ``/any/train.py:train``."""
+        target, _, attribute = self.trainable.rpartition(":")
+        stem = PurePath(target).stem if target.endswith(".py") else target.rpartition(".")[2]
+        return f"{stem}:{attribute}"
+
+    def stored(self) -> dict[str, Any]:
+        """Return the spec as it is stored: JSON values, without locations and credentials."""
+        return self.model_dump(mode="json", exclude=LOCATION_FIELDS)
+
+    @classmethod
+    def parse(cls, data: Any, *, source: str = "spec") -> Self:
+        """Return the spec in ``data``; SpecError names ``source``, the key, what is allowed and the remedy."""
+        if not isinstance(data, Mapping):
+            raise SpecError(f"{source}: expected a mapping of keys such as name and trainable, found {type(data).__name__}")
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise SpecError(explain(error, cls, source=source)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], *, source: str) -> str:
+    """Turn pydantic's report into one line per problem: source, key, what was given, what is allowed."""
+    return "\n".join(f"{source}: {_line(detail, model)}" for detail in error.errors(include_url=False))
+
+
+def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    location = tuple(part for part in detail["loc"] if part not in _DISCRIMINATORS)
+    key = ".".join(str(part) for part in location)
+    match detail["type"]:
+        case "extra_forbidden":
+            return _unknown_key(location, model, detail["loc"])
+        case "missing":
+            return f"{key} is missing; add it"
+        case "value_error":
+            reason = str(detail["ctx"]["error"])
+            return f"{key}: {reason}" if key else reason
+        case "union_tag_not_found" | "union_tag_invalid":
+            found = detail["input"].get("type") if isinstance(detail["input"], Mapping) else detail["input"]
+            given = f"{key}.type is {found!r}" if found is not None else f"{key} has no type"
+            return f"{given}; allowed: float, int, categorical, constant"
+        case _:
+            reason = detail["msg"][0].lower() + detail["msg"][1:]
+            return f"{key} is {_short(detail['input'])}; {reason}"
+
+
+_DISCRIMINATORS = {"float", "int", "categorical", "constant"}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown_key(location: Sequence[int | str], model: type[BaseModel], raw: Sequence[int | str]) -> str:
+    known = known_keys(model, raw[:-1])
+    key, parent = str(location[-1]), ".".join(str(part) for part in location[:-1])
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown key {'.'.join(str(part) for part in location)!r}{hint} (allowed{' in ' + parent if parent else ''}: {', '.join(known)})"
+
+
+def known_keys(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:
+    """Return the keys that ``model`` allows at ``location`` (a pydantic error location, discriminator tags included)."""
+    here: Any = model
+    for part in location:
+        here = _step_into(here, str(part))
+    return sorted(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+
+
+def _step_into(annotation: Any, part: str) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields
+        if part in fields:
+            return fields[part].annotation
+        return _step_into(fields["root"].annotation, part) if "root" in fields else None
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _step_into(arguments[0], part)
+    if origin in (typing.Union, types.UnionType):
+        for member in arguments:
+            kind = getattr(member, "model_fields", {}).get("type")
+            if kind is not None and kind.default == part:
+                return member
+    return arguments[1] if origin is dict else None

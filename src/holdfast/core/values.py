@@ -1,0 +1,144 @@
+"""Typed values: what a metric or a parameter may be, and how it is written so that it comes back the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+from holdfast.core.errors import NotStorable
+
+Scalar = float | int | bool | str | None
+Json = Any
+"""A JSON value; floats may be NaN or infinite."""
+Metrics = dict[str, Json]
+Config = dict[str, Scalar]
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_TAG = "$float"
+
+
+def plain(value: object, where: str = "value") -> Json:
+    """Return ``value`` as plain JSON values, unwrapping numpy scalars.
+
+    Raises NotStorable, naming the path inside the value, for anything else (sets, arrays, objects, non-string keys).
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise NotStorable(f"{where} has the key {key!r}; keys must be strings")
+        return {str(key): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, (bool, int, float, str)):
+        base = next(base for base in (bool, int, float, str) if isinstance(value, base))
+        return base(value)
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "ndim", None) == 0:
+        return plain(item(), where)
+    raise NotStorable(
+        f"{where} is a {kind.__module__}.{kind.__qualname__}; allowed are float, int, bool, str, None, and lists and dicts of them"
+    )
+
+
+def plain_metrics(metrics: object, where: str = "metrics") -> Metrics:
+    """Return ``metrics`` as a dict of plain values; NotStorable unless it is a mapping with string keys."""
+    if not isinstance(metrics, Mapping):
+        raise NotStorable(f'{where} must be a dict such as {{"loss": 0.1}}, not {type(metrics).__name__}')
+    return cast(Metrics, plain(metrics, where))
+
+
+def _tagged(value: Json) -> Json:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_TAG: "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: _tagged(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_tagged(item) for item in value]
+    return value
+
+
+def _untagged(value: Json) -> Json:
+    if isinstance(value, dict):
+        if len(value) == 1 and value.get(_TAG) in _NON_FINITE:
+            return _NON_FINITE[value[_TAG]]
+        return {key: _untagged(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_untagged(item) for item in value]
+    return value
+
+
+def dumps(value: Json) -> str:
+    """Write a plain value as canonical JSON: sorted keys, no spaces, non-finite floats as ``{"$float": "NaN"}``."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except ValueError:  # only a non-finite float pays for the second walk
+        return json.dumps(_tagged(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def loads(text: str | bytes) -> Json:
+    """Read what :func:`dumps` wrote."""
+    value = json.loads(text)
+    marker = b'"$float"' if isinstance(text, bytes) else '"$float"'
+    return _untagged(value) if marker in text else value  # type: ignore[operator]  # bytes with bytes, str with str
+
+
+def strict(value: Json) -> Json:
+    """Return ``value`` with non-finite floats as the strings NaN, Infinity, -Infinity, for readers of strict JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return value
+
+
+def digest(text: str) -> str:
+    """Return the first 32 hex digits of the SHA-256 of ``text``."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+MetricRow = tuple[str, float | None, str | None]
+"""(kind, number, text): how one typed value stands in the database."""
+
+
+def to_row(value: Json) -> MetricRow:
+    """Split a plain value into (kind, number, text); kinds are float, int, bool, str, null and json.
+
+    Non-finite floats and integers beyond 53 bits stand in the text column too, because SQLite turns NaN into NULL and
+    a float column rounds large integers.
+    """
+    if value is None:
+        return ("null", None, None)
+    if isinstance(value, bool):
+        return ("bool", float(value), None)
+    if isinstance(value, int):
+        return ("int", float(value), None) if abs(value) <= 2**53 else ("int", None, str(value))
+    if isinstance(value, float):
+        return ("float", value, None) if math.isfinite(value) else ("float", None, repr(value))
+    if isinstance(value, str):
+        return ("str", None, value)
+    return ("json", None, dumps(value))
+
+
+def from_row(kind: str, number: float | None, text: str | None) -> Json:
+    """Return the value that :func:`to_row` split."""
+    match kind:
+        case "float":
+            return float(cast(str, text)) if number is None else number
+        case "int":
+            return int(cast(str, text)) if number is None else int(number)
+        case "bool":
+            return bool(number)
+        case "str":
+            return text
+        case "json":
+            return loads(cast(str, text))
+        case _:
+            return None
