@@ -1,3 +1,110 @@
-"""holdfast: hyperparameter and benchmark searches that survive anything, on Prefect 3."""
+"""holdfast: hyperparameter and benchmark searches that survive anything, on Prefect 3.
+
+The public names are imported when they are first used, so that ``import holdfast`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.api import can_restore, create, open, restore, search  # holdfast.open
+    from holdfast.core.errors import (
+        AlreadyFinished,
+        CheckpointCorrupt,
+        CheckpointNotFound,
+        Corrupt,
+        ExperimentExists,
+        ExperimentNotFound,
+        Fenced,
+        HoldfastError,
+        InvalidInput,
+        InvalidStep,
+        LeaseHeld,
+        NotACheckpoint,
+        NotStorable,
+        SpecError,
+        TrainableError,
+    )
+    from holdfast.core.resume import ResumePolicy
+    from holdfast.core.spec import CheckpointConfig
+    from holdfast.core.trial import Trial, TrialStatus
+    from holdfast.experiment import Experiment, SearchResult
+    from holdfast.report.observer import Observer
+    from holdfast.specfile import ExperimentSpec
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "holdfast.api": ("search", "restore", "open", "create", "can_restore"),
+    "holdfast.core.errors": (
+        "AlreadyFinished",
+        "CheckpointCorrupt",
+        "CheckpointNotFound",
+        "Corrupt",
+        "ExperimentExists",
+        "ExperimentNotFound",
+        "Fenced",
+        "HoldfastError",
+        "InvalidInput",
+        "InvalidStep",
+        "LeaseHeld",
+        "NotACheckpoint",
+        "NotStorable",
+        "SpecError",
+        "TrainableError",
+    ),
+    "holdfast.core.resume": ("ResumePolicy",),
+    "holdfast.core.spec": ("CheckpointConfig",),
+    "holdfast.core.trial": ("Trial", "TrialStatus"),
+    "holdfast.experiment": ("Experiment", "SearchResult"),
+    "holdfast.report.observer": ("Observer",),
+    "holdfast.specfile": ("ExperimentSpec",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AlreadyFinished",
+    "CheckpointConfig",
+    "CheckpointCorrupt",
+    "CheckpointNotFound",
+    "Corrupt",
+    "Experiment",
+    "ExperimentExists",
+    "ExperimentNotFound",
+    "ExperimentSpec",
+    "Fenced",
+    "HoldfastError",
+    "InvalidInput",
+    "InvalidStep",
+    "LeaseHeld",
+    "NotACheckpoint",
+    "NotStorable",
+    "Observer",
+    "ResumePolicy",
+    "SearchResult",
+    "SpecError",
+    "TrainableError",
+    "Trial",
+    "TrialStatus",
+    "can_restore",
+    "create",
+    "open",
+    "restore",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'holdfast' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -29,7 +29,7 @@ class Propose:
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing can be started now; wait for a trial to end, or until a waiting one is due."""
+    """Nothing can be started now; wait for a trial to end, and no longer than until a waiting one is due."""
 
     until: datetime | None = None
 
@@ -61,6 +61,8 @@ class Ledger:
     waiting: dict[int, datetime | None] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
     counts: Counter[TrialStatus] = field(default_factory=Counter)
+    highest: int = -1
+    """the last trial's number"""
 
     def update(self, trial: Trial, *, fresh: bool = True) -> None:
         """Take in a trial's row; ``fresh`` rows changed in this run (an old error does not fail fast again)."""
@@ -69,6 +71,7 @@ class Ledger:
             self.counts[before] -= 1
         self.statuses[trial.number] = trial.status
         self.counts[trial.status] += 1
+        self.highest = max(self.highest, trial.number)
         self.running.discard(trial.number)
         self.waiting.pop(trial.number, None)
         if trial.status is TrialStatus.PENDING:
@@ -115,11 +118,10 @@ def decide(ledger: Ledger, now: datetime) -> Action:
         if due:
             return Submit(min(due))
     if closed is None and not ledger.exhausted:
-        return Propose(max(ledger.statuses, default=-1) + 1)
-    if ledger.running:
-        return Wait()
-    if ledger.waiting and not out_of_time:
-        return Wait(until=min(start for start in ledger.waiting.values() if start is not None))
+        return Propose(ledger.highest + 1)
+    starts = [] if out_of_time else [start for start in ledger.waiting.values() if start is not None]
+    if ledger.running or starts:
+        return Wait(until=min(starts, default=None))
     return Done(closed or "nothing is left to do")
 
 

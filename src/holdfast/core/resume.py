@@ -36,9 +36,7 @@ class ResumePolicy:
                 raise SpecError(f"ResumePolicy: {name} is {value!r}; allowed: {allowed}") from None
 
     @classmethod
-    def from_flags(
-        cls, *, resume_unfinished: bool = True, resume_errored: bool = False, restart_errored: bool = False
-    ) -> Self:
+    def from_flags(cls, *, resume_unfinished: bool = True, resume_errored: bool = False, restart_errored: bool = False) -> Self:
         """Return the policy that the three flags stand for; SpecError when both errored flags are set."""
         if resume_errored and restart_errored:
             raise SpecError(
@@ -108,7 +106,7 @@ def _plan_unfinished(standing: Standing, wanted: Rerun) -> Planned:
     trial = standing.trial
     if wanted is Rerun.SKIP:
         return _planned(standing, Action.SKIP, "unfinished, and asked not to resume")
-    if standing.trial.attempts == 1 and not trial.attempt.claimed:
+    if trial.attempt.number == 1 and not trial.attempt.claimed:
         return _planned(standing, Action.RUN, "never started")
     return _rerun(standing, wanted, "interrupted" if trial.status is TrialStatus.RUNNING else "waiting")
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, field_validator, model_validator
 
 from holdfast.core.errors import InvalidConfig
 from holdfast.core.values import Config, Scalar, digest, dumps
@@ -14,9 +14,23 @@ from holdfast.core.values import Config, Scalar, digest, dumps
 Condition = dict[str, Scalar | list[Scalar]]
 
 
-class _Parameter(BaseModel):
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is no number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_truth_value)]
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+
+
+class Section(BaseModel):
+    """A frozen part of a spec: unknown keys and non-finite numbers are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+
+class _Parameter(Section):
     when: Condition | None = Field(
         default=None, description="active only while each named parameter has the value, or one of the values"
     )
@@ -43,7 +57,7 @@ class _Numeric(_Parameter):
         if getattr(self, "log", False):
             if low <= 0:
                 raise ValueError(f"log: true needs low above 0, not {low}; raise low or drop log")
-            if isinstance(self, FloatParameter) and step is not None:
+            if step is not None and (isinstance(self, FloatParameter) or step != 1):
                 raise ValueError("log and step exclude each other; drop one")
         if step is not None and step <= 0:
             raise ValueError(f"step must be above 0, not {step}")
@@ -57,11 +71,11 @@ class FloatParameter(_Numeric):
     """A real number in [low, high]."""
 
     type: Literal["float"] = "float"
-    low: float
-    high: float
+    low: Number
+    high: Number
     log: bool = False
-    step: float | None = None
-    default: float | None = None
+    step: Number | None = None
+    default: Number | None = None
 
     def problem(self, value: Scalar) -> str | None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -82,11 +96,11 @@ class IntParameter(_Numeric):
     """A whole number in [low, high]."""
 
     type: Literal["int"] = "int"
-    low: int
-    high: int
+    low: Whole
+    high: Whole
     log: bool = False
-    step: int | None = None
-    default: int | None = None
+    step: Whole | None = None
+    default: Whole | None = None
 
     def problem(self, value: Scalar) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -106,6 +120,13 @@ def _same(left: Scalar, right: Scalar) -> bool:
     return type(left) is type(right) and left == right
 
 
+def _no_scalar(value: object) -> str | None:
+    """Return what ``value`` is when it is no value of a parameter (a list, NaN), else None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return None if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
 class CategoricalParameter(_Parameter):
     """One of several values."""
 
@@ -118,8 +139,8 @@ class CategoricalParameter(_Parameter):
     def _keep_types(cls, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             for item in value:
-                if not (item is None or isinstance(item, (bool, int, float, str))):
-                    raise ValueError(f"each choice must be a number, a string, true, false or null, not {type(item).__name__}")
+                if reason := _no_scalar(item):
+                    raise ValueError(f"each choice must be a finite number, a string, true, false or null, not {reason}")
         return value
 
     @model_validator(mode="after")
@@ -146,6 +167,13 @@ class ConstantParameter(_Parameter):
     type: Literal["constant"] = "constant"
     value: Scalar
 
+    @field_validator("value", mode="before")
+    @classmethod
+    def _keep_type(cls, value: Any) -> Any:
+        if reason := _no_scalar(value):
+            raise ValueError(f"must be a finite number, a string, true, false or null, not {reason}")
+        return value
+
     def problem(self, value: Scalar) -> str | None:
         return None if _same(value, self.value) else f"is not the constant {self.value!r}"
 
@@ -167,7 +195,9 @@ class Space(RootModel[dict[str, Parameter]]):
         for name, parameter in self.root.items():
             for other, wanted in (parameter.when or {}).items():
                 if other not in self.root:
-                    raise ValueError(f"{name}: when names {other!r}, which is no parameter; allowed: {', '.join(seen) or 'none'}")
+                    raise ValueError(
+                        f"{name}: when names {other!r}, which is no parameter; allowed: {', '.join(seen) or 'none'}"
+                    )
                 if other not in seen:
                     raise ValueError(f"{name}: when names {other!r}, which is declared later; move {other!r} above {name!r}")
                 for value in wanted if isinstance(wanted, list) else [wanted]:

@@ -6,16 +6,16 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from holdfast.core.errors import SpecError
 from holdfast.core.objective import Direction, Objective
-from holdfast.core.space import Space
+from holdfast.core.space import Number, Section, Space, Whole
 
 LOCATION_FIELDS = {"storage", "database"}
 """Where an experiment lives is no part of what it is; a database URL, which may hold a password, is stored nowhere."""
@@ -32,37 +32,35 @@ CHANGEABLE = (
 """What a restore may change; each change is recorded in the audit."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SearchSection(_Section):
+class SearchSection(Section):
     """How configs are proposed, and how many."""
 
     engine: Literal["random", "grid", "tpe"] = Field(default="tpe", description="where proposals come from")
-    num_trials: int | None = Field(default=None, ge=0, description="trials in all; a grid's default is its size")
-    samples: int = Field(default=1, ge=1, description="trials per point of a grid")
-    seed: int | None = Field(default=None, ge=0, description="gives every other seed; drawn once and stored when absent")
-    max_concurrent: int = Field(default=1, ge=1, le=1000, description="trials that run at once")
-    time_budget: float | None = Field(default=None, gt=0, description="seconds of active time; no trial is started after it")
-    target: float | None = Field(default=None, description="stop proposing once the first objective is at least this good")
+    num_trials: Whole | None = Field(default=None, ge=0, description="trials in all; a grid's default is its size")
+    samples: Whole = Field(default=1, ge=1, description="trials per point of a grid")
+    seed: Whole | None = Field(default=None, ge=0, description="gives every other seed; drawn once and stored when absent")
+    max_concurrent: Whole = Field(default=1, ge=1, le=1000, description="trials that run at once")
+    time_budget: Number | None = Field(default=None, gt=0, description="seconds of active time; no trial is started after it")
+    target: Number | None = Field(default=None, description="stop proposing once the first objective is at least this good")
 
 
-class StoppingSection(_Section):
+class StoppingSection(Section):
     """What ends a trial early."""
 
     rule: Literal["none"] = "none"
-    max_steps: int | None = Field(default=None, ge=1, description="a class trainable ends after as many steps")
+    max_steps: Whole | None = Field(default=None, ge=1, description="a class trainable ends after as many steps")
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """Which steps are saved, and which saved ones are kept (the union of the rules, and always the latest)."""
 
     enabled: bool = True
-    mode: Literal["all", "last", "none"] = Field(default="all", description="all: by the rules; last: only the newest; none: off")
-    save_period: int = Field(default=1, ge=1, description="save each step that it divides")
-    keep_top_k: int | None = Field(default=1, ge=1, description="keep the best k by metric_name; null: not a rule")
-    keep_last: int | None = Field(default=2, ge=1, description="keep the newest n; null: not a rule; both null keep all")
+    mode: Literal["all", "last", "none"] = Field(
+        default="all", description="all: by the rules; last: only the newest; none: off"
+    )
+    save_period: Whole = Field(default=1, ge=1, description="save each step that it divides")
+    keep_top_k: Whole | None = Field(default=1, ge=1, description="keep the best k by metric_name; null: not a rule")
+    keep_last: Whole | None = Field(default=2, ge=1, description="keep the newest n; null: not a rule; both null keep all")
     metric_name: str | None = Field(default=None, description="the first objective when absent")
     higher_is_better: bool | None = Field(default=None, description="the first objective's direction when absent")
     serializer: Literal["safe", "cloudpickle"] = Field(default="safe", description="safe: JSON values, numpy arrays, bytes")
@@ -76,22 +74,22 @@ class CheckpointConfig(_Section):
         return self.saves and step % self.save_period == 0
 
 
-class FailureSection(_Section):
+class FailureSection(Section):
     """What happens to a trial that fails."""
 
-    max_failures: int = Field(default=0, ge=0, description="failures that are retried; 2 allows 3 attempts")
+    max_failures: Whole = Field(default=0, ge=0, description="failures that are retried; 2 allows 3 attempts")
     fail_fast: bool = Field(default=False, description="the first errored trial ends the search")
-    trial_timeout: float | None = Field(default=None, gt=0, description="seconds that one attempt may take")
+    trial_timeout: Number | None = Field(default=None, gt=0, description="seconds that one attempt may take")
 
 
-class Resources(_Section):
+class Resources(Section):
     """What each running trial gets for itself."""
 
-    cpu: int = Field(default=1, ge=1, description="threads of numerical libraries")
-    gpu: int = Field(default=0, ge=0, description="devices, by CUDA_VISIBLE_DEVICES")
+    cpu: Whole = Field(default=1, ge=1, description="threads of numerical libraries")
+    gpu: Whole = Field(default=0, ge=0, description="devices, by CUDA_VISIBLE_DEVICES")
 
 
-class ExecutionSection(_Section):
+class ExecutionSection(Section):
     """Where user code runs."""
 
     isolation: Literal["process", "inline"] = Field(default="process", description="inline: for trainables that use Prefect")
@@ -102,7 +100,7 @@ class ExecutionSection(_Section):
 _NAME_FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f]")
 
 
-class ExperimentSpec(_Section):
+class ExperimentSpec(Section):
     """One search, described in full. Frozen once an experiment was created from it."""
 
     name: str
@@ -177,23 +175,58 @@ class ExperimentSpec(_Section):
         return self.model_dump(mode="json", exclude=LOCATION_FIELDS)
 
     @classmethod
-    def parse(cls, data: Any, *, source: str = "spec") -> Self:
+    def parse(cls, data: Any, *, source: Source = "spec") -> Self:
         """Return the spec in ``data``; SpecError names ``source``, the key, what is allowed and the remedy."""
         if not isinstance(data, Mapping):
-            raise SpecError(f"{source}: expected a mapping of keys such as name and trainable, found {type(data).__name__}")
+            found = type(data).__name__
+            raise SpecError(f"{_at(source, ())}: expected a mapping of keys such as name and trainable, found {found}")
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
             raise SpecError(explain(error, cls, source=source)) from None
 
 
-def explain(error: ValidationError, model: type[BaseModel], *, source: str) -> str:
+Source = str | Callable[[Sequence[int | str]], str]
+"""Where a spec came from, or a function that says it for the location of each key."""
+
+
+def explain(error: ValidationError, model: type[BaseModel], *, source: Source) -> str:
     """Turn pydantic's report into one line per problem: source, key, what was given, what is allowed."""
-    return "\n".join(f"{source}: {_line(detail, model)}" for detail in error.errors(include_url=False))
+    lines = [f"{_at(source, _location(found['loc']))}: {_line(found, model)}" for found in error.errors(include_url=False)]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _at(source: Source, location: Sequence[int | str]) -> str:
+    return source if isinstance(source, str) else source(location)
+
+
+_DISCRIMINATORS = ("float", "int", "categorical", "constant")
+_REMEDIES = {
+    "model_type": "it must be a mapping of keys; leave it out for the defaults",
+    "model_attributes_type": "it must be a mapping such as {type: float, low: 0, high: 1}",
+    "dict_type": "it must be a mapping of keys",
+    "tuple_type": "it must be a list such as [relu, tanh]",
+    "string_type": "it must be a string; put quotes around it",
+    "int_parsing": "it must be a whole number",
+    "int_type": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_parsing": "it must be a number",
+    "float_type": "it must be a number",
+    "finite_number": "it must be a finite number",
+    "bool_parsing": "it must be true or false",
+    "bool_type": "it must be true or false",
+}
+
+
+def _location(raw: Sequence[int | str]) -> tuple[int | str, ...]:
+    """Return where an error lies, in the user's keys: without the tags that pydantic adds for members of a union."""
+    if raw and raw[0] == "space" and len(raw) > 2:
+        return tuple(part for place, part in enumerate(raw) if place != 2)
+    return tuple(raw)
 
 
 def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    location = tuple(part for part in detail["loc"] if part not in _DISCRIMINATORS)
+    location = _location(detail["loc"])
     key = ".".join(str(part) for part in location)
     match detail["type"]:
         case "extra_forbidden":
@@ -205,27 +238,45 @@ def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
             return f"{key}: {reason}" if key else reason
         case "union_tag_not_found" | "union_tag_invalid":
             found = detail["input"].get("type") if isinstance(detail["input"], Mapping) else detail["input"]
-            given = f"{key}.type is {found!r}" if found is not None else f"{key} has no type"
-            return f"{given}; allowed: float, int, categorical, constant"
-        case _:
-            reason = detail["msg"][0].lower() + detail["msg"][1:]
+            given = f"{key}.type is {_short(found)}" if found is not None else f"{key} has no type"
+            return f"{given}{_hint(found, _DISCRIMINATORS)}; allowed: {', '.join(_DISCRIMINATORS)}"
+        case "literal_error" | "enum":
+            allowed = re.findall(r"'([^']*)'", str(detail["ctx"]["expected"]))
+            return f"{key} is {_short(detail['input'])}{_hint(detail['input'], allowed)}; allowed: {', '.join(allowed)}"
+        case kind if kind == "invalid_key" or location[-1:] == ("[key]",):
+            return f"key {_short(detail['input'])} is no string; put quotes around it"
+        case kind:
+            reason = _REMEDIES.get(kind, detail["msg"][0].lower() + detail["msg"][1:])
             return f"{key} is {_short(detail['input'])}; {reason}"
 
 
-_DISCRIMINATORS = {"float", "int", "categorical", "constant"}
-
-
 def _short(value: object) -> str:
+    if value is None:
+        return "empty"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the word of ``known`` that ``word`` most likely stands for: letters exchanged first, then the closest spelling."""
+    words = sorted(known)
+    letters = sorted(word.lower())
+    swapped = [other for other in words if sorted(other.lower()) == letters]
+    return next(iter(swapped or difflib.get_close_matches(word, words, n=1, cutoff=0.5)), None)
+
+
+def _hint(word: object, known: Iterable[str]) -> str:
+    near = nearest(word, known) if isinstance(word, str) else None
+    return f" (did you mean {near!r}?)" if near else ""
+
+
 def _unknown_key(location: Sequence[int | str], model: type[BaseModel], raw: Sequence[int | str]) -> str:
     known = known_keys(model, raw[:-1])
-    key, parent = str(location[-1]), ".".join(str(part) for part in location[:-1])
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown key {'.'.join(str(part) for part in location)!r}{hint} (allowed{' in ' + parent if parent else ''}: {', '.join(known)})"
+    parent = ".".join(str(part) for part in location[:-1])
+    name = ".".join(str(part) for part in location)
+    near = nearest(str(location[-1]), known)
+    hint = f"; did you mean {near!r}?" if near else ""
+    return f"unknown key {name!r}{hint} (allowed{' in ' + parent if parent else ''}: {', '.join(known)})"
 
 
 def known_keys(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:
@@ -233,7 +284,9 @@ def known_keys(model: type[BaseModel], location: Iterable[int | str]) -> list[st
     here: Any = model
     for part in location:
         here = _step_into(here, str(part))
-    return sorted(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+    if not isinstance(here, type) or not issubclass(here, BaseModel) or "root" in here.model_fields:
+        return []  # a value, or a mapping whose keys the user names
+    return sorted(here.model_fields)
 
 
 def _step_into(annotation: Any, part: str) -> Any:

@@ -155,7 +155,8 @@ class Trial:
     """the experiment's counter at the trial's last change"""
     attempt: Attempt
     """the current one"""
-    attempts: int = 1
+    attempts: int = 0
+    """how many were started"""
     failures: int = 0
     """attempts of the current epoch that used up the retry budget"""
     metrics: Metrics = field(default_factory=dict)

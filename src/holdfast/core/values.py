@@ -53,23 +53,25 @@ def plain_metrics(metrics: object, where: str = "metrics") -> Metrics:
     return cast(Metrics, plain(metrics, where))
 
 
-def _tagged(value: Json) -> Json:
+def tagged(value: Json) -> Json:
+    """Return ``value`` with non-finite floats as ``{"$float": "NaN"}``; :func:`loads` undoes it."""
     if isinstance(value, float) and not math.isfinite(value):
         return {_TAG: "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"}
     if isinstance(value, dict):
-        return {key: _tagged(item) for key, item in value.items()}
+        return {key: tagged(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_tagged(item) for item in value]
+        return [tagged(item) for item in value]
     return value
 
 
-def _untagged(value: Json) -> Json:
+def untagged(value: Json) -> Json:
+    """Undo :func:`tagged`."""
     if isinstance(value, dict):
         if len(value) == 1 and value.get(_TAG) in _NON_FINITE:
             return _NON_FINITE[value[_TAG]]
-        return {key: _untagged(item) for key, item in value.items()}
+        return {key: untagged(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_untagged(item) for item in value]
+        return [untagged(item) for item in value]
     return value
 
 
@@ -78,14 +80,14 @@ def dumps(value: Json) -> str:
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     except ValueError:  # only a non-finite float pays for the second walk
-        return json.dumps(_tagged(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return json.dumps(tagged(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def loads(text: str | bytes) -> Json:
     """Read what :func:`dumps` wrote."""
     value = json.loads(text)
     marker = b'"$float"' if isinstance(text, bytes) else '"$float"'
-    return _untagged(value) if marker in text else value  # type: ignore[operator]  # bytes with bytes, str with str
+    return untagged(value) if marker in text else value  # type: ignore[operator]  # bytes with bytes, str with str
 
 
 def strict(value: Json) -> Json:

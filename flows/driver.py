@@ -1,0 +1,231 @@
+"""Carries out what the loop decides: proposes, submits trial tasks to Prefect, commits their ends."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from holdfast.core import faults
+from holdfast.core.budget import Budget
+from holdfast.core.errors import Contention, EngineError, Fenced, HoldfastError
+from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, actions
+from holdfast.core.ports import Proposer
+from holdfast.core.trial import ErrorInfo, Outcome, Trial, TrialStatus
+from holdfast.core.values import dumps
+from holdfast.engines.factory import make_proposer
+from holdfast.flows.session import Session
+from holdfast.report.observer import Observer
+from holdfast.settings import settings
+from holdfast.storage.database.driver import Ending
+from holdfast.tasks import runtime as runtimes
+from holdfast.tasks.results import results_in
+from holdfast.tasks.trial import run_trial
+from holdfast.tasks.workers.messages import Decision
+
+TICK_SECONDS = 1.0
+"""How often requests from outside are looked for while nothing ends."""
+
+
+class Drive:
+    """One run of the loop over a session."""
+
+    def __init__(self, session: Session, observer: Observer) -> None:
+        self._session = session
+        self._observer = observer
+        self._driver = session.driver
+        self._runtime = session.runtime
+        spec = session.spec
+        self._proposer: Proposer = make_proposer(spec, session.opened.record.seed)
+        self.ledger = Ledger(
+            budget=Budget.of(spec, grid_size=self._proposer.size),
+            max_concurrent=spec.search.max_concurrent,
+            fail_fast=spec.failure.fail_fast,
+            exhausted=not session.new_trials,
+        )
+        self._trials: dict[int, Trial] = {}
+        self._inflight: dict[Any, int] = {}
+        self._done: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
+        self._seq = -1
+        self._task = run_trial.with_options()
+        self._task.result_storage = results_in(session.opened.folder.path)
+        self._ticked = time.monotonic()
+
+    def run(self) -> str:
+        """Drive the experiment to the end of its budget; return why it ended. Raises what interrupted it."""
+        runtimes.register(self._runtime)
+        try:
+            self._refresh(fresh=False)
+            with ThreadPoolTaskRunner(max_workers=self._session.spec.search.max_concurrent) as runner:
+                try:
+                    return self._loop(runner)
+                except BaseException:
+                    self._wind_down()
+                    raise
+        finally:
+            runtimes.unregister(self._runtime)
+
+    def _loop(self, runner: ThreadPoolTaskRunner) -> str:
+        for action in actions(self.ledger, lambda: datetime.now(UTC)):
+            match action:
+                case Submit(trial=number):
+                    self._submit(runner, number)
+                case Propose(number=number):
+                    self._propose(number)
+                case Wait(until=until):
+                    self._wait(until)
+                case Done(reason=reason):
+                    faults.point("search.finished")
+                    return reason
+            if time.monotonic() - self._ticked > TICK_SECONDS:
+                self._tick()
+        raise AssertionError("the loop ends with Done")
+
+    def _propose(self, number: int) -> None:
+        self._driver.propose(self._proposer.propose(number))
+        faults.point("proposal.committed")
+        self._refresh()
+
+    def _submit(self, runner: ThreadPoolTaskRunner, number: int) -> None:
+        trial = self._trials[number]
+        parameters = {
+            "experiment": self._session.spec.name,
+            "trial": number,
+            "attempt": trial.attempt.number,
+            "config": dumps(dict(trial.config)),
+            "identity": self._runtime.uuid,
+            "row": trial.attempt.id,
+        }
+        future: PrefectFuture[Any] = runner.submit(self._task, parameters)
+        self._inflight[future.task_run_id] = number
+        self.ledger.submitted(number)
+        future.add_done_callback(self._done.put)
+
+    def _wait(self, until: datetime | None) -> None:
+        seconds = TICK_SECONDS
+        if until is not None:
+            seconds = min(seconds, max((until - datetime.now(UTC)).total_seconds(), 0.0))
+        try:
+            future = self._done.get(timeout=seconds)
+        except queue.Empty:
+            self._tick()
+        else:
+            self._finish(future)
+
+    def _finish(self, future: PrefectFuture[Any]) -> None:
+        """Commit the end of a trial's task."""
+        number = self._inflight.pop(future.task_run_id)
+        future.wait()
+        trial = self._trials[number]
+        state = future.state
+        if state.is_completed() and getattr(state.data, "is_persisted", True):
+            self._complete(trial)
+        elif state.is_completed():
+            raise self._not_persisted(trial)
+        else:
+            self._failed(trial, state)
+        self._refresh()
+
+    def _complete(self, trial: Trial) -> None:
+        folder = self._session.opened.folder
+        faults.point("result.persisted")
+        result = folder.result(trial.number, trial.attempt.number)
+        if result is None:
+            raise self._not_persisted(trial)
+        ending = Ending(
+            outcome=Outcome(str(result["outcome"])),
+            metrics=result.get("metrics"),
+            result=folder.result_name(trial.number, trial.attempt.number),
+        )
+        self._driver.end(trial.attempt.id, ending)
+        faults.point("trial.completed")
+
+    @staticmethod
+    def _not_persisted(trial: Trial) -> EngineError:
+        return EngineError(
+            f"trial {trial.number} ended, but Prefect did not persist its result (is the storage full or read-only?); "
+            "the search is interrupted, so that nothing is lost: mend the storage and restore"
+        )
+
+    def _failed(self, trial: Trial, state: Any) -> None:
+        """See to a task that ended without a result: most often its attempt has its outcome already."""
+        if self._runtime.lost is not None:
+            raise self._runtime.lost
+        self._session.keeper.check()
+        stored = self._session.reader.trial(trial.number)
+        if stored is None or stored.attempt.number != trial.attempt.number or stored.attempt.outcome is not None:
+            return
+        error = state.result(raise_on_failure=False)
+        if isinstance(error, Contention) or stored.status is TrialStatus.PENDING:
+            raise error if isinstance(error, HoldfastError) else EngineError(f"trial {trial.number} was not started: {error}")
+        info = ErrorInfo(kind=type(error).__name__, message=str(error))
+        self._driver.end(stored.attempt.id, Ending(outcome=Outcome.CRASHED, error=info))
+
+    def _refresh(self, *, fresh: bool = True) -> None:
+        """Take in every row that changed."""
+        inflight = set(self._inflight.values())
+        for trial in self._session.reader.trials(since=self._seq):
+            self._seq = max(self._seq, trial.seq)
+            before = self._trials.get(trial.number)
+            self._trials[trial.number] = trial
+            self.ledger.update(trial, fresh=fresh)
+            if trial.number in inflight and trial.status is TrialStatus.PENDING:
+                # Handed to a runner and not claimed yet. A next attempt that waits after a retry is another matter:
+                # its task has ended, or is about to, and comes through _finish.
+                self.ledger.submitted(trial.number)
+            self._proposer.observe(trial)
+            if before is None or before.status is not trial.status or before.attempt.number != trial.attempt.number:
+                self._observer.trial(trial)
+
+    def _tick(self) -> None:
+        """Look at the lease, the clock, and what people ask for."""
+        self._ticked = time.monotonic()
+        keeper = self._session.keeper
+        keeper.check()
+        if self._runtime.lost is not None:
+            raise self._runtime.lost
+        self.ledger.active_seconds = keeper.active_seconds_now()
+        if (keeper.stop_requested or self._session.reader.stop_requested()) and self.ledger.halt is None:
+            self.ledger.halt = "stopped on request"
+        self._refresh()
+        self._cancel()
+        if self.ledger.halt is not None:
+            self._runtime.order(Decision.PREEMPT)
+
+    def _cancel(self) -> None:
+        requests = self._session.reader.cancel_requests()
+        self._runtime.cancelled = requests
+        waiting = [number for number in requests if number in self.ledger.waiting]
+        if waiting:
+            rows = self._session.reader.trial_ids()
+            for number in waiting:
+                self._driver.cancel(rows[number])
+            self._refresh()
+
+    def _wind_down(self) -> None:
+        """Let running trials save and stop within the grace period, and end those that do not."""
+        fenced = self._session.keeper.is_lost
+        self._runtime.order(Decision.KILL if fenced else Decision.PREEMPT)
+        deadline = time.monotonic() + settings().grace_seconds
+        try:
+            self._drain(lambda: time.monotonic() > deadline)
+        finally:
+            self._runtime.order(Decision.KILL)
+            with suppress(KeyboardInterrupt):
+                self._drain(lambda: False)
+
+    def _drain(self, expired: Callable[[], bool]) -> None:
+        while self._inflight and not expired():
+            with suppress(queue.Empty, HoldfastError):
+                self._finish(self._done.get(timeout=0.2))
+
+
+def is_fenced(error: BaseException) -> bool:
+    """Tell whether somebody else drives the experiment now."""
+    return isinstance(error, Fenced)

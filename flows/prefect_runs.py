@@ -1,0 +1,46 @@
+"""Prefect never closes the task runs of a crashed flow; who restores the experiment does."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.states import Crashed
+
+from holdfast.core.trial import Attempt
+
+
+def close_dead_runs(attempts: Sequence[Attempt]) -> None:
+    """Put the flow and task runs of attempts that a crash left open into a final state.
+
+    Runs that this API does not know (the crashed search had another one) are left alone. Prefect's states are a view: a
+    failure here stops nothing.
+    """
+    if not attempts:
+        return
+    tasks = {attempt.task_run_id for attempt in attempts if attempt.task_run_id}
+    flows = {attempt.flow_run_id for attempt in attempts if attempt.flow_run_id}
+    with get_client(sync_client=True) as client:
+        for run in sorted(tasks):
+            _close_task(client, uuid.UUID(run))
+        for run in sorted(flows):
+            _close_flow(client, uuid.UUID(run))
+
+
+_IGNORED = (ObjectNotFound, PrefectHTTPStatusError, httpx.HTTPError)
+
+
+def _close_task(client: SyncPrefectClient, run: uuid.UUID) -> None:
+    with suppress(*_IGNORED):
+        client.set_task_run_state(run, Crashed(message="its process died; the experiment was restored"), force=True)
+
+
+def _close_flow(client: SyncPrefectClient, run: uuid.UUID) -> None:
+    with suppress(*_IGNORED):
+        state = client.read_flow_run(run).state
+        if state is None or not state.is_final():
+            client.set_flow_run_state(run, Crashed(message="its process died; the experiment was restored"), force=True)

@@ -1,0 +1,255 @@
+"""What comes before a flow: checks, creation or reconciliation, the lease. Nothing here imports Prefect."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from holdfast.core import faults
+from holdfast.core.budget import Budget
+from holdfast.core.errors import LeaseHeld, SpecError
+from holdfast.core.objective import score
+from holdfast.core.resume import Action, Planned, ResumePolicy
+from holdfast.core.space import Space
+from holdfast.core.spec import CHANGEABLE, ExperimentSpec
+from holdfast.core.trial import SCORED, Trial
+from holdfast.core.values import Json, strict
+from holdfast.engines.grid import GridProposer
+from holdfast.flows import reconcile
+from holdfast.flows.session import Session, begin, liveness, make_pool, runnable
+from holdfast.locate import Opened, check_free, check_storage, code_digest, create, dated, experiment_path, free_name, open_path
+from holdfast.report.observer import Observer
+from holdfast.storage.database import experiments, requests
+from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.reads import Reader
+from holdfast.storage.leasing import describe
+from holdfast.tasks.workers.pool import WorkerPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a spec came from: kept with the experiment."""
+
+    source: str | None = None
+    commit: str | None = None
+    workdir: str = field(default_factory=os.getcwd)
+
+
+def check_spec(spec: ExperimentSpec, *, workdir: str, root: Path | None = None) -> WorkerPool | None:
+    """Check what a spec names beyond itself: storage, database URL, trainable. Return the workers, one of them warm.
+
+    Raises SpecError or TrainableError; creates nothing.
+    """
+    check_storage(spec)
+    pool = make_pool(spec)
+    probe(spec if root is None else runnable(spec, root), pool, workdir)
+    return pool
+
+
+def probe(spec: ExperimentSpec, pool: WorkerPool | None, workdir: str) -> None:
+    """Load the trainable where it will run; TrainableError says why it cannot be."""
+    try:
+        if pool is None:
+            from holdfast.tasks.workers.trainables import load
+
+            load(spec.trainable, workdir)
+        else:
+            pool.probe(spec.trainable, workdir)
+    except BaseException:
+        if pool is not None:
+            pool.close()
+        raise
+
+
+def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | None = None) -> Session | None:
+    """Create the experiment of ``spec`` and take its lease; with ``if_exists: restore`` go on with the one that is there.
+
+    Return None when that one has nothing left to do.
+    """
+    origin = origin or Origin()
+    spec = spec.model_copy(update={"name": dated(spec.name, datetime.now().astimezone())})
+    path = experiment_path(spec)
+    if (path / "experiment.json").exists() and spec.if_exists == "restore":
+        return prepare_restore(RestoreRequest(path=path, database=spec.database), observer).session
+    if spec.if_exists == "new":
+        spec = spec.model_copy(update={"name": free_name(spec)})
+    check_free(spec)
+    check_storage(spec)
+    observer.preparing()
+    pool = check_spec(spec, workdir=origin.workdir)
+    try:
+        seed = spec.search.seed if spec.search.seed is not None else secrets.randbits(31)
+        spec = spec.model_copy(update={"search": spec.search.model_copy(update={"seed": seed})})
+        opened = create(spec, seed=seed, workdir=origin.workdir, source=origin.source, commit=origin.commit)
+        observer.opened(opened, restored=False)
+        session = begin(opened, pool, observer, action="started", detail={})
+    except BaseException:
+        if pool is not None:
+            pool.close()
+        raise
+    return session
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreRequest:
+    """What a restore was asked to do."""
+
+    path: str | Path
+    policy: ResumePolicy = field(default_factory=ResumePolicy)
+    trainable: str | None = None
+    changes: Mapping[str, Json] = field(default_factory=dict)
+    """new values by key, such as search.num_trials"""
+    space: Space | None = None
+    references: Mapping[str, Any] | None = None
+    database: str | None = None
+    new_trials: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What became of a request: a session to be driven, or nothing left to do."""
+
+    opened: Opened
+    plan: Sequence[Planned]
+    session: Session | None
+
+
+def changed_spec(opened: Opened, request: RestoreRequest) -> tuple[ExperimentSpec, dict[str, Json]]:
+    """Return the spec under the request, and what changes; SpecError for what a restore may not change."""
+    stored = opened.spec
+    data = {**stored.stored(), "storage": stored.storage}
+    changes: dict[str, Json] = {}
+    for key, value in request.changes.items():
+        if key not in CHANGEABLE:
+            raise SpecError(f"a restore cannot change {key!r}; allowed: {', '.join(CHANGEABLE)}")
+        section, _, name = key.partition(".")
+        if data[section][name] != value:
+            changes[key] = [data[section][name], value]
+            data[section] = {**data[section], name: value}
+    spec = type(stored).parse(data, source="--set")
+    if request.trainable is not None and request.trainable != stored.trainable:
+        renamed = spec.model_copy(update={"trainable": request.trainable})
+        if renamed.trainable_name != stored.trainable_name:
+            raise SpecError(
+                f"the experiment's trainable is {stored.trainable_name}, the one given is {renamed.trainable_name}; "
+                "a restore runs the same trainable: give that one, or start a new experiment"
+            )
+        spec = renamed
+        changes["trainable"] = [stored.trainable, request.trainable]
+    if request.space is not None and (lines := stored.space.difference(request.space)):
+        raise SpecError("the space differs from the experiment's (stored / given); a restore keeps it:\n" + "\n".join(lines))
+    if request.references is not None:
+        spec = spec.model_copy(update={"references": dict(request.references)})
+    return spec, changes
+
+
+def plan_restore(request: RestoreRequest) -> tuple[Opened, list[Planned]]:
+    """Return what a restore would do; changes nothing, whoever drives the experiment."""
+    opened = open_path(request.path, database=request.database, readonly=True)
+    spec, _ = changed_spec(opened, request)
+    survey = reconcile.Survey(Reader(opened.database, opened.record.id), opened.folder, request.policy)
+    return replace(opened, spec=spec), survey.plan()
+
+
+def prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
+    """Check the request, take the lease, mend what a crash left, apply the plan.
+
+    Raises SpecError before anything is changed, LeaseHeld when a live process drives the experiment.
+    """
+    opened = open_path(request.path, database=request.database)
+    spec, changes = changed_spec(opened, request)
+    opened = replace(opened, spec=spec)
+    reader = Reader(opened.database, opened.record.id)
+    survey = reconcile.Survey(reader, opened.folder, request.policy)
+    plan = survey.plan()
+    if not changes and not request.force and not work_left(spec, survey.trials, plan, opened, request.new_trials):
+        _refuse_held(opened)
+        requests.note(opened.database, opened.record.id, "restored", {"trials": 0})
+        observer.opened(opened, restored=True)
+        observer.planned(plan)
+        return Restored(opened=opened, plan=plan, session=None)
+    check_storage(spec)
+    _refuse_held(opened, force=request.force)
+    observer.preparing()
+    pool = make_pool(spec)
+    probe(runnable(spec, opened.folder.path), pool, opened.record.workdir)
+    try:
+        session = _take_over(opened, pool, request, changes, observer)
+    except BaseException:
+        if pool is not None:
+            pool.close()
+        raise
+    return Restored(opened=session.opened, plan=session.plan, session=session)
+
+
+def _take_over(
+    opened: Opened, pool: WorkerPool | None, request: RestoreRequest, changes: dict[str, Json], observer: Observer
+) -> Session:
+    detail = {"policy": {name: str(value) for name, value in vars(request.policy).items()}, "force": request.force}
+    session = begin(opened, pool, observer, action="restored", detail=detail, force=request.force)
+    try:
+        faults.point("restore.lease-taken")
+        observer.opened(opened, restored=True)
+        reader = session.reader
+        dead = reconcile.open_attempts(reader.trials())
+        reconcile.end_children(dead)
+        survey = reconcile.Survey(reader, opened.folder, request.policy)
+        plan = survey.plan()
+        session.driver.set_code(
+            trainable_digest=code_digest(opened.spec), workdir=opened.record.workdir, location=str(opened.folder.path)
+        )
+        if opened.record.location != str(opened.folder.path):
+            opened.folder.relocate(str(opened.folder.path))
+        if changes:
+            session.driver.change_spec(opened.spec.stored(), strict(changes))
+        reconcile.close_attempts(session, survey, {planned.trial: planned for planned in plan})
+        faults.point("restore.reconciled")
+        reconcile.apply(session, plan)
+        faults.point("restore.planned")
+    except BaseException as error:
+        session.keeper.release_quietly(f"interrupted: {type(error).__name__}: {error}")
+        raise
+    session.plan, session.dead, session.new_trials = plan, dead, request.new_trials
+    observer.planned(plan)
+    return session
+
+
+def work_left(spec: ExperimentSpec, trials: Sequence[Trial], plan: Sequence[Planned], opened: Opened, new_trials: bool) -> bool:
+    """Tell whether a restore would run, propose or change anything."""
+    if any(planned.action not in (Action.KEEP, Action.SKIP) for planned in plan):
+        return True
+    if any(planned.action is Action.SKIP and planned.status != "SKIPPED" for planned in plan):
+        return True
+    if not new_trials:
+        return False
+    budget = Budget.of(spec, grid_size=_grid_size(spec))
+    values = [score(trial.metrics, budget.objective) for trial in trials if trial.status in SCORED]
+    best: float | None = None
+    for value in values:
+        if value is not None and (best is None or budget.objective.better(value, best)):
+            best = value
+    record = experiments.by_uuid(opened.database, opened.record.uuid)
+    active = record.active_seconds if record is not None else 0.0
+    return budget.closed(trials=len(trials), active_seconds=active, best=best) is None
+
+
+def _refuse_held(opened: Opened, *, force: bool = False) -> None:
+    """Raise LeaseHeld when a process that is seen alive on this host drives the experiment."""
+    if force:
+        return
+    lease = Leases(opened.database, opened.record.id).look()
+    if lease.is_held and lease.holder is not None and liveness(lease.holder):
+        raise LeaseHeld(
+            f"{describe(lease.holder)} drives the experiment; its lease runs {lease.remaining:.0f} s unless renewed; "
+            "wait for it, or end it with `holdfast stop`"
+        )
+
+
+def _grid_size(spec: ExperimentSpec) -> int | None:
+    return GridProposer(spec.space, spec.search.samples).size if spec.search.engine == "grid" else None

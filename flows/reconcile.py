@@ -1,0 +1,161 @@
+"""What a restore finds and mends before anything runs: dead children, orphaned results, half-written things."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
+from holdfast.core.errors import CheckpointNotFound, Corrupt
+from holdfast.core.resume import Action, Planned, ResumePolicy, Standing, plan_trial
+from holdfast.core.trial import Attempt, Outcome, Trial, TrialStatus
+from holdfast.flows.session import Session
+from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.storage.database.driver import Ending
+from holdfast.storage.database.reads import Reader
+from holdfast.storage.folder import Folder
+from holdfast.tasks.workers import processes
+
+
+class Survey:
+    """Stored trials with what their files say; reads only."""
+
+    def __init__(self, reader: Reader, folder: Folder, policy: ResumePolicy) -> None:
+        self._folder = folder
+        self._policy = policy
+        self.trials = reader.trials()
+        self.attempts = reader.attempts()
+        self._checkpoints: dict[int, list[Checkpoint]] = {}
+        for checkpoint in reader.checkpoints():
+            self._checkpoints.setdefault(checkpoint.trial, []).append(checkpoint)
+        self._cancelled = reader.cancel_requests()
+        self._decisions = reader.last_decisions()
+        self.rejected: dict[int, str] = {}
+        """row id and reason of each checkpoint that turned out bad"""
+
+    def plan(self) -> list[Planned]:
+        """Return what a restore does with each trial."""
+        return [plan_trial(self._standing(trial), self._policy) for trial in self.trials]
+
+    def valid_paths(self, trial: int) -> set[str]:
+        """Return the paths of a trial's checkpoints that count, or are kept as they are."""
+        return {
+            checkpoint.path
+            for checkpoint in self._checkpoints.get(trial, [])
+            if checkpoint.status is not CheckpointStatus.DELETED
+        }
+
+    def _standing(self, trial: Trial) -> Standing:
+        persisted = decided = None
+        if trial.status is TrialStatus.RUNNING:
+            persisted = persisted_outcome(self._folder, trial)
+            if trial.number in self._cancelled:
+                decided = Outcome.CANCELLED
+            elif self._decisions.get(trial.attempt.id) == "prune":
+                decided = Outcome.PRUNED
+        probe = plan_trial(Standing(trial=trial, persisted=persisted, decided=decided), self._policy)
+        if probe.action is not Action.RESUME:
+            return Standing(trial=trial, persisted=persisted, decided=decided)
+        found, reasons = self._newest(trial)
+        return Standing(
+            trial=trial,
+            checkpoint=None if found is None else (found.attempt, found.step),
+            rejected=tuple(reasons),
+            decided=decided,
+        )
+
+    def _newest(self, trial: Trial) -> tuple[Checkpoint | None, list[str]]:
+        """Return the newest checkpoint whose files are what its manifest says, and why newer ones are not."""
+        store = LocalCheckpoints(self._folder.path)
+        reasons = []
+        candidates = eligible(trial.attempt.number, self.attempts[trial.number], self._checkpoints.get(trial.number, []))
+        for candidate in candidates:
+            try:
+                store.verify(
+                    candidate.path,
+                    digest=candidate.digest,
+                    trial=trial.number,
+                    attempt=candidate.attempt,
+                    step=candidate.step,
+                )
+            except (Corrupt, CheckpointNotFound) as error:
+                self.rejected[candidate.id] = str(error)
+                reasons.append(f"the checkpoint at step {candidate.step} is not used: {error}")
+            else:
+                return candidate, reasons
+        return None, reasons
+
+
+def persisted_outcome(folder: Folder, trial: Trial) -> Outcome | None:
+    """Return the outcome in the current attempt's persisted result, or None when there is none that counts."""
+    result = folder.result(trial.number, trial.attempt.number)
+    if result is None or result.get("outcome") not in (Outcome.COMPLETED, Outcome.PRUNED):
+        return None
+    return Outcome(result["outcome"])
+
+
+def end_children(attempts: Sequence[Attempt]) -> None:
+    """End the worker processes that dead drivers left on this host."""
+    for attempt in attempts:
+        if attempt.host == processes.same_host() and attempt.pid is not None and attempt.pid_started:
+            processes.kill_group(attempt.pid, attempt.pid_started)
+
+
+def open_attempts(trials: Sequence[Trial]) -> list[Attempt]:
+    """Return the attempts that a dead driver left open."""
+    return [trial.attempt for trial in trials if trial.status is TrialStatus.RUNNING]
+
+
+def close_attempts(session: Session, survey: Survey, plan: Mapping[int, Planned]) -> None:
+    """Give every open attempt its outcome: adopted, as decided, or lost; sweep what it left half-written."""
+    if survey.rejected:
+        session.driver.reject(survey.rejected)
+    for trial in survey.trials:
+        if trial.status is not TrialStatus.RUNNING:
+            continue
+        session.runtime.checkpoints.sweep(trial.number, survey.valid_paths(trial.number))
+        if plan[trial.number].action is Action.ADOPT:
+            _adopt(session, trial)
+        else:
+            session.driver.end(trial.attempt.id, Ending(outcome=Outcome.LOST, note="its driver died"))
+
+
+def _adopt(session: Session, trial: Trial) -> None:
+    folder = session.opened.folder
+    outcome = persisted_outcome(folder, trial)
+    if outcome is None:
+        cancelled = trial.number in session.reader.cancel_requests()
+        decided = Outcome.CANCELLED if cancelled else Outcome.PRUNED
+        session.driver.end(trial.attempt.id, Ending(outcome=decided, note="decided before a crash"))
+        return
+    result = folder.result(trial.number, trial.attempt.number) or {}
+    ending = Ending(
+        outcome=outcome,
+        metrics=result.get("metrics"),
+        result=folder.result_name(trial.number, trial.attempt.number),
+        note="adopted: its result was persisted before a crash",
+    )
+    session.driver.end(trial.attempt.id, ending)
+
+
+def apply(session: Session, plan: Sequence[Planned]) -> None:
+    """Carry the plan out: trials to be run wait afterwards, trials to be left out are SKIPPED."""
+    rows = session.reader.trial_ids()
+    current = {trial.number: trial for trial in session.reader.trials()}
+    skipped = []
+    for planned in plan:
+        trial = current[planned.trial]
+        match planned.action:
+            case Action.RESUME | Action.RUN:
+                session.driver.rerun(rows[trial.number], restart=False, note=_note(planned))
+            case Action.RESTART:
+                session.driver.rerun(rows[trial.number], restart=True)
+            case Action.SKIP if trial.status is TrialStatus.PENDING:
+                skipped.append(rows[trial.number])
+            case _:
+                pass
+    if skipped:
+        session.driver.skip(skipped)
+
+
+def _note(planned: Planned) -> str:
+    return planned.reason if "not used" in planned.reason else ""

@@ -1,0 +1,49 @@
+"""The flow ``restore``: reads what is stored and re-submits unfinished or errored trials, as its flags say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+from prefect.states import Completed, State
+
+from holdfast.core.resume import ResumePolicy
+from holdfast.flows.prepare import RestoreRequest, prepare_restore
+from holdfast.flows.search import drive
+from holdfast.flows.session import prepared
+from holdfast.report.observer import observer
+
+
+def _run_name() -> str:
+    return Path(str(flow_run.parameters.get("path"))).name
+
+
+@flow(name="restore", flow_run_name=_run_name, persist_result=False)
+def restore(
+    path: str,
+    resume_unfinished: bool = True,
+    resume_errored: bool = False,
+    restart_errored: bool = False,
+    new_trials: bool = True,
+    force: bool = False,
+) -> State[Any]:
+    """Restore an experiment and drive it to the end of its budget.
+
+    Args:
+        path: The experiment's folder.
+        resume_unfinished: Go on with unfinished trials from their newest checkpoints; else leave them out.
+        resume_errored: Go on with errored trials from their newest checkpoints.
+        restart_errored: Begin errored trials again at step 0.
+        new_trials: Propose new trials up to the budget.
+        force: Take over from a holder that seems alive.
+    """
+    session = prepared.get()
+    if session is None:
+        policy = ResumePolicy.from_flags(
+            resume_unfinished=resume_unfinished, resume_errored=resume_errored, restart_errored=restart_errored
+        )
+        request = RestoreRequest(path=path, policy=policy, new_trials=new_trials, force=force)
+        session = prepare_restore(request, observer()).session
+    return Completed(message="nothing is left to do") if session is None else drive(session)

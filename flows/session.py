@@ -1,0 +1,118 @@
+"""A session: one experiment that this process drives, from taking its lease to giving it back. Imports no Prefect."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from holdfast.core.resume import Planned
+from holdfast.core.spec import ExperimentSpec
+from holdfast.core.trial import Attempt
+from holdfast.core.values import Json
+from holdfast.locate import Opened
+from holdfast.report.observer import Observer
+from holdfast.settings import visible_gpus
+from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.storage.database.driver import Driver
+from holdfast.storage.database.reads import Reader
+from holdfast.storage.leasing import Claimant, Keeper, take
+from holdfast.tasks.runtime import Runtime
+from holdfast.tasks.workers import processes
+from holdfast.tasks.workers.messages import Decision
+from holdfast.tasks.workers.pool import WorkerPool
+
+
+@dataclass
+class Session:
+    """Everything that drives one experiment."""
+
+    opened: Opened
+    keeper: Keeper
+    driver: Driver
+    reader: Reader
+    runtime: Runtime
+    new_trials: bool = True
+    plan: Sequence[Planned] = ()
+    dead: Sequence[Attempt] = field(default=())
+    """attempts that a crash left open, closed by this session: their Prefect runs are to be closed too"""
+
+    @property
+    def spec(self) -> ExperimentSpec:
+        return self.opened.spec
+
+    def close(self) -> None:
+        """End the workers and close the database; the lease is another matter."""
+        self.keeper.abandon()
+        if self.runtime.pool is not None:
+            self.runtime.pool.close()
+        self.opened.close()
+
+
+prepared: ContextVar[Session | None] = ContextVar("holdfast_session", default=None)
+"""The session that the caller of a flow in this process has prepared for it."""
+
+
+def holder() -> dict[str, Json]:
+    """Return who we are, for the lease."""
+    pid = os.getpid()
+    return {
+        "hostname": socket.gethostname(),
+        "host": processes.same_host(),
+        "pid": pid,
+        "started": processes.identity(pid) or "",
+    }
+
+
+def liveness(other: dict[str, Json]) -> bool | None:
+    """Tell whether a lease's holder lives on this host; None when it is another host's."""
+    if other.get("host") != processes.same_host():
+        return None
+    return processes.identity(int(other["pid"])) == other.get("started")
+
+
+def make_pool(spec: ExperimentSpec) -> WorkerPool | None:
+    """Return the worker processes of a spec, none started yet; None with ``isolation: inline``."""
+    if spec.execution.isolation == "inline":
+        return None
+    resources = spec.execution.resources
+    gpus = visible_gpus(needed=spec.search.max_concurrent * resources.gpu) if resources.gpu else None
+    return WorkerPool(spec.search.max_concurrent, cpu_per_trial=resources.cpu, gpus=gpus, gpus_per_trial=resources.gpu)
+
+
+def runnable(spec: ExperimentSpec, root: Path) -> ExperimentSpec:
+    """Return the spec with the trainable as a worker finds it: a pickled one lies in the experiment's folder."""
+    kind, _, rest = spec.trainable.partition(":")
+    return spec.model_copy(update={"trainable": f"pickle:{root / rest}"}) if kind == "pickle" else spec
+
+
+def begin(
+    opened: Opened, pool: WorkerPool | None, observer: Observer, *, action: str, detail: dict[str, Json], force: bool = False
+) -> Session:
+    """Take the lease of an opened experiment and start to renew it."""
+    claimant = Claimant(holder=holder(), liveness=liveness, say=observer.say, force=force)
+    keeper = take(opened.database, opened.record.id, opened.folder, claimant, action=action, detail=detail)
+    reader = Reader(opened.database, opened.record.id)
+    runtime = Runtime(
+        uuid=opened.record.uuid,
+        experiment=opened.record.id,
+        epoch=keeper.epoch,
+        spec=runnable(opened.spec, opened.folder.path),
+        workdir=opened.record.workdir,
+        database=opened.database,
+        reader=reader,
+        folder=opened.folder,
+        checkpoints=LocalCheckpoints(opened.folder.path),
+        pool=pool,
+    )
+    keeper.start(lambda: runtime.order(Decision.KILL))
+    driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=opened.record.seed)
+    return Session(opened=opened, keeper=keeper, driver=driver, reader=reader, runtime=runtime)
+
+
+def with_spec(opened: Opened, spec: ExperimentSpec) -> Opened:
+    """Return ``opened`` under a changed spec."""
+    return replace(opened, spec=spec)

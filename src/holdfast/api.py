@@ -1,0 +1,275 @@
+"""The public functions. Each checks everything that can be checked before it imports Prefect."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.core.errors import EngineError, HoldfastError, SpecError
+from holdfast.core.resume import Planned, ResumePolicy
+from holdfast.core.space import Space
+from holdfast.core.values import Json
+from holdfast.experiment import Experiment, SearchResult, result_of
+from holdfast.flows.prepare import Origin, RestoreRequest, plan_restore, prepare_restore, prepare_search
+from holdfast.flows.server import EmbeddedServer
+from holdfast.flows.session import Session, prepared
+from holdfast.locate import create as _create
+from holdfast.locate import find, git_commit
+from holdfast.report.observer import Observer, watching
+from holdfast.settings import names_api
+from holdfast.specfile import ExperimentSpec
+
+if TYPE_CHECKING:
+    from prefect import Flow
+
+
+class _Recorder(Observer):
+    """Passes everything on, and keeps the result: a flow's return value is a state."""
+
+    def __init__(self, inner: Observer, server: EmbeddedServer) -> None:
+        self.inner = inner
+        self.server = server
+        self.result: SearchResult | None = None
+        self.say = inner.say  # type: ignore[method-assign]  # plain delegation
+        self.opened = inner.opened  # type: ignore[method-assign]
+        self.planned = inner.planned  # type: ignore[method-assign]
+        self.running = inner.running  # type: ignore[method-assign]
+        self.trial = inner.trial  # type: ignore[method-assign]
+
+    def preparing(self) -> None:
+        if not names_api():  # a guess, made without importing Prefect: the server starts beside everything else
+            self.server.begin()
+        self.inner.preparing()
+
+    def ended(self, result: SearchResult) -> None:
+        self.result = result
+        self.inner.ended(result)
+
+
+def search(
+    spec: ExperimentSpec | Mapping[str, Any] | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    observer: Observer | None = None,
+) -> SearchResult:
+    """Run a search to the end of its budget, as the Prefect flow ``search``, and return every trial.
+
+    ``spec`` is a spec, its data, or the path of its file; ``overrides`` change one from a file. Raises SpecError and ExperimentExists (nothing was created), LeaseHeld or Fenced when somebody
+    else drives the experiment, EngineError when Prefect cannot be reached, and what interrupted the search.
+    """
+    checked, origin = _checked(spec, overrides)
+    server = EmbeddedServer()
+    watcher = _Recorder(observer or Observer(), server)
+    try:
+        session = prepare_search(checked, watcher, origin)
+        if session is None:
+            path = Path(checked.storage) / checked.name
+            with open(path, database=checked.database) as experiment:
+                return result_of(experiment._opened, "nothing is left to do")  # the same package
+        return _drive(session, watcher, server, restoring=False)
+    finally:
+        server.stop()
+
+
+def _checked(spec: ExperimentSpec | Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> tuple[ExperimentSpec, Origin]:
+    if isinstance(spec, (str, Path)):
+        folder = Path(spec).absolute().parent
+        checked = ExperimentSpec.from_file(spec, overrides)
+        return checked, Origin(source=Path(spec).read_text(), commit=git_commit(folder), workdir=str(folder))
+    if overrides:
+        raise SpecError("overrides change a spec that is read from a file; change the spec itself")
+    checked = spec if isinstance(spec, ExperimentSpec) else ExperimentSpec.parse(spec)
+    return checked, Origin(commit=git_commit(Path.cwd()))
+
+
+def create(spec: ExperimentSpec | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = ()) -> Experiment:
+    """Create an experiment without running it; ``restore`` runs it."""
+    import secrets
+
+    checked, origin = _checked(spec, overrides)
+    seed = checked.search.seed if checked.search.seed is not None else secrets.randbits(31)
+    seeded = checked.model_copy(update={"search": checked.search.model_copy(update={"seed": seed})})
+    return Experiment(_create(seeded, seed=seed, workdir=origin.workdir, source=origin.source, commit=origin.commit))
+
+
+def restore(
+    path: str | Path,
+    trainable: str | None = None,
+    *,
+    resume_unfinished: bool = True,
+    resume_errored: bool = False,
+    restart_errored: bool = False,
+    policy: ResumePolicy | None = None,
+    space: Mapping[str, Any] | Space | None = None,
+    references: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Json] | None = None,
+    new_trials: bool = True,
+    force: bool = False,
+    database: str | None = None,
+    observer: Observer | None = None,
+) -> SearchResult:
+    """Restore an experiment from its path and run it to the end of its budget; return every trial of every status.
+
+    Finished trials never run again. Unfinished ones go on from their newest valid checkpoint (``resume_unfinished``), or are
+    left out; errored ones are kept, resumed or restarted. ``policy`` says the same in full and excludes the flags. ``space``
+    is compared, ``references`` replace the stored ones, ``changes`` are new values such as ``{"search.num_trials": 40}``.
+
+    Raises SpecError before anything is changed, LeaseHeld when a live process drives the experiment.
+    """
+    request = request_of(
+        path,
+        trainable,
+        resume_unfinished=resume_unfinished,
+        resume_errored=resume_errored,
+        restart_errored=restart_errored,
+        policy=policy,
+        space=space,
+        references=references,
+        changes=changes,
+        new_trials=new_trials,
+        force=force,
+        database=database,
+    )
+    server = EmbeddedServer()
+    watcher = _Recorder(observer or Observer(), server)
+    try:
+        restored = prepare_restore(request, watcher)
+        if restored.session is None:
+            result = result_of(restored.opened, "nothing is left to do")
+            restored.opened.close()
+            watcher.ended(result)
+            return result
+        return _drive(restored.session, watcher, server, restoring=True)
+    finally:
+        server.stop()
+
+
+def request_of(
+    path: str | Path,
+    trainable: str | None = None,
+    *,
+    resume_unfinished: bool = True,
+    resume_errored: bool = False,
+    restart_errored: bool = False,
+    policy: ResumePolicy | None = None,
+    space: Mapping[str, Any] | Space | None = None,
+    references: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Json] | None = None,
+    new_trials: bool = True,
+    force: bool = False,
+    database: str | None = None,
+) -> RestoreRequest:
+    """Check a restore's arguments and return the request; SpecError for what contradicts itself."""
+    flags = ResumePolicy.from_flags(
+        resume_unfinished=resume_unfinished, resume_errored=resume_errored, restart_errored=restart_errored
+    )
+    if policy is not None and flags != ResumePolicy():
+        raise SpecError("policy and a resume flag are both given; policy says it all: leave the flags out")
+    if trainable is not None and trainable.rpartition(":")[0].endswith(".py"):
+        trainable = os.path.abspath(trainable.rpartition(":")[0]) + ":" + trainable.rpartition(":")[2]
+    if space is not None and not isinstance(space, Space):
+        space = Space.model_validate(dict(space))
+    return RestoreRequest(
+        path=path,
+        policy=policy or flags,
+        trainable=trainable,
+        changes=changes or {},
+        space=space,
+        references=references,
+        database=database,
+        new_trials=new_trials,
+        force=force,
+    )
+
+
+def plan(request: RestoreRequest) -> list[Planned]:
+    """Return what a restore would do with each stored trial; changes nothing."""
+    opened, planned = plan_restore(request)
+    opened.close()
+    return planned
+
+
+def can_restore(path: str | Path, *, database: str | None = None) -> bool:
+    """Tell whether :func:`restore` would work: the path is an intact experiment that no live process drives."""
+    try:
+        plan(RestoreRequest(path=path, database=database))
+        with open(path, database=database) as experiment:
+            return not experiment.lease.is_held
+    except (HoldfastError, OSError):
+        return False
+
+
+def open(target: str | Path, *, database: str | None = None) -> Experiment:  # holdfast.open
+    """Return a handle on a stored experiment, by its path or, with ``database``, by its name or UUID.
+
+    Raises ExperimentNotFound, Corrupt or DatabaseError; nothing is changed.
+    """
+    return Experiment(find(target, database=database))
+
+
+def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, restoring: bool) -> SearchResult:
+    """Run the flow of a prepared session; return its result, or raise what interrupted it."""
+    session_token, watcher_token = prepared.set(session), watching.set(watcher)
+    try:
+        with _engine(server) as url:
+            watcher.running(url)
+            flow, arguments = _flow(session, restoring=restoring)
+            state = flow(**arguments, return_state=True)
+            if watcher.result is None or state.is_crashed():
+                error = state.result(raise_on_failure=False)
+                raise error if isinstance(error, BaseException) else EngineError(f"the flow ended without a result: {state}")
+            return watcher.result
+    except BaseException as error:
+        session.keeper.release_quietly(f"interrupted: {type(error).__name__}: {error}")
+        session.close()
+        raise
+    finally:
+        prepared.reset(session_token)
+        watching.reset(watcher_token)
+
+
+def _flow(session: Session, *, restoring: bool) -> tuple[Flow[..., Any], dict[str, Any]]:
+    if restoring:
+        from holdfast.flows.restore import restore as restore_flow
+
+        return restore_flow, {"path": str(session.opened.folder.path)}
+    from holdfast.flows.search import search as search_flow
+
+    spec = session.spec.model_copy(update={"database": None, "references": {}})  # Prefect stores parameters
+    return search_flow, {"spec": spec}
+
+
+@contextmanager
+def _engine(server: EmbeddedServer) -> Iterator[str | None]:
+    """Have a Prefect API for the body: the one that Prefect's settings name, else the embedded server's."""
+    import prefect.settings as prefect_settings
+
+    # What Prefect's settings say counts, not the guess: a server that was started for nothing is ended.
+    if prefect_settings.PREFECT_API_URL.value():
+        server.stop()
+        yield prefect_settings.PREFECT_API_URL.value()
+        return
+    server.begin()
+    changes = {
+        prefect_settings.PREFECT_API_URL: server.url(),
+        prefect_settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,  # nobody watches, and it costs a second
+    }
+    with prefect_settings.temporary_settings(changes):
+        try:
+            yield None
+        finally:
+            _drain()
+
+
+def _drain() -> None:
+    """Send what is queued before the embedded server ends, so that nothing complains about its absence."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogHandler
+
+    with suppress(Exception):  # telemetry of a server that is about to go
+        APILogHandler.flush()
+    with suppress(Exception):
+        EventsWorker.drain_all(timeout=5)

@@ -1,0 +1,286 @@
+"""The handle on a stored experiment: read and manage it without running anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.errors import InvalidInput
+from holdfast.core.objective import Objective, scores
+from holdfast.core.space import Space
+from holdfast.core.spec import ExperimentSpec
+from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
+from holdfast.core.values import Config, Metrics
+from holdfast.locate import Opened
+from holdfast.storage.database import requests
+from holdfast.storage.database.leases import Lease, Leases
+from holdfast.storage.database.reads import AuditRow, Reader, ReportRow
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class LoadedTrials:
+    """Trials as four lists (ids, configs, scores, statuses), into which it unpacks."""
+
+    ids: list[int]
+    configs: list[Config]
+    scores: list[Metrics | None]
+    statuses: list[TrialStatus]
+    origins: list[str | None]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter((self.ids, self.configs, self.scores, self.statuses))
+
+
+class Experiment:
+    """A stored experiment. Closes its database connections when used as a context manager, or by :meth:`close`."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._opened = opened
+        self._reader = Reader(opened.database, opened.record.id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; the handle opens new ones when it is used again."""
+        self._opened.close()
+
+    @property
+    def id(self) -> str:
+        """The UUID, which never changes."""
+        return self._opened.record.uuid
+
+    @property
+    def name(self) -> str:
+        return self._opened.record.name
+
+    @property
+    def path(self) -> Path:
+        return self._opened.folder.path
+
+    @property
+    def spec(self) -> ExperimentSpec:
+        return self._opened.spec
+
+    @property
+    def space(self) -> Space:
+        return self.spec.space
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        return self.spec.goals
+
+    @property
+    def description(self) -> str:
+        return self.spec.description
+
+    @property
+    def spec_source(self) -> str | None:
+        """The text of the file that the spec was read from, or None."""
+        return self._opened.record.spec_source
+
+    @property
+    def lease(self) -> Lease:
+        """Who drives the experiment now."""
+        return Leases(self._opened.database, self._opened.record.id).look()
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every trial in number order."""
+        return self._reader.trials()
+
+    @property
+    def status(self) -> str:
+        """running, interrupted, stopped, completed or failed: derived from the lease and the trials, never stored."""
+        from holdfast.storage.database.experiments import by_uuid
+
+        record = by_uuid(self._opened.database, self.id)
+        counts = self._reader.counts()
+        if self.lease.is_held:
+            return "running"
+        unfinished = sum(counts.get(status, 0) for status in ACTIVE)
+        if record is not None and record.ended is not None and record.ended.startswith("stopped"):
+            return "stopped"
+        if unfinished or record is None or record.ended is None or record.ended.startswith("interrupted"):
+            return "interrupted"
+        errored = sum(counts.get(status, 0) for status in ERRORED)
+        return "failed" if errored and errored == sum(counts.values()) else "completed"
+
+    def counts(self) -> dict[TrialStatus, int]:
+        """Return how many trials have each status that occurs."""
+        return self._reader.counts()
+
+    def trial(self, number: int) -> Trial:
+        """Return one trial; InvalidInput when there is none of that number."""
+        found = self._reader.trial(number)
+        if found is None:
+            raise InvalidInput(f"there is no trial {number} in {self.name!r}")
+        return found
+
+    def best_trial(self) -> Trial | None:
+        """Return the COMPLETED or PRUNED trial with the best finite first objective (ties: the earliest), or None."""
+        return best_of(self.trials, self.objectives)
+
+    def load(self, last_trial_id: int = -1) -> LoadedTrials:
+        """Return trials with numbers above ``last_trial_id`` that have ended with or without scores.
+
+        COMPLETED and PRUNED ones have their metrics as scores, FAILED and TIMED_OUT ones None; others are not listed.
+        """
+        listed = [
+            trial for trial in self._reader.trials(first=last_trial_id + 1) if trial.status in SCORED or trial.status in ERRORED
+        ]
+        return LoadedTrials(
+            ids=[trial.number for trial in listed],
+            configs=[trial.config for trial in listed],
+            scores=[trial.metrics if trial.status in SCORED else None for trial in listed],
+            statuses=[trial.status for trial in listed],
+            origins=[trial.origin for trial in listed],
+        )
+
+    def pending_trials(self, timestamp: datetime, *, running: bool) -> list[Trial]:
+        """Return the waiting trials that are due at ``timestamp`` (inclusive; aware), with running ones when asked."""
+        if timestamp.tzinfo is None:
+            raise InvalidInput(f"timestamp {timestamp.isoformat()} has no time zone; add one")
+        wanted = {TrialStatus.PENDING, TrialStatus.RUNNING} if running else {TrialStatus.PENDING}
+        return [
+            trial for trial in self.trials if trial.status in wanted and (trial.ts_start is None or trial.ts_start <= timestamp)
+        ]
+
+    def load_telemetry(self, trial: int) -> list[tuple[datetime, str, Any]]:
+        """Return a trial's measurements: (UTC time, name, value), ordered by time and name."""
+        return [row[1:] for row in self._reader.telemetry(first=trial, last=trial)]
+
+    def load_config(self, config_id: int) -> Config:
+        """Return the config of an id; InvalidInput when there is none."""
+        found = self._reader.config(config_id)
+        if found is None:
+            raise InvalidInput(f"there is no config {config_id}; trials have .config_id")
+        return found
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return every checkpoint's row by trial, attempt and step."""
+        return self._reader.checkpoints()
+
+    def history(self) -> list[ReportRow]:
+        """Return every report by trial, step and attempt; superseded ones are flagged."""
+        return self._reader.history()
+
+    def audit(self) -> list[AuditRow]:
+        """Return who did what to the experiment, oldest first."""
+        return self._reader.audit()
+
+    def results_df(self) -> pd.DataFrame:
+        """Return one row a trial: number, status, config.<param> and metric.<name> columns, step, attempts, error."""
+        return results_df(self.trials)
+
+    def history_df(self) -> pd.DataFrame:
+        """Return one row a report: trial, attempt, step, reported, canonical, metric.<name> columns."""
+        import pandas as pd
+
+        rows = [
+            {
+                "trial": row.trial,
+                "attempt": row.attempt,
+                "step": row.step,
+                "reported": row.reported,
+                "canonical": row.canonical,
+                **{f"metric.{name}": value for name, value in row.metrics.items()},
+            }
+            for row in self.history()
+        ]
+        return pd.DataFrame(rows, columns=None if rows else ["trial", "attempt", "step", "reported", "canonical"])
+
+    def stop(self, *, wait: float = 0.0) -> bool:
+        """Ask the driver to save and stop; wait up to ``wait`` seconds. Return whether nobody drives it now."""
+        if not self.lease.is_held:
+            return True
+        requests.request_stop(self._opened.database, self._opened.record.id)
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline and self.lease.is_held:
+            time.sleep(0.2)
+        return not self.lease.is_held
+
+    def cancel(self, trial: int) -> None:
+        """Ask for one waiting or running trial to be ended; Conflict when it has ended already."""
+        requests.request_cancel(self._opened.database, self._opened.record.id, trial)
+
+
+def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Trial | None:
+    """Return the best of the scored trials by the first objective, or None when no one has finite values."""
+    best: tuple[float, Trial] | None = None
+    for trial in trials:
+        values = scores(trial.metrics, objectives) if trial.status in SCORED else None
+        if values is not None and (best is None or objectives[0].better(values[0], best[0])):
+            best = (values[0], trial)
+    return best[1] if best else None
+
+
+def results_df(trials: Sequence[Trial]) -> pd.DataFrame:
+    """Return one row a trial."""
+    import pandas as pd
+
+    rows = [
+        {
+            "trial": trial.number,
+            "status": trial.status.value,
+            **{f"config.{name}": value for name, value in trial.config.items()},
+            **{f"metric.{name}": value for name, value in trial.metrics.items()},
+            "step": trial.step,
+            "attempts": trial.attempts,
+            "error": trial.error.message if trial.error else None,
+        }
+        for trial in trials
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["trial", "status", "step", "attempts", "error"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What a search or restore leaves: every trial of every status."""
+
+    name: str
+    path: Path
+    trials: list[Trial]
+    best: Trial | None
+    reason: str
+    """why it ended"""
+    fast_failed: bool = False
+
+    @property
+    def errors(self) -> list[Trial]:
+        """The errored trials."""
+        return [trial for trial in self.trials if trial.status in ERRORED]
+
+    @property
+    def failed(self) -> bool:
+        """Whether the search as a whole failed: ``fail_fast`` ended it, or every trial errored."""
+        return self.fast_failed or (bool(self.trials) and len(self.errors) == len(self.trials))
+
+    def results_df(self) -> pd.DataFrame:
+        """Return one row a trial."""
+        return results_df(self.trials)
+
+
+def result_of(opened: Opened, reason: str, *, fast_failed: bool = False) -> SearchResult:
+    """Read the result of an experiment as it stands."""
+    trials = Reader(opened.database, opened.record.id).trials()
+    return SearchResult(
+        name=opened.record.name,
+        path=opened.folder.path,
+        trials=trials,
+        best=best_of(trials, opened.spec.goals),
+        reason=reason,
+        fast_failed=fast_failed,
+    )

@@ -1,0 +1,182 @@
+"""What the command line shows of stored experiments, for people and (as JSON values) for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.objective import Objective, score
+from holdfast.core.resume import Action, Planned
+from holdfast.core.trial import SCORED, Trial, TrialStatus
+from holdfast.core.values import strict
+from holdfast.experiment import Experiment
+
+COLOURS = {
+    TrialStatus.COMPLETED: "green",
+    TrialStatus.PRUNED: "cyan",
+    TrialStatus.RUNNING: "blue",
+    TrialStatus.FAILED: "red",
+    TrialStatus.TIMED_OUT: "red",
+}
+
+
+def brief(value: object) -> str:
+    """Return a value as short text: floats with five significant digits."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def config_words(trial: Trial) -> str:
+    """Return a config in one line."""
+    return " ".join(f"{name}={brief(value)}" for name, value in trial.config.items())
+
+
+def trial_json(trial: Trial) -> dict[str, Any]:
+    """Return a trial as ``trials --json`` prints it."""
+    error = trial.error
+    return {
+        "number": trial.number,
+        "status": trial.status.value,
+        "config": strict(trial.config),
+        "metrics": strict(trial.metrics),
+        "step": trial.step,
+        "attempts": trial.attempts,
+        "error": None if error is None else f"{error.kind}: {error.message}",
+    }
+
+
+def show_json(experiment: Experiment) -> dict[str, Any]:
+    """Return an experiment as ``show --json`` prints it."""
+    lease = experiment.lease
+    best = experiment.best_trial()
+    return {
+        "name": experiment.name,
+        "id": experiment.id,
+        "status": experiment.status,
+        "path": str(experiment.path),
+        "epoch": lease.epoch,
+        "trials": {status.value: count for status, count in experiment.counts().items()},
+        "best": None if best is None else trial_json(best),
+    }
+
+
+def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a checkpoint as ``checkpoints --json`` prints it."""
+    return {
+        "trial": checkpoint.trial,
+        "step": checkpoint.step,
+        "status": checkpoint.status.value,
+        "bytes": checkpoint.bytes,
+        "metrics": strict(checkpoint.metrics),
+        "path": checkpoint.path,
+        "attempt": checkpoint.attempt,
+        "reason": checkpoint.reason,
+    }
+
+
+def planned_json(planned: Planned) -> dict[str, Any]:
+    """Return one line of a plan as ``restore --plan --json`` prints it."""
+    return {
+        "trial": planned.trial,
+        "status": planned.status.value,
+        "action": planned.action.value,
+        "step": planned.step,
+        "reason": planned.reason,
+    }
+
+
+def trials_table(trials: Sequence[Trial], objectives: Sequence[Objective], *, title: str | None = None) -> Table:
+    """Return trials as a table: number, status, objectives, step, attempts, config or error."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("trial", justify="right")
+    table.add_column("status")
+    for objective in objectives:
+        table.add_column(objective.name, justify="right")
+    table.add_column("step", justify="right")
+    table.add_column("attempts", justify="right")
+    table.add_column("config", overflow="fold")
+    for trial in trials:
+        colour = COLOURS.get(trial.status, "")
+        words = config_words(trial)
+        if trial.error is not None and trial.status not in SCORED:
+            words += f"  {trial.error.kind}: {trial.error.message.splitlines()[0] if trial.error.message else ''}"
+        table.add_row(
+            str(trial.number),
+            f"[{colour}]{trial.status.value}[/]" if colour else trial.status.value,
+            *(brief(trial.metrics.get(objective.name, "")) for objective in objectives),
+            "" if trial.step is None else str(trial.step),
+            str(trial.attempts),
+            escape(words),
+        )
+    return table
+
+
+def leaderboard(trials: Sequence[Trial], objectives: Sequence[Objective], *, rows: int = 5) -> Table:
+    """Return the best trials by the first objective, best first."""
+    first = objectives[0]
+    scored = [
+        (value, trial)
+        for trial in trials
+        if trial.status in SCORED and (value := score(trial.metrics, first)) is not None and value == value
+    ]
+    scored.sort(key=lambda pair: (pair[0] if first.direction == "min" else -pair[0], pair[1].number))
+    return trials_table([trial for _, trial in scored[:rows]], objectives)
+
+
+def plan_table(plan: Sequence[Planned]) -> Table:
+    """Return a restore's plan as a table."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("trial", justify="right")
+    table.add_column("status")
+    table.add_column("action")
+    table.add_column("from step", justify="right")
+    table.add_column("reason", overflow="fold")
+    for planned in plan:
+        step = "" if planned.step is None else str(planned.step)
+        table.add_row(str(planned.trial), planned.status.value, planned.action.value, step, escape(planned.reason))
+    return table
+
+
+def checkpoints_table(checkpoints: Sequence[Checkpoint]) -> Table:
+    """Return checkpoints as a table."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("trial", "attempt", "step", "bytes"):
+        table.add_column(name, justify="right")
+    table.add_column("status")
+    table.add_column("path", overflow="fold")
+    for item in checkpoints:
+        status = f"{item.status.value}: {item.reason}" if item.reason and item.status == "corrupt" else item.status.value
+        table.add_row(str(item.trial), str(item.attempt), str(item.step), str(item.bytes), escape(status), escape(item.path))
+    return table
+
+
+def plan_words(plan: Sequence[Planned]) -> str:
+    """Say in one line what a plan does: how many trials are kept, resumed from where, restarted, left out."""
+    words = []
+    for action in Action:
+        chosen = [planned for planned in plan if planned.action is action]
+        if not chosen:
+            continue
+        text = f"{len(chosen)} {VERBS[action]}"
+        if action is Action.RESUME:
+            text += " (" + ", ".join(_from(planned) for planned in chosen[:8]) + (", ..." if len(chosen) > 8 else "") + ")"
+        words.append(text)
+    return ", ".join(words) or "no trial yet"
+
+
+VERBS = {
+    Action.KEEP: "kept",
+    Action.ADOPT: "adopted",
+    Action.RESUME: "resumed",
+    Action.RESTART: "restarted",
+    Action.RUN: "started",
+    Action.SKIP: "left out",
+}
+
+
+def _from(planned: Planned) -> str:
+    start = "from the beginning" if planned.step is None else f"after step {planned.step}"
+    return f"trial {planned.trial} {start}"

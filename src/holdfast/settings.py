@@ -1,0 +1,68 @@
+"""Settings from the environment: the only module that reads it."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """``HOLDFAST_...`` variables; every field has a working default."""
+
+    model_config = SettingsConfigDict(env_prefix="HOLDFAST_", extra="ignore")
+
+    database_url: str | None = Field(default=None, description="database of specs that name none")
+    grace_seconds: float = Field(default=15.0, gt=0, description="what running trials get to save after SIGTERM or SIGINT")
+    fault: str | None = Field(default=None, description="NAME or NAME:N: die by SIGKILL at the N-th pass of a crash point")
+    cache_folder: Path = Field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast",
+        description="what can be made again",
+    )
+
+
+@lru_cache(maxsize=1)
+def settings() -> Settings:
+    """Return the settings of this process, read once."""
+    return Settings()
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return the environment of a child process: ours with ``changes``."""
+    return {**os.environ, **changes}
+
+
+def visible_gpus(*, needed: int) -> list[str]:
+    """Return the devices that this process may use; SpecError when there are fewer than ``needed``."""
+    from holdfast.core.errors import SpecError
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        found = [device for device in given.split(",") if device.strip()]
+    else:
+        root = Path("/proc/driver/nvidia/gpus")
+        found = [str(index) for index, _ in enumerate(sorted(root.iterdir()))] if root.is_dir() else []
+    if len(found) < needed:
+        raise SpecError(
+            f"execution.resources.gpu and search.max_concurrent need {needed} devices, {len(found)} are visible; "
+            "lower one of them, or set CUDA_VISIBLE_DEVICES"
+        )
+    return found
+
+
+def names_api() -> bool:
+    """Guess, without importing Prefect, whether its settings name an API: by the environment, a profile, a project file."""
+    if os.environ.get("PREFECT_API_URL"):
+        return True
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml")
+    candidates = (profiles, Path(".env"), Path("prefect.toml"), Path("pyproject.toml"))
+    return any("api_url" in file.read_text(errors="replace").lower() for file in candidates if file.is_file())
+
+
+def hush_prefect() -> None:
+    """Keep Prefect's own log off the console (it still goes to the API); call it before Prefect is imported."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")

@@ -1,0 +1,251 @@
+"""The spec as a file: YAML, overrides from the command line, and paths that are relative to the file."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from holdfast.core import spec as core
+from holdfast.core.errors import SpecError
+from holdfast.core.spec import known_keys, nearest
+
+__all__ = ["ExperimentSpec", "apply_overrides"]
+
+
+class ExperimentSpec(core.ExperimentSpec):
+    """One search, described in full; see :class:`holdfast.core.spec.ExperimentSpec` for the keys."""
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
+        """Read the YAML file ``path``, with ``overrides`` such as ``search.seed=1`` applied.
+
+        A relative ``storage``, and a ``trainable`` that is a relative file, are taken from the file's folder. Raises
+        SpecError, naming file, line, key and remedy.
+        """
+        return cls.from_text(_read(Path(path)), source=str(path), folder=Path(path).parent, overrides=overrides)
+
+    @classmethod
+    def from_text(
+        cls,
+        text: str,
+        *,
+        source: str = "spec",
+        folder: str | os.PathLike[str] | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Self:
+        """Read a spec from YAML; ``folder`` is what its relative paths are taken from (None: they stay as they are)."""
+        node, data = _load(text, source)
+        if data is None:
+            raise SpecError(f"{source} is empty; it needs at least name, trainable, objectives and space")
+        if not isinstance(data, dict):
+            raise SpecError(f"{source} holds a {_kind(data)}; it must be a mapping of keys such as name: and trainable:")
+        changed = apply_overrides(data, overrides, source)
+        if folder is not None:
+            _make_absolute(changed, Path(os.path.abspath(folder)))
+        return cls.parse(changed, source=_locator(node, source, overrides))
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str], source: str = "spec") -> dict[str, Any]:
+    """Return ``data`` with each ``key.key=value`` set; ``data`` itself stays as it is.
+
+    A value that begins with ``[``, ``{`` or a quote is YAML, any other one a YAML scalar. Raises SpecError for a
+    malformed override and for a key that no spec has, naming the nearest one.
+    """
+    result = dict(data)
+    for override in overrides:
+        key, value = _split(override, source)
+        _check_key(key, result, override, source)
+        here = result
+        for place, part in enumerate(key[:-1]):
+            below = here.get(part)
+            if below is not None and not isinstance(below, Mapping):
+                parent = ".".join(key[: place + 1])
+                raise SpecError(f"{source}: --set {override}: {parent} is no mapping, so it has no key {key[place + 1]!r}")
+            here[part] = dict(below or {})
+            here = here[part]
+        here[key[-1]] = value
+    return result
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise SpecError(f"{path}: there is no such file{_similar(path)}") from None
+    except IsADirectoryError:
+        inside = _specs_in(path)
+        hint = f", such as {path / inside[0]}" if inside else ""
+        raise SpecError(f"{path} is a folder; name the spec file in it{hint}") from None
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{path} cannot be read: {error}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise SpecError(f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def _specs_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml"))
+    except OSError:
+        return []
+
+
+def _similar(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f", and no folder {path.parent}"
+    candidates = _specs_in(path.parent)
+    near = difflib.get_close_matches(path.name, candidates, n=3, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?"
+    return f"; specs in that folder: {', '.join(candidates[:5]) or 'none'}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML 1.2 scalars: 1e-4 is a number, only true and false are booleans, dates are strings; no key twice."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # the base class has it so
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            first = seen.setdefault((key.tag, key.value), key)
+            if first is not key:
+                line = first.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} stands here again (first in line {line}); keep one", key.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = node.value
+        sign, digits = (-1 if text.startswith("-") else 1), text.lstrip("+-")
+        return sign * int(digits, {"0o": 8, "0x": 16}.get(digits[:2], 10))
+
+
+for _tag, _pattern, _starts in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_starts))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _load(text: str, source: str) -> tuple[yaml.Node | None, Any]:
+    """Return the document of ``text`` as a node, which knows its lines, and as plain values."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise SpecError(f"{source}, line {line}: character {error.character!r} is not allowed in YAML; remove it") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        context = f" ({error.context})" if error.context else ""
+        raise SpecError(f"{source}{place}: not valid YAML: {error.problem}{context}") from None
+    except (RecursionError, ValueError) as error:
+        raise SpecError(f"{source}: not readable as YAML: {error}") from None
+
+
+def _kind(value: object) -> str:
+    return {list: "list", str: "string", bool: "truth value", int: "number", float: "number"}.get(
+        type(value), type(value).__name__
+    )
+
+
+def _locator(root: yaml.Node | None, source: str, overrides: Sequence[str]) -> Callable[[Sequence[int | str]], str]:
+    """Return a function that says where a key was given: the override that set it, else file and line."""
+    given = [(override.partition("=")[0].strip().split("."), override) for override in overrides]
+
+    def locate(location: Sequence[int | str]) -> str:
+        parts = [str(part) for part in location]
+        for key, override in reversed(given):
+            if parts and (parts[: len(key)] == key or key[: len(parts)] == parts):
+                return f"{source} with --set {override}"
+        line = _line_of(root, parts)
+        return source if line is None else f"{source}, line {line}"
+
+    return locate
+
+
+def _line_of(node: yaml.Node | None, parts: Sequence[str]) -> int | None:
+    """Return the line of the deepest key of ``parts`` that the document has, or None when it has not even the first."""
+    line = None
+    for part in parts:
+        found: tuple[yaml.Node, yaml.Node] | None = None
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == part), None)
+        elif isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
+            found = (node.value[int(part)],) * 2
+        if found is None:
+            return line
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
+
+
+def _make_absolute(data: dict[str, Any], folder: Path) -> None:
+    storage = data.get("storage", core.ExperimentSpec.model_fields["storage"].default)
+    if isinstance(storage, str) and storage.strip() and "://" not in storage:
+        data["storage"] = _absolute(storage, folder)
+    trainable = data.get("trainable")
+    if isinstance(trainable, str):
+        target, colon, attribute = trainable.rpartition(":")
+        if target.endswith(".py"):
+            data["trainable"] = _absolute(target, folder) + colon + attribute
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return os.path.normpath(folder / os.path.expanduser(path))
+
+
+def _split(override: str, source: str) -> tuple[list[str], Any]:
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise SpecError(f"--set {override}: expected key=value, such as --set search.seed=1")
+    return parts, _value(text.strip(), override, source)
+
+
+def _value(text: str, override: str, source: str) -> Any:
+    if text[:1] in ("[", "{", '"', "'"):
+        return _load(text, f"{source}: --set {override}")[1]
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, text), deep=True)
+
+
+def _check_key(key: Sequence[str], data: Mapping[str, Any], override: str, source: str) -> None:
+    """Refuse a key that no spec has; what lies below objectives, space and references is named by the user."""
+    location: list[str] = []
+    for place, part in enumerate(key):
+        known = known_keys(core.ExperimentSpec, location)
+        if known and part not in known:
+            near = nearest(part, known)
+            prefix = "".join(f"{parent}." for parent in key[:place])
+            hint = f"; did you mean {prefix + near!r}?" if near else ""
+            raise SpecError(
+                f"{source}: --set {override}: unknown key {'.'.join(key[: place + 1])!r}{hint} (allowed: {', '.join(known)})"
+            )
+        location.append(part)
+        if len(location) == 2 and location[0] == "space":
+            space = data.get("space")
+            parameter = space.get(part) if isinstance(space, Mapping) else None
+            location.append(str(parameter.get("type")) if isinstance(parameter, Mapping) else "")

@@ -1,0 +1,305 @@
+"""Checkpoints in a local directory: staged, published by a rename, verified on load, deleted by way of a trash name.
+
+trials/000007/checkpoints/.staging-step_00000012-a2-3f9c01d2   being written; nothing yet
+trials/000007/checkpoints/step_00000012-a2-3f9c01d2            published, with manifest.json
+trials/000007/checkpoints/.trash-step_00000012-a2-3f9c01d2     being deleted; nothing any more
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.core.checkpoint import check_step
+from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, NotACheckpoint
+from holdfast.core.faults import point
+from holdfast.core.values import Metrics
+from holdfast.storage.checkpoints.files import Sink, fsync_folder, storage_errors
+from holdfast.storage.checkpoints.manifest import MANIFEST, Manifest, digest_of
+from holdfast.storage.checkpoints.serializers import read_state, verify_files
+
+log = logging.getLogger(__name__)
+
+STAGING = ".staging-"
+TRASH = ".trash-"
+_STEP = r"step_(?P<step>[0-9]{8}|[1-9][0-9]{8,})-a(?P<attempt>[1-9][0-9]*)-(?P<writer>[0-9a-f]{4,32})"
+_TRIAL = r"trials/(?P<trial>[0-9]{6}|[1-9][0-9]{6,})/checkpoints/"
+_PATH = re.compile(_TRIAL + _STEP)
+_STAGED = re.compile(_TRIAL + re.escape(STAGING) + _STEP)
+_OWN = re.compile(rf"({re.escape(STAGING)}|{re.escape(TRASH)})?{_STEP}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A checkpoint that is durable: ``path`` relative to the root, ``digest`` of its manifest, ``bytes`` on disk."""
+
+    path: str
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A verified checkpoint; ``path`` is its folder, and so is ``state`` when it holds the user's own files."""
+
+    step: int
+    metrics: Metrics
+    path: Path
+    state: object
+
+
+class LocalCheckpoints:
+    """The checkpoints below ``root``, the experiment's path.
+
+    A checkpoint exists from the rename in :meth:`publish` on, complete and durable, or not at all. Threads and processes
+    may share a root: every staged directory is one writer's own. Which of two published ones counts, and whether a writer
+    may still publish, is for the rows to say.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()  # user code may change the working directory
+        self._synced: set[int] = set()  # trials whose folders are known to be durable
+
+    def stage(self, trial: int, attempt: int, step: int) -> Path:
+        """Make and return a new empty directory to write the checkpoint's files into; StorageError when it cannot."""
+        check_step(step)
+        folder = self._trial(trial)
+        with storage_errors(f"stage a checkpoint in {folder}"):
+            while True:
+                name = f"step_{step:08d}-a{attempt}-{secrets.token_hex(4)}"
+                if os.path.lexists(folder / name):
+                    continue
+                try:
+                    os.mkdir(folder / (STAGING + name))
+                except FileNotFoundError:
+                    os.makedirs(folder, exist_ok=True)
+                except FileExistsError:
+                    continue
+                else:
+                    return folder / (STAGING + name)
+
+    def publish(self, staged: Path, manifest: Manifest) -> Published:
+        """Make the staged files, which are fsynced already, a checkpoint: manifest, fsync, rename, fsync of every parent.
+
+        Raises StorageError when the file system refuses; then the staged files are gone, and nothing else has changed.
+        """
+        path = self._published_path(staged, manifest)
+        data = manifest.to_bytes()
+        final = self.root / path
+        renamed = False
+        try:
+            with storage_errors(f"publish {path}"):
+                point("checkpoint.staged")
+                with Sink(staged, MANIFEST) as sink:
+                    sink.write(data)
+                for folder in sorted({folder for entry in manifest.files for folder in _folders(entry.name)}, reverse=True):
+                    fsync_folder(staged / folder)
+                fsync_folder(staged)
+                point("checkpoint.manifest-written")
+                os.rename(staged, final)
+                renamed = True
+                point("checkpoint.renamed")
+                self._sync_parents(manifest.trial)
+        except OSError:
+            if renamed:
+                _retire(final)  # not known to be durable
+            else:
+                _remove(staged)
+            raise
+        return Published(path=path, digest=digest_of(data), bytes=manifest.size + len(data))
+
+    def discard(self, staged: Path) -> None:
+        """Remove a staged directory, if it is there; a failure is logged, and :meth:`sweep` tries again."""
+        if not _STAGED.fullmatch(self._relative(staged)):
+            raise InvalidInput(f"{staged} is no staged checkpoint of {self.root}")
+        _remove(staged)
+
+    def read_manifest(self, path: str) -> tuple[Manifest, str]:
+        """Return the manifest and its digest.
+
+        Raises CheckpointNotFound when the directory is gone, NotACheckpoint when it has no valid manifest,
+        CheckpointCorrupt when the manifest is another directory's, and StorageError.
+        """
+        match = self._match(path)
+        folder = self.root / path
+        with storage_errors(f"read {folder / MANIFEST}"):
+            try:
+                data = (folder / MANIFEST).read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                if not os.path.lexists(folder):
+                    raise CheckpointNotFound(f"there is no checkpoint {folder}") from None
+                raise NotACheckpoint(f"{folder} has no {MANIFEST}: it is not a checkpoint") from None
+        try:
+            manifest = Manifest.parse(data)
+        except NotACheckpoint as error:
+            raise NotACheckpoint(f"{folder / MANIFEST}: {error}") from error
+        named = {name: int(match[name]) for name in ("trial", "attempt", "step")}
+        _compare(folder, manifest, named)
+        return manifest, digest_of(data)
+
+    def verify(
+        self,
+        path: str,
+        *,
+        digest: str | None = None,
+        trial: int | None = None,
+        attempt: int | None = None,
+        step: int | None = None,
+    ) -> Manifest:
+        """Read every file and return the manifest; what is given besides must agree with it.
+
+        Raises as :meth:`read_manifest`, and CheckpointCorrupt naming the file and what differs.
+        """
+        manifest = self._checked(path, digest, {"trial": trial, "attempt": attempt, "step": step})
+        verify_files(self.root / path, manifest)
+        return manifest
+
+    def load(
+        self,
+        path: str,
+        *,
+        digest: str | None = None,
+        trial: int | None = None,
+        attempt: int | None = None,
+        step: int | None = None,
+    ) -> Loaded:
+        """Return the checkpoint with its state, verified while it is read; raises as :meth:`verify`."""
+        manifest = self._checked(path, digest, {"trial": trial, "attempt": attempt, "step": step})
+        folder = self.root / path
+        return Loaded(step=manifest.step, metrics=manifest.metrics, path=folder, state=read_state(folder, manifest))
+
+    def scan(self, trial: int) -> list[tuple[str, Manifest, str]]:
+        """Return (path, manifest, digest) of the trial's checkpoints by attempt and step; those without a valid manifest
+        do not exist. Their files are not read."""
+        found: list[tuple[str, Manifest, str]] = []
+        for name in self._own(trial):
+            if not name.startswith("."):
+                path = (self._trial(trial) / name).relative_to(self.root).as_posix()
+                with contextlib.suppress(NotACheckpoint, CheckpointCorrupt, CheckpointNotFound):
+                    found.append((path, *self.read_manifest(path)))
+        return sorted(found, key=lambda entry: (entry[1].attempt, entry[1].step, entry[0]))
+
+    def delete(self, path: str) -> None:
+        """Delete a checkpoint, if it is there: into the trash, then its files, foreign ones inside it too.
+
+        A failure is logged, and :meth:`sweep` tries again.
+        """
+        self._match(path)
+        _retire(self.root / path)
+
+    def sweep(self, trial: int, keep: Collection[str]) -> list[str]:
+        """Remove what holdfast left of the trial and ``keep`` (relative paths) does not name; return what was removed.
+
+        Staged and trashed directories go too, so nobody may be writing to this trial. Names that holdfast did not make
+        are let be. A failure is logged.
+        """
+        removed: list[str] = []
+        folder = self._trial(trial)
+        for name in self._own(trial):
+            path = (folder / name).relative_to(self.root).as_posix()
+            if path not in keep and (_remove if name.startswith(".") else _retire)(folder / name):
+                removed.append(path)
+        return removed
+
+    def _trial(self, trial: int) -> Path:
+        return self.root / "trials" / f"{trial:06d}" / "checkpoints"
+
+    def _relative(self, folder: Path) -> str:
+        return folder.relative_to(self.root).as_posix() if folder.is_relative_to(self.root) else ""
+
+    def _own(self, trial: int) -> list[str]:
+        """Return the names of the directories that holdfast made for the trial."""
+        with storage_errors(f"list {self._trial(trial)}"):
+            try:
+                with os.scandir(self._trial(trial)) as entries:
+                    return sorted(
+                        entry.name for entry in entries if _OWN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+                    )
+            except FileNotFoundError:
+                return []
+
+    def _match(self, path: str) -> re.Match[str]:
+        match = _PATH.fullmatch(path)
+        if match is None:
+            raise InvalidInput(
+                f"{path!r} is no checkpoint's path; one looks like trials/000007/checkpoints/step_00000012-a2-3f9c"
+            )
+        return match
+
+    def _published_path(self, staged: Path, manifest: Manifest) -> str:
+        match = _STAGED.fullmatch(self._relative(staged))
+        if match is None:
+            raise InvalidInput(f"{staged} is no staged checkpoint of {self.root}")
+        if (int(match["trial"]), int(match["attempt"]), int(match["step"])) != (
+            manifest.trial,
+            manifest.attempt,
+            manifest.step,
+        ):
+            raise InvalidInput(
+                f"{staged} was not staged for trial {manifest.trial}, attempt {manifest.attempt}, step {manifest.step}"
+            )
+        return (staged.parent / staged.name.removeprefix(STAGING)).relative_to(self.root).as_posix()
+
+    def _checked(self, path: str, digest: str | None, expected: dict[str, int | None]) -> Manifest:
+        manifest, found = self.read_manifest(path)
+        _compare(self.root / path, manifest, expected)
+        if digest is not None and found != digest:
+            raise CheckpointCorrupt(
+                f"{self.root / path} is another checkpoint: its manifest's digest is {found}, recorded is {digest}"
+            )
+        return manifest
+
+    def _sync_parents(self, trial: int) -> None:
+        """Make the rename durable, and the first time for a trial every folder on the way to it."""
+        folder = self._trial(trial)
+        fsync_folder(folder)
+        if trial not in self._synced:
+            for parent in (folder.parent, folder.parent.parent, self.root):
+                fsync_folder(parent)
+            self._synced.add(trial)
+
+
+def _compare(folder: Path, manifest: Manifest, expected: Mapping[str, int | None]) -> None:
+    for name, value in expected.items():
+        if value is not None and getattr(manifest, name) != value:
+            raise CheckpointCorrupt(
+                f"{folder} is another checkpoint: its manifest says {name} {getattr(manifest, name)}, expected is {value}"
+            )
+
+
+def _folders(name: str) -> list[str]:
+    return [parent.as_posix() for parent in Path(name).parents if parent.name]
+
+
+def _retire(folder: Path) -> bool:
+    """Rename a published directory into the trash and remove it, or what an earlier try left; tell whether it is gone."""
+    trash = folder.parent / (TRASH + folder.name)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, trash)
+            point("checkpoint.pruned-renamed")
+            fsync_folder(folder.parent)
+    except OSError as error:
+        log.warning("could not delete the checkpoint %s, a later sweep will: %s", folder, error)
+        return False
+    return _remove(trash)
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a directory that is no checkpoint, if it is there; tell whether it is gone. A failure is logged."""
+    import shutil
+
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return not os.path.lexists(folder)
+    except OSError as error:
+        log.warning("could not remove %s, a later sweep will: %s", folder, error)
+        return False
+    return True

@@ -1,0 +1,258 @@
+"""Serializers: a state, or a folder of the user's own files, as the digested files of a checkpoint, and back.
+
+``safe`` writes ``state.json``, with small arrays inside it, so that a small checkpoint is one file and one fsync. When
+its buffers exceed 64 KiB together they stand in ``arrays.bin`` instead, each aligned so that it can be memory-mapped.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from holdfast.core.errors import CheckpointCorrupt, HoldfastError, InvalidInput, NotStorable
+from holdfast.storage.checkpoints.files import CHUNK, Sink, Source, fsync_folder, storage_errors
+from holdfast.storage.checkpoints.manifest import MANIFEST, FileEntry, Manifest, name_fault
+from holdfast.storage.checkpoints.safe import Decoder, Encoder, class_name
+
+STATE = "state.json"
+ARRAYS = "arrays.bin"
+PICKLE = "state.pkl"
+INLINE = 64 << 10  # bytes of buffers that go into the JSON: there, base64 costs less than one more fsync
+ALIGN = 64
+
+
+def write_state(state: object, folder: Path, *, serializer: str) -> list[FileEntry]:
+    """Write ``state`` into the existing ``folder`` by ``serializer`` (safe or cloudpickle), every file fsynced.
+
+    Raises NotStorable, before anything is written where the serializer can tell, and StorageError.
+    """
+    if serializer == "safe":
+        return _write_safe(state, folder)
+    if serializer == "cloudpickle":
+        return [_write_pickle(state, folder)]
+    raise InvalidInput(f"serializer is {serializer!r}; allowed are safe and cloudpickle")
+
+
+def read_state(folder: Path, manifest: Manifest) -> object:
+    """Return the state, or ``folder`` itself when it holds the user's own files; verified while it is read.
+
+    Raises CheckpointCorrupt naming the file and what differs. Executes no pickle unless the manifest says cloudpickle.
+    """
+    if manifest.serializer == "directory":
+        verify_files(folder, manifest)
+        return folder
+    check_names(folder, manifest)
+    entries = {entry.name: entry for entry in manifest.files}
+    names = set(entries)
+    if manifest.serializer == "cloudpickle" and names == {PICKLE}:
+        return _read_pickle(folder, entries[PICKLE])
+    if manifest.serializer == "safe" and names in ({STATE}, {STATE, ARRAYS}):
+        return _read_safe(folder, entries[STATE], entries.get(ARRAYS))
+    raise CheckpointCorrupt(f"{folder} lists {sorted(names)}, which the serializer {manifest.serializer} does not write")
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Read every file of the checkpoint; CheckpointCorrupt when one is missing, too many, or differs."""
+    check_names(folder, manifest)
+    for entry in manifest.files:
+        with Source(folder, entry):
+            pass  # leaving the block reads the rest and compares
+
+
+def check_names(folder: Path, manifest: Manifest) -> None:
+    """Raise CheckpointCorrupt when ``folder`` holds what the manifest does not list; hidden files are let be."""
+    listed = {entry.name for entry in manifest.files} | {MANIFEST}
+    with storage_errors(f"list {folder}"):
+        for name in _walk(folder):
+            if name not in listed and not any(part.startswith(".") for part in name.split("/")):
+                raise CheckpointCorrupt(f"{folder / name} is not in the manifest")
+
+
+def ingest_directory(source: Path, folder: Path) -> list[FileEntry]:
+    """Copy the regular files below ``source`` into the existing ``folder``, with digests, all of it fsynced.
+
+    Links to files are followed. NotStorable for anything that is neither file nor folder, and for names that cannot
+    stand in a manifest; then nothing was copied. Empty folders are not kept.
+    """
+    if not source.is_dir():
+        raise NotStorable(f"{source} is no folder; directory takes a folder of files")
+    with storage_errors(f"read {source}"):
+        names = [_checked(source, name, follow=True) for name in _walk(source)]
+    made = sorted({parent for name in names for parent in _parents(name)})
+    with storage_errors(f"write below {folder}"):
+        for name in made:
+            os.mkdir(folder / name)
+    entries = [_copy(source, folder, name) for name in names]
+    with storage_errors(f"fsync {folder}"):
+        for name in reversed(made):
+            fsync_folder(folder / name)
+    return entries
+
+
+def hash_directory(folder: Path) -> list[FileEntry]:
+    """Digest and fsync the files that were written into ``folder`` in place, and fsync the folders among them.
+
+    NotStorable for anything that is neither file nor folder: a link would leave the checkpoint.
+    """
+    with storage_errors(f"read {folder}"):
+        names = [_checked(folder, name, follow=False) for name in _walk(folder)]
+    entries = [_hash(folder, name) for name in names]
+    with storage_errors(f"fsync {folder}"):
+        for parent in sorted({parent for name in names for parent in _parents(name)}, reverse=True):
+            fsync_folder(folder / parent)
+    return entries
+
+
+def _write_safe(state: object, folder: Path) -> list[FileEntry]:
+    encoder = Encoder()
+    document: dict[str, Any] = {"format": 1, "state": encoder.encode(state)}
+    buffers = encoder.buffers
+    entries: list[FileEntry] = []
+    if sum(map(len, buffers)) <= INLINE:
+        document["inline"] = [base64.b64encode(buffer).decode() for buffer in buffers]
+    else:
+        document["sizes"] = [len(buffer) for buffer in buffers]
+        with Sink(folder, ARRAYS) as sink:
+            for buffer in buffers:
+                sink.write(b"\0" * (-sink.size % ALIGN))
+                sink.write(buffer)
+        entries.append(sink.entry())
+    # as ASCII: a file of it survives any editor; unsorted: a dict keeps its order
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+    with Sink(folder, STATE) as sink:
+        sink.write(text)
+    return [*entries, sink.entry()]
+
+
+def _read_safe(folder: Path, state: FileEntry, arrays: FileEntry | None) -> object:
+    with Source(folder, state) as source:
+        data = source.read()
+    try:
+        document = json.loads(data)
+        if document["format"] != 1:
+            raise ValueError(f"format {document['format']!r}: written by a newer holdfast")
+        if arrays is None:
+            return Decoder(_Inline(document["inline"])).decode(document["state"])
+        with Source(folder, arrays) as source:
+            return Decoder(_Packed(source, document["sizes"])).decode(document["state"])
+    except (ValueError, TypeError, LookupError) as error:
+        if isinstance(error, HoldfastError):
+            raise
+        raise CheckpointCorrupt(f"{folder / state.name} makes no sense: {error}") from error
+
+
+class _Inline:
+    """Buffers that stand in the JSON."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+
+    def take(self, index: int) -> bytes:
+        return base64.b64decode(self._texts[index], validate=True)
+
+    def fill(self, index: int, view: memoryview) -> None:
+        data = self.take(index)
+        if len(data) != len(view):
+            raise ValueError(f"buffer {index} has {len(data)} bytes, {len(view)} are needed")
+        view[:] = data
+
+
+class _Packed:
+    """Buffers that stand in a file of their own, read straight into their arrays."""
+
+    def __init__(self, source: Source, sizes: list[int]) -> None:
+        self._source = source
+        self._sizes = sizes
+        self._next = 0
+
+    def take(self, index: int) -> bytes:
+        data = bytearray(self._sizes[index])
+        self.fill(index, memoryview(data))
+        return bytes(data)
+
+    def fill(self, index: int, view: memoryview) -> None:
+        if index != self._next or self._sizes[index] != len(view):
+            raise ValueError(f"buffer {index} of {len(view)} bytes is not the next")
+        self._source.readinto(memoryview(bytearray(-self._source.position % ALIGN)))
+        self._source.readinto(view)
+        self._next += 1
+
+
+def _write_pickle(state: object, folder: Path) -> FileEntry:
+    import cloudpickle
+
+    with Sink(folder, PICKLE) as sink:
+        try:
+            cloudpickle.dump(state, sink, protocol=5)
+        except HoldfastError:
+            raise
+        except Exception as error:  # __reduce__ and __getstate__ are the user's code
+            raise NotStorable(f"state: {class_name(state)} cannot be pickled: {error}") from error
+    return sink.entry()
+
+
+def _read_pickle(folder: Path, entry: FileEntry) -> object:
+    import pickle
+
+    with Source(folder, entry) as source:
+        data = source.read()
+    try:
+        return pickle.loads(data)  # only after its digest was compared
+    except Exception as error:
+        error.add_note(f"while loading {folder / entry.name}: is the code that the state was saved with still there?")
+        raise
+
+
+def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
+    """Yield whatever is no folder below ``folder``, by relative posix path, in order of name."""
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+        else:
+            yield prefix + entry.name
+
+
+def _checked(folder: Path, name: str, *, follow: bool) -> str:
+    if fault := name_fault(name):
+        raise NotStorable(f"{str(folder / name)!r} cannot be stored: its name {fault}")
+    try:
+        mode = os.stat(folder / name, follow_symlinks=follow).st_mode
+    except FileNotFoundError:
+        raise NotStorable(f"{folder / name} is a link to nothing, or vanished") from None
+    if not stat.S_ISREG(mode):
+        allowed = "files, folders and links to files" if follow else "files and folders"
+        raise NotStorable(f"{folder / name} is no regular file; a checkpoint holds {allowed}")
+    return name
+
+
+def _parents(name: str) -> list[str]:
+    """Return the folders that ``name`` lies in, outermost first."""
+    parts = name.split("/")[:-1]
+    return ["/".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def _copy(source: Path, folder: Path, name: str) -> FileEntry:
+    with storage_errors(f"read {source / name}"), open(source / name, "rb", buffering=0) as file, Sink(folder, name) as sink:
+        while chunk := file.read(CHUNK):
+            sink.write(chunk)
+    return sink.entry()
+
+
+def _hash(folder: Path, name: str) -> FileEntry:
+    seen = xxhash.xxh3_128()
+    size = 0
+    with storage_errors(f"read {folder / name}"), open(folder / name, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            seen.update(chunk)
+            size += len(chunk)
+        os.fsync(file.fileno())
+    return FileEntry(name=name, size=size, digest=seen.hexdigest())

@@ -1,0 +1,208 @@
+"""Writes of a running attempt. The token it claimed with decides, not the runner that happens to execute it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
+from holdfast.core.errors import AlreadyClaimed, CheckpointConflict, Conflict, Fenced
+from holdfast.core.trial import Event, Outcome, TrialStatus, transition
+from holdfast.core.values import Metrics, to_row
+from holdfast.storage.database import statements as sql
+from holdfast.storage.database.driver import Ending, end_attempt, fence
+from holdfast.storage.database.engine import Database, Transaction
+from holdfast.storage.database.rows import add_metrics, attempts_of, checkpoints_of, now
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A published checkpoint that is to get its row."""
+
+    path: str
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptWriter:
+    """A claimed attempt, as writes: each is refused (Fenced) once a later epoch or attempt took over, or it ended."""
+
+    database: Database
+    experiment: int
+    epoch: int
+    attempt: int
+    """row id"""
+    trial: int
+    """row id"""
+    number: int
+    token: str
+
+    @classmethod
+    def claim(
+        cls,
+        database: Database,
+        experiment: int,
+        epoch: int,
+        attempt: int,
+        *,
+        token: str,
+        flow_run_id: str | None = None,
+        task_run_id: str | None = None,
+    ) -> Self:
+        """Claim a waiting attempt and set its trial RUNNING; of two claimers one wins, the other gets AlreadyClaimed."""
+        with database.write() as tx:
+            seq = fence(tx, experiment, epoch)
+            rows = tx.run(
+                sql.CLAIM,
+                attempt=attempt,
+                token=token,
+                epoch=epoch,
+                started=now(),
+                flow_run_id=flow_run_id,
+                task_run_id=task_run_id,
+            )
+            if not rows:
+                raise AlreadyClaimed(f"attempt {attempt} was claimed by another process, or has ended; nothing was run")
+            trial, number = rows[0]
+            moved = tx.changed(
+                sql.MOVE_TRIAL,
+                trial=trial,
+                old=TrialStatus.PENDING.value,
+                new=transition(TrialStatus.PENDING, Event.CLAIM).value,
+                seq=seq,
+                ended_seq=None,
+            )
+            if moved != 1:
+                raise Conflict(f"attempt {attempt} cannot be claimed: its trial does not wait")
+        return cls(
+            database=database, experiment=experiment, epoch=epoch, attempt=attempt, trial=trial, number=number, token=token
+        )
+
+    def _begin(self, tx: Transaction) -> int:
+        seq = fence(tx, self.experiment, self.epoch)
+        if not tx.run(sql.HOLDS, attempt=self.attempt, token=self.token):
+            raise Fenced(f"attempt {self.number} has ended or is somebody else's; nothing was written, stop here")
+        return seq
+
+    def check(self) -> None:
+        """Raise Fenced unless this attempt may still write."""
+        rows = self.database.run(
+            sql.STILL_HOLDS, attempt=self.attempt, token=self.token, experiment=self.experiment, epoch=self.epoch
+        )
+        if not rows:
+            raise Fenced(f"attempt {self.number} is over: a later epoch or attempt took over; nothing was written, stop here")
+
+    def candidates(self) -> list[Checkpoint]:
+        """Return the checkpoints that this attempt may continue from, the one to try first in front."""
+        attempts, _ = attempts_of(self.database, self.trial)
+        return eligible(self.number, attempts, checkpoints_of(self.database, self.trial))
+
+    def started(
+        self,
+        *,
+        host: str | None,
+        pid: int | None,
+        pid_started: str | None,
+        resumed: Checkpoint | None = None,
+        rejected: Mapping[int, str] | None = None,
+        note: str = "",
+    ) -> None:
+        """Record the child process, and what it really continues from when newer checkpoints (row ids) were rejected."""
+        with self.database.write() as tx:
+            seq = self._begin(tx)
+            tx.run(sql.SET_PROCESS, attempt=self.attempt, host=host, pid=pid, pid_started=pid_started)
+            for checkpoint, reason in (rejected or {}).items():
+                tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=reason, seq=seq)
+            if rejected:
+                _, ids = attempts_of(tx, self.trial)
+                parent = None if resumed is None else ids[resumed.attempt]
+                step = None if resumed is None else resumed.step
+                tx.run(sql.SET_PARENT, attempt=self.attempt, parent=parent, parent_step=step, note=note)
+
+    def report(self, step: int, metrics: Metrics, *, decision: str = "continue", saved: Saved | None = None) -> None:
+        """Commit a report and, in the same transaction, the row of the checkpoint that was published with it.
+
+        CheckpointConflict when this attempt has a report of that step already.
+        """
+        with self.database.write() as tx:
+            seq = self._begin(tx)
+            moment = now()
+            if tx.run(sql.REPORT_OF, attempt=self.attempt, step=step):
+                raise CheckpointConflict(f"attempt {self.number} has reported step {step} already; the first report stands")
+            row = tx.run(sql.ADD_REPORT, attempt=self.attempt, step=step, seq=seq, reported=moment, decision=decision)
+            add_metrics(tx, row[0][0], metrics)
+            if saved is not None:
+                self._add_checkpoint(tx, seq, step, saved, moment)
+
+    def save(self, step: int, saved: Saved) -> None:
+        """Commit the row of a checkpoint whose report is committed already (a step that was saved because of preemption)."""
+        with self.database.write() as tx:
+            self._add_checkpoint(tx, self._begin(tx), step, saved, now())
+
+    def _add_checkpoint(self, tx: Transaction, seq: int, step: int, saved: Saved, moment: int) -> None:
+        tx.run(
+            sql.ADD_CHECKPOINT,
+            attempt=self.attempt,
+            step=step,
+            seq=seq,
+            path=saved.path,
+            digest=saved.digest,
+            bytes=saved.bytes,
+            created=moment,
+        )
+
+    def kept(self) -> tuple[list[Checkpoint], list[Checkpoint]]:
+        """Return the trial's valid checkpoints: (those on this attempt's chain, oldest first; all others).
+
+        Each carries the metrics that were reported with it.
+        """
+        attempts, _ = attempts_of(self.database, self.trial)
+        metrics = _metrics_by_checkpoint(self.database, self.trial)
+        found = [
+            replace(checkpoint, metrics=metrics.get(checkpoint.id, {}))
+            for checkpoint in checkpoints_of(self.database, self.trial)
+            if checkpoint.status is CheckpointStatus.VALID
+        ]
+        on_chain = eligible(self.number, attempts, found)
+        identities = {checkpoint.id for checkpoint in on_chain}
+        return on_chain[::-1], [checkpoint for checkpoint in found if checkpoint.id not in identities]
+
+    def forget(self, checkpoints: Iterable[int]) -> None:
+        """Mark checkpoints (row ids) as deleted; their files go afterwards."""
+        with self.database.write() as tx:
+            seq = self._begin(tx)
+            for checkpoint in checkpoints:
+                tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="deleted", reason="pruned", seq=seq)
+
+    def telemetry(self, rows: Sequence[tuple[int, str, object]]) -> None:
+        """Store (microseconds, name, plain value) rows; rows that are there already are left as they are."""
+        with self.database.write() as tx:
+            self._begin(tx)
+            values: list[dict[str, object]] = []
+            for ts, name, value in rows:
+                kind, number, text = to_row(value)
+                values.append({"attempt": self.attempt, "ts": ts, "name": name, "kind": kind, "number": number, "text": text})
+            tx.many(sql.ADD_TELEMETRY, values)
+
+    def fail(self, ending: Ending, *, max_failures: int) -> TrialStatus:
+        """Commit a failure; when the retry budget allows it, the next attempt waits in the same transaction."""
+        with self.database.write() as tx:
+            seq = self._begin(tx)
+            failures = int(tx.run(sql.FAILURES, trial=self.trial, epoch=self.epoch)[0][0])
+            retry = ending.outcome is not Outcome.CANCELLED and failures < max_failures
+            return end_attempt(tx, seq, self.attempt, ending, retry=retry)
+
+    def end(self, ending: Ending) -> TrialStatus:
+        """Commit an end that is no failure: preempted, cancelled."""
+        with self.database.write() as tx:
+            return end_attempt(tx, self._begin(tx), self.attempt, ending, retry=False)
+
+
+def _metrics_by_checkpoint(database: Database, trial: int) -> dict[int, Metrics]:
+    """Return the finite numbers reported with each checkpoint: what retention ranks by."""
+    found: dict[int, Metrics] = {}
+    for checkpoint, name, number in database.run(sql.CHECKPOINT_METRICS, trial=trial):
+        found.setdefault(checkpoint, {})[name] = number
+    return found

@@ -1,0 +1,236 @@
+"""Writes of the lease holder. Each method is one transaction that begins with the fence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from holdfast.core.errors import AlreadyFinished, Fenced
+from holdfast.core.seeding import trial_seed
+from holdfast.core.space import config_digest, config_text
+from holdfast.core.trial import ENDING, ErrorInfo, Event, Outcome, TrialStatus, transition
+from holdfast.core.values import Config, Json, Metrics, digest, dumps
+from holdfast.storage.database import statements as sql
+from holdfast.storage.database.engine import Database, Transaction
+from holdfast.storage.database.rows import FINAL_STEP, add_metrics, attempts_of, micros, newest, now
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How an attempt ended."""
+
+    outcome: Outcome
+    metrics: Metrics | None = None
+    """the final record"""
+    error: ErrorInfo | None = None
+    result: str | None = None
+    """path of the persisted result"""
+    note: str = ""
+
+
+def fence(tx: Transaction, experiment: int, epoch: int) -> int:
+    """Return the next seq of the experiment; Fenced when a later epoch took over."""
+    rows = tx.run(sql.FENCE, experiment=experiment, epoch=epoch)
+    if not rows:
+        raise Fenced(f"epoch {epoch} is over: another process took the experiment over; nothing was written, stop here")
+    return int(rows[0][0])
+
+
+def add_trial(
+    tx: Transaction,
+    experiment: int,
+    seq: int,
+    config: Config,
+    *,
+    seed: int,
+    source: str,
+    ts_start: datetime | None = None,
+    metadata: Mapping[str, str] | None = None,
+    group: int | None = None,
+    repeat: int = 0,
+) -> int:
+    """Insert a config (if it is new), its trial and first attempt; return the trial's number."""
+    number = int(tx.run(sql.NEXT_NUMBER, experiment=experiment)[0][0])
+    text = config_text(config)
+    config_id = tx.run(sql.CONFIG, digest=config_digest(config), body=text)[0][0]
+    created = now()
+    trial = tx.run(
+        sql.ADD_TRIAL,
+        experiment=experiment,
+        number=number,
+        config=config_id,
+        seq=seq,
+        seed=trial_seed(seed, number),
+        group_number=number if group is None and repeat == 0 and source == "queued" else group,
+        repeat=repeat,
+        created=created,
+        ts_start=None if ts_start is None else micros(ts_start),
+        source=source,
+        metadata=dumps(dict(metadata or {})),
+    )[0][0]
+    add_attempt(tx, trial, 1, config_id, reason="first")
+    return number
+
+
+def add_attempt(
+    tx: Transaction, trial: int, number: int, config: int, *, reason: str, parent: tuple[int, int] | None = None, note: str = ""
+) -> int:
+    """Insert a waiting attempt that continues ``parent`` (attempt row id, step), or starts at 0; return its row id."""
+    rows = tx.run(
+        sql.ADD_ATTEMPT,
+        trial=trial,
+        number=number,
+        config=config,
+        parent=None if parent is None else parent[0],
+        parent_step=None if parent is None else parent[1],
+        reason=reason,
+        note=note,
+        created=now(),
+    )
+    return int(rows[0][0])
+
+
+def end_attempt(tx: Transaction, seq: int, attempt: int, ending: Ending, *, retry: bool) -> TrialStatus:
+    """Close an attempt and move its trial; with ``retry``, or when the outcome asks for it, the next attempt waits.
+
+    AlreadyFinished when the attempt has an outcome; Fenced when it is not its trial's current one any more.
+    """
+    trial, status, current, number, config, _ = tx.run(sql.TRIAL_OF, attempt=attempt)[0]
+    if number != current:
+        raise Fenced(f"attempt {number} is over: attempt {current} took its trial over; nothing was written")
+    error = ending.error
+    changed = tx.changed(
+        sql.END_ATTEMPT,
+        attempt=attempt,
+        outcome=ending.outcome.value,
+        ended=now(),
+        error_kind=error.kind if error else None,
+        error=error.message if error else None,
+        traceback=error.traceback if error else None,
+        result=ending.result,
+        note=ending.note,
+    )
+    if changed != 1:
+        raise AlreadyFinished(f"attempt {number} has its outcome already; the first one stands")
+    if ending.metrics:
+        rows = tx.run(sql.ADD_REPORT, attempt=attempt, step=FINAL_STEP, seq=seq, reported=now(), decision="final")
+        add_metrics(tx, rows[0][0], ending.metrics)
+    event = Event.REQUEUE if retry else ENDING[ending.outcome]
+    after = transition(TrialStatus(status), event)
+    if after is TrialStatus.PENDING:
+        reason = "retry" if retry else "resume"
+        add_attempt(tx, trial, number + 1, config, reason=reason, parent=newest(tx, trial, number))
+        tx.run(sql.MOVE_TO_ATTEMPT, trial=trial, old=status, new=after.value, seq=seq, number=number + 1)
+    else:
+        tx.run(sql.MOVE_TRIAL, trial=trial, old=status, new=after.value, seq=seq, ended_seq=seq)
+    return after
+
+
+class Driver:
+    """The right to drive an experiment, as writes: every one is refused (Fenced) once a later epoch took over."""
+
+    def __init__(self, database: Database, experiment: int, epoch: int, *, seed: int) -> None:
+        self.database = database
+        self.experiment = experiment
+        self.epoch = epoch
+        self.seed = seed
+
+    def propose(self, config: Config, *, source: str = "proposed", state: bytes | None = None) -> int:
+        """Commit a proposal: its config, trial and first attempt (and the engine's state); return the trial's number."""
+        with self.database.write() as tx:
+            seq = fence(tx, self.experiment, self.epoch)
+            number = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source)
+            if state is not None:
+                tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state)
+        return number
+
+    def end(self, attempt: int, ending: Ending, *, retry: bool = False) -> TrialStatus:
+        """Close an attempt; see :func:`end_attempt`. Return the trial's new status."""
+        with self.database.write() as tx:
+            seq = fence(tx, self.experiment, self.epoch)
+            return end_attempt(tx, seq, attempt, ending, retry=retry)
+
+    def skip(self, trials: Iterable[int]) -> None:
+        """Leave waiting trials (row ids) out until a later restore."""
+        with self.database.write() as tx:
+            seq = fence(tx, self.experiment, self.epoch)
+            for trial in trials:
+                self._move(tx, seq, trial, Event.SKIP)
+
+    def cancel(self, trial: int) -> None:
+        """End a waiting trial (row id) as a person asked."""
+        with self.database.write() as tx:
+            self._move(tx, fence(tx, self.experiment, self.epoch), trial, Event.CANCEL)
+
+    def _move(self, tx: Transaction, seq: int, trial: int, event: Event) -> None:
+        status = tx.run(sql.STATUS_OF, trial=trial)[0][0]
+        after = transition(TrialStatus(status), event)
+        tx.run(sql.MOVE_TRIAL, trial=trial, old=status, new=after.value, seq=seq, ended_seq=seq)
+
+    def rerun(self, trial: int, *, restart: bool, note: str = "") -> None:
+        """Let an ended or waiting trial (row id) run again, from its newest checkpoint or, with ``restart``, from step 0.
+
+        A waiting attempt that was never claimed is used as it is when it would begin at the same place.
+        """
+        with self.database.write() as tx:
+            seq = fence(tx, self.experiment, self.epoch)
+            status, current, config = tx.run(sql.STATUS_OF, trial=trial)[0]
+            attempts, ids = attempts_of(tx, trial)
+            parent = None if restart else newest(tx, trial, current)
+            waiting = attempts[current]
+            untouched = tx.run(sql.UNCLAIMED, attempt=waiting.id)
+            before = None if waiting.parent is None else (ids[waiting.parent], waiting.parent_step)
+            if untouched and before == parent:
+                if status != TrialStatus.PENDING:
+                    after = transition(TrialStatus(status), Event.RERUN)
+                    tx.run(sql.MOVE_TO_ATTEMPT, trial=trial, old=status, new=after.value, seq=seq, number=current)
+                return
+            if untouched:
+                tx.run(
+                    sql.SET_PARENT, attempt=waiting.id, parent=parent and parent[0], parent_step=parent and parent[1], note=note
+                )
+                number = current
+            else:
+                number = current + 1
+                reason = "restart" if restart else "resume"
+                add_attempt(tx, trial, number, config, reason=reason, parent=parent, note=note)
+            after = TrialStatus.PENDING if status == TrialStatus.PENDING else transition(TrialStatus(status), Event.RERUN)
+            tx.run(sql.MOVE_TO_ATTEMPT, trial=trial, old=status, new=after.value, seq=seq, number=number)
+
+    def reject(self, checkpoints: Mapping[int, str]) -> None:
+        """Mark checkpoints (row ids) as corrupt, each with the reason."""
+        with self.database.write() as tx:
+            seq = fence(tx, self.experiment, self.epoch)
+            for checkpoint, reason in checkpoints.items():
+                tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=reason, seq=seq)
+
+    def change_spec(self, spec: Mapping[str, Json], changes: Mapping[str, Json]) -> None:
+        """Store a changed spec, and what changed as an audit row."""
+        with self.database.write() as tx:
+            seq = fence(tx, self.experiment, self.epoch)
+            tx.run(sql.SET_SPEC, experiment=self.experiment, spec=dumps(dict(spec)))
+            add_audit(tx, self.experiment, seq, self.epoch, "changed", changes)
+
+    def set_code(self, *, trainable_digest: str | None, workdir: str, location: str) -> None:
+        """Note where the experiment and its code are now."""
+        with self.database.write() as tx:
+            fence(tx, self.experiment, self.epoch)
+            tx.run(sql.SET_CODE, experiment=self.experiment, code=trainable_digest, workdir=workdir, location=location)
+
+    def audit(self, action: str, detail: Mapping[str, Json]) -> None:
+        """Add an audit row."""
+        with self.database.write() as tx:
+            add_audit(tx, self.experiment, fence(tx, self.experiment, self.epoch), self.epoch, action, detail)
+
+
+def add_audit(tx: Transaction, experiment: int, seq: int, epoch: int, action: str, detail: Mapping[str, Json]) -> None:
+    """Insert an audit row into an open transaction."""
+    tx.run(
+        sql.ADD_AUDIT, experiment=experiment, seq=seq, epoch=epoch, happened=now(), action=action, detail=dumps(dict(detail))
+    )
+
+
+def code_digest(text: str) -> str:
+    """Return the identity of a trainable's source."""
+    return digest(text)

@@ -1,0 +1,232 @@
+"""Experiments as rows: create, find, list, delete; and the schema of the database that holds them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import inspect, text
+
+from holdfast.core.errors import Corrupt, DatabaseError, ExperimentExists
+from holdfast.core.spec import ExperimentSpec
+from holdfast.core.values import dumps
+from holdfast.storage.database.driver import add_audit
+from holdfast.storage.database.engine import URL, Database, Statement, connect
+from holdfast.storage.database.rows import moment, now
+from holdfast.storage.database.schema import VERSION
+
+
+def _sql(body: str) -> Statement:
+    return Statement(text(body))
+
+
+_COLUMNS = (
+    "id, uuid, name, location, spec, workdir, code_digest, seed, created, seq, epoch, active_seconds, stop_requested, ended,"
+    " spec_source, git_commit"
+)
+_BY_UUID = _sql(f"SELECT {_COLUMNS} FROM experiment WHERE uuid = :uuid")
+_BY_NAME = _sql(f"SELECT {_COLUMNS} FROM experiment WHERE name = :name")
+_ALL = _sql(f"SELECT {_COLUMNS} FROM experiment ORDER BY id")
+_ADD = _sql(
+    "INSERT INTO experiment (uuid, name, location, spec, spec_source, git_commit, workdir, code_digest, seed, created, seq,"
+    " epoch, active_seconds, stop_requested) VALUES (:uuid, :name, :location, :spec, :spec_source, :git_commit, :workdir,"
+    " :code_digest, :seed, :created, 1, 0, 0, 0) RETURNING id"
+)
+_ADD_OBJECTIVE = _sql(
+    "INSERT INTO objective (experiment_id, position, name, direction) VALUES (:experiment, :position, :name, :direction)"
+)
+_DELETE = _sql("DELETE FROM experiment WHERE id = :experiment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """An experiment's row."""
+
+    id: int
+    uuid: str
+    name: str
+    location: str
+    spec: dict[str, Any]
+    workdir: str
+    code_digest: str | None
+    seed: int
+    created: datetime
+    seq: int
+    epoch: int
+    active_seconds: float
+    stop_requested: bool
+    ended: str | None
+    spec_source: str | None = None
+    git_commit: str | None = None
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    return Record(
+        id=row[0],
+        uuid=row[1],
+        name=row[2],
+        location=row[3],
+        spec=json.loads(row[4]),
+        workdir=row[5],
+        code_digest=row[6],
+        seed=row[7],
+        created=moment(row[8]),  # type: ignore[arg-type]  # the column is never null
+        seq=row[9],
+        epoch=row[10],
+        active_seconds=float(row[11]),
+        stop_requested=bool(row[12]),
+        ended=row[13],
+        spec_source=row[14],
+        git_commit=row[15],
+    )
+
+
+def create(
+    database: Database,
+    spec: ExperimentSpec,
+    *,
+    uuid: str,
+    location: str,
+    seed: int,
+    workdir: str,
+    spec_source: str | None = None,
+    git_commit: str | None = None,
+    code_digest: str | None = None,
+) -> Record:
+    """Insert an experiment and its objectives; ExperimentExists when the name is taken in this database."""
+    with database.write() as tx:
+        taken = tx.run(_BY_NAME, name=spec.name)
+        if taken:
+            raise ExperimentExists(
+                f"the name {spec.name!r} is taken by {taken[0][3]}; restore it with `holdfast restore {taken[0][3]}`, "
+                "choose another name, or set if_exists: restore or new"
+            )
+        identity = tx.run(
+            _ADD,
+            uuid=uuid,
+            name=spec.name,
+            location=location,
+            spec=dumps(spec.stored()),
+            spec_source=spec_source,
+            git_commit=git_commit,
+            workdir=workdir,
+            code_digest=code_digest,
+            seed=seed,
+            created=now(),
+        )[0][0]
+        objectives: list[dict[str, object]] = [
+            {"experiment": identity, "position": place, "name": goal.name, "direction": goal.direction.value}
+            for place, goal in enumerate(spec.goals)
+        ]
+        tx.many(_ADD_OBJECTIVE, objectives)
+        add_audit(tx, identity, 1, 0, "created", {"location": location})
+        return _record(tx.run(_BY_UUID, uuid=uuid)[0])
+
+
+def by_uuid(database: Database, uuid: str) -> Record | None:
+    """Return the experiment of that identity, or None."""
+    rows = database.run(_BY_UUID, uuid=uuid)
+    return _record(rows[0]) if rows else None
+
+
+def by_name(database: Database, name: str) -> Record | None:
+    """Return the experiment of that name, or None."""
+    rows = database.run(_BY_NAME, name=name)
+    return _record(rows[0]) if rows else None
+
+
+def every(database: Database) -> list[Record]:
+    """Return all experiments in order of creation."""
+    return [_record(row) for row in database.run(_ALL)]
+
+
+def delete(database: Database, experiment: int) -> None:
+    """Delete an experiment's rows; configs stay, since others may share them."""
+    with database.write() as tx:
+        tx.run(_DELETE, experiment=experiment)
+
+
+def open_database(url: URL | str, *, create_missing: bool = False, readonly: bool = False) -> Database:
+    """Open the database at ``url`` and check its schema.
+
+    Raises DatabaseError when it is missing (unless ``create_missing``), and Corrupt when it is empty, damaged, no holdfast
+    database, or of a newer or older schema than this program's; nothing is changed then.
+    """
+    database = connect(url, readonly=readonly)
+    file = database.file
+    if file is not None and not file.exists():
+        if not create_missing:
+            raise DatabaseError(f"database {file} is missing; put it back, or name another with --database")
+        _make(database, file)
+        return database
+    if file is not None and file.stat().st_size == 0:
+        if not create_missing or not _unborn(file):
+            raise Corrupt(f"database {file} is empty; put the lost file back, or delete it to begin anew")
+        _make(database, file)
+        return database
+    found = _version(database)
+    if found is None:
+        if file is None and create_missing:
+            _migrate(database)
+            return database
+        raise Corrupt(f"database {database.label} has no holdfast schema; name another one, or delete it to begin anew")
+    if found != VERSION:
+        newer = found > VERSION
+        remedy = "update holdfast" if newer else "run `holdfast db upgrade`, which makes a backup first"
+        raise Corrupt(f"database {database.label} has schema {found}, this program reads {VERSION}; {remedy}")
+    return database
+
+
+def _unborn(file: Path) -> bool:
+    """Tell whether nothing beside an empty database file shows that it once held experiments."""
+    return not any((entry / "experiment.json").exists() for entry in file.parent.iterdir() if entry.is_dir())
+
+
+def _version(database: Database) -> str | None:
+    with database.read() as connection:
+        if not inspect(connection).has_table("alembic_version"):
+            return None
+        version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        return None if version is None else str(version)
+
+
+def _make(database: Database, file: Path) -> None:
+    """Create a SQLite database beside its final place, so that a crash leaves all of it or nothing."""
+    import os
+    import tempfile
+
+    from holdfast.storage.database.engine import sqlite_url
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".holdfast-db-") as folder:
+            draft = Path(folder) / "new.db"
+            fresh = connect(sqlite_url(draft))
+            _migrate(fresh)
+            with fresh.engine.connect() as connection:
+                connection.exec_driver_sql("COMMIT")
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            fresh.close()
+            try:
+                os.link(draft, file)  # fails when another process was faster: its database is as good as ours
+            except FileExistsError:
+                if file.stat().st_size == 0:
+                    os.replace(draft, file)
+        descriptor = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DatabaseError(
+            f"database {file} cannot be created: {error.strerror or error}; make its folder writable"
+        ) from error
+
+
+def _migrate(database: Database) -> None:
+    from holdfast.storage.database.migrations import upgrade
+
+    upgrade(database.engine)

@@ -1,0 +1,108 @@
+"""The lease in the database: taken by raising the epoch, renewed by its holder, judged by the database's clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import text
+
+from holdfast.core.errors import ExperimentNotFound, Fenced, LeaseHeld
+from holdfast.core.values import Json, dumps
+from holdfast.storage.database import statements as sql
+from holdfast.storage.database.driver import add_audit
+from holdfast.storage.database.engine import Database, Statement
+
+DURATION = 30.0
+"""Seconds that a lease lasts without a renewal."""
+RENEWAL = 5.0
+"""Seconds between renewals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """Who drives an experiment, as the database says."""
+
+    epoch: int
+    holder: dict[str, Any] | None
+    remaining: float
+    """seconds until it ends, by the database's clock; 0 or less: it ended"""
+    renewed: float
+    """when it was last renewed, by the database's clock"""
+
+    @property
+    def is_held(self) -> bool:
+        return self.holder is not None and self.remaining > 0
+
+
+class Leases:
+    """The lease of one experiment."""
+
+    def __init__(self, database: Database, experiment: int) -> None:
+        self._database = database
+        self._experiment = experiment
+        clock = database.clock
+        self._look = Statement(
+            text(
+                f"SELECT epoch, holder, lease_expires - {clock}, COALESCE(lease_renewed, 0) FROM experiment"
+                " WHERE id = :experiment"
+            )
+        )
+        self._take = Statement(
+            text(
+                "UPDATE experiment SET seq = seq + 1, epoch = :epoch, holder = :holder, ended = NULL, stop_requested = 0,"
+                f" lease_renewed = {clock}, lease_expires = {clock} + :duration"
+                " WHERE id = :experiment AND epoch = :seen RETURNING seq"
+            )
+        )
+        self._renew = Statement(
+            text(
+                f"UPDATE experiment SET lease_renewed = {clock}, lease_expires = {clock} + :duration,"
+                " active_seconds = active_seconds + :active WHERE id = :experiment AND epoch = :epoch"
+                " RETURNING seq, stop_requested, active_seconds"
+            )
+        )
+
+    def look(self) -> Lease:
+        """Return the lease as it stands."""
+        rows = self._database.run(self._look, experiment=self._experiment)
+        if not rows:
+            raise ExperimentNotFound("the experiment's row is gone from the database; it was deleted meanwhile")
+        epoch, holder, remaining, renewed = rows[0]
+        return Lease(
+            epoch=epoch,
+            holder=json.loads(holder) if holder else None,
+            remaining=float(remaining) if remaining is not None else 0.0,
+            renewed=float(renewed),
+        )
+
+    def take(self, *, seen: int, epoch: int, holder: Mapping[str, Json], action: str, detail: Mapping[str, Json]) -> None:
+        """Take the lease for ``epoch`` if its epoch still is ``seen``, with an audit row; LeaseHeld when it is not."""
+        with self._database.write() as tx:
+            rows = tx.run(
+                self._take,
+                experiment=self._experiment,
+                seen=seen,
+                epoch=epoch,
+                holder=dumps(dict(holder)),
+                duration=DURATION,
+            )
+            if not rows:
+                raise LeaseHeld("another process took the experiment at the same moment; nothing was changed")
+            add_audit(tx, self._experiment, rows[0][0], epoch, action, detail)
+
+    def renew(self, *, epoch: int, active: float) -> tuple[int, bool, float]:
+        """Renew the lease and add ``active`` seconds; return (seq, whether a stop is requested, all active seconds)."""
+        with self._database.write() as tx:
+            rows = tx.run(self._renew, experiment=self._experiment, epoch=epoch, duration=DURATION, active=active)
+        if not rows:
+            raise Fenced(f"epoch {epoch} is over: another process took the experiment over")
+        return int(rows[0][0]), bool(rows[0][1]), float(rows[0][2])
+
+    def release(self, *, epoch: int, active: float, ended: str) -> None:
+        """Give the lease back, noting why the drive ended."""
+        with self._database.write() as tx:
+            if not tx.run(sql.RELEASE, experiment=self._experiment, epoch=epoch, active=active, ended=ended):
+                raise Fenced(f"epoch {epoch} is over: another process took the experiment over")

@@ -1,0 +1,325 @@
+"""Reads: bulk, with a number of statements that does not grow with the number of trials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import text
+
+from holdfast.core.checkpoint import Checkpoint, chain
+from holdfast.core.trial import Attempt, ErrorInfo, Outcome, Trial, TrialStatus
+from holdfast.core.values import Metrics, from_row, loads
+from holdfast.storage.database import statements as sql
+from holdfast.storage.database.engine import Database, Statement
+from holdfast.storage.database.rows import FINAL_STEP, moment, to_checkpoint
+
+
+def _sql(body: str) -> Statement:
+    return Statement(text(body))
+
+
+# Trials with their config and current attempt, in number order.
+_TRIALS = _sql(
+    "SELECT t.id, t.number, t.status, c.body, t.config_id, t.seed, t.seq, t.ts_start, t.origin, t.metadata,"
+    " t.cancel_requested,"
+    " (SELECT COUNT(*) FROM attempt s WHERE s.trial_id = t.id AND s.claimed_by IS NOT NULL),"
+    " a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
+    " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended,"
+    " t.ended_seq, t.group_number, t.repeat, t.source"
+    " FROM trial t JOIN config c ON c.id = t.config_id"
+    " JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
+    " LEFT JOIN attempt p ON p.id = a.parent_id"
+    " WHERE t.experiment_id = :experiment AND t.seq > :since AND t.number >= :first AND t.number <= :last"
+    " ORDER BY t.number"
+)
+
+# The metrics of each trial's final record and of its current attempt's last report.
+_METRICS = _sql(
+    "SELECT t.number, r.step, m.name, m.kind, m.number, m.text FROM trial t"
+    " JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
+    " JOIN report r ON r.attempt_id = a.id AND (r.step = -1"
+    " OR r.step = (SELECT MAX(x.step) FROM report x WHERE x.attempt_id = a.id AND x.step >= 0))"
+    " LEFT JOIN metric m ON m.report_id = r.id"
+    " WHERE t.experiment_id = :experiment AND t.seq > :since AND t.number >= :first AND t.number <= :last"
+)
+
+# The reports of trials whose current attempt has none yet: they stand on an earlier attempt of the chain.
+_INHERITED = _sql(
+    "SELECT t.number, a.number, p.number, a.parent_step, r.step, m.name, m.kind, m.number, m.text FROM trial t"
+    " JOIN attempt a ON a.trial_id = t.id LEFT JOIN attempt p ON p.id = a.parent_id"
+    " LEFT JOIN report r ON r.attempt_id = a.id AND r.step >= 0 LEFT JOIN metric m ON m.report_id = r.id"
+    " WHERE t.experiment_id = :experiment AND t.seq > :since AND t.number >= :first AND t.number <= :last"
+    " AND t.current_attempt > 1 AND NOT EXISTS (SELECT 1 FROM report x JOIN attempt y ON y.id = x.attempt_id"
+    " WHERE y.trial_id = t.id AND y.number = t.current_attempt AND x.step >= 0)"
+)
+
+_ATTEMPTS = _sql(
+    "SELECT t.number, a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
+    " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended"
+    " FROM attempt a JOIN trial t ON t.id = a.trial_id LEFT JOIN attempt p ON p.id = a.parent_id"
+    " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last ORDER BY t.number, a.number"
+)
+
+_CHECKPOINTS = _sql(
+    "SELECT t.number, c.id, a.number, c.step, c.path, c.digest, c.bytes, c.status, c.reason, c.pinned FROM checkpoint c"
+    " JOIN attempt a ON a.id = c.attempt_id JOIN trial t ON t.id = a.trial_id"
+    " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last ORDER BY t.number, a.number, c.step"
+)
+
+_CHECKPOINT_METRICS = _sql(
+    "SELECT c.id, m.name, m.kind, m.number, m.text FROM checkpoint c JOIN attempt a ON a.id = c.attempt_id"
+    " JOIN trial t ON t.id = a.trial_id JOIN report r ON r.attempt_id = a.id AND r.step = c.step"
+    " JOIN metric m ON m.report_id = r.id"
+    " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last"
+)
+
+_HISTORY = _sql(
+    "SELECT t.number, a.number, r.step, r.seq, r.reported, r.decision, m.name, m.kind, m.number, m.text FROM report r"
+    " JOIN attempt a ON a.id = r.attempt_id JOIN trial t ON t.id = a.trial_id LEFT JOIN metric m ON m.report_id = r.id"
+    " WHERE t.experiment_id = :experiment AND r.step >= 0 ORDER BY t.number, r.step, a.number, m.name"
+)
+
+_TELEMETRY = _sql(
+    "SELECT t.number, e.ts, e.name, e.kind, e.number, e.text FROM telemetry e JOIN attempt a ON a.id = e.attempt_id"
+    " JOIN trial t ON t.id = a.trial_id WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last"
+    " ORDER BY t.number, e.ts, e.name"
+)
+
+_AUDIT = _sql("SELECT seq, epoch, happened, action, detail FROM audit WHERE experiment_id = :experiment ORDER BY id")
+
+_ENDED = _sql(
+    "SELECT number, ended_seq FROM trial WHERE experiment_id = :experiment AND ended_seq > :cursor ORDER BY ended_seq, number"
+)
+
+_COUNTS = _sql("SELECT status, COUNT(*) FROM trial WHERE experiment_id = :experiment GROUP BY status")
+
+_SEQ = _sql("SELECT seq FROM experiment WHERE id = :experiment")
+
+_CONFIG = _sql("SELECT body FROM config WHERE id = :config")
+
+_IDS = _sql("SELECT number, id FROM trial WHERE experiment_id = :experiment")
+
+ALL = 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRow:
+    """One report; ``canonical`` unless a later attempt has gone back behind it."""
+
+    trial: int
+    attempt: int
+    step: int
+    seq: int
+    reported: datetime
+    decision: str
+    canonical: bool
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRow:
+    seq: int
+    epoch: int
+    happened: datetime
+    action: str
+    detail: dict[str, Any]
+
+
+class Reader:
+    """Everything that is stored of one experiment."""
+
+    def __init__(self, database: Database, experiment: int) -> None:
+        self.database = database
+        self.experiment = experiment
+
+    def _fetch(self, statement: Statement, **values: object) -> list[tuple[Any, ...]]:
+        return self.database.run(statement, experiment=self.experiment, **values)
+
+    def seq(self) -> int:
+        """Return the experiment's counter: it rises with every write."""
+        return int(self._fetch(_SEQ)[0][0])
+
+    def trials(self, *, since: int = -1, first: int = 0, last: int = ALL) -> list[Trial]:
+        """Return the trials that changed after seq ``since``, with numbers from ``first`` to ``last``, in number order."""
+        scope = {"since": since, "first": first, "last": last}
+        rows = self._fetch(_TRIALS, **scope)
+        finals: dict[int, Metrics] = {}
+        reports: dict[int, Metrics] = {}
+        steps: dict[int, int] = {}
+        for number, step, name, *value in self._fetch(_METRICS, **scope):
+            target = finals if step == FINAL_STEP else reports
+            metrics = target.setdefault(number, {})
+            if step != FINAL_STEP:
+                steps[number] = step
+            if name is not None:
+                metrics[name] = from_row(*value)
+        if any(row[13] > 1 and row[1] not in steps for row in rows):
+            _inherit(self._fetch(_INHERITED, **scope), reports, steps)
+        return [_trial(row, {**reports.get(row[1], {}), **finals.get(row[1], {})}, steps.get(row[1])) for row in rows]
+
+    def trial(self, number: int) -> Trial | None:
+        """Return one trial, or None."""
+        found = self.trials(first=number, last=number)
+        return found[0] if found else None
+
+    def trial_ids(self) -> dict[int, int]:
+        """Return the row id of each trial by number."""
+        return {row[0]: row[1] for row in self._fetch(_IDS)}
+
+    def cancel_requests(self) -> set[int]:
+        """Return the numbers of trials that somebody asked to cancel and that have not ended."""
+        return {row[0] for row in self._fetch(_CANCEL_REQUESTS)}
+
+    def stop_requested(self) -> bool:
+        """Tell whether somebody asked the driver to stop."""
+        return bool(self._fetch(sql.REQUESTS)[0][1])
+
+    def last_decisions(self) -> dict[int, str]:
+        """Return the decision on the last report of each open attempt, by attempt row id."""
+        return {row[0]: row[1] for row in self._fetch(_DECISIONS)}
+
+    def counts(self) -> dict[TrialStatus, int]:
+        """Return how many trials have each status that occurs."""
+        found = {TrialStatus(status): int(count) for status, count in self._fetch(_COUNTS)}
+        return {status: found[status] for status in TrialStatus if status in found}
+
+    def attempts(self, *, first: int = 0, last: int = ALL) -> dict[int, dict[int, Attempt]]:
+        """Return every attempt by trial and number."""
+        found: dict[int, dict[int, Attempt]] = {}
+        for row in self._fetch(_ATTEMPTS, first=first, last=last):
+            attempt = _attempt(row[1:])
+            found.setdefault(row[0], {})[attempt.number] = attempt
+        return found
+
+    def checkpoints(self, *, first: int = 0, last: int = ALL) -> list[Checkpoint]:
+        """Return the checkpoint rows of every status, by trial, attempt and step, with the metrics reported with each."""
+        metrics: dict[int, Metrics] = {}
+        for identity, name, *value in self._fetch(_CHECKPOINT_METRICS, first=first, last=last):
+            metrics.setdefault(identity, {})[name] = from_row(*value)
+        rows = self._fetch(_CHECKPOINTS, first=first, last=last)
+        return [to_checkpoint(row[0], row[1:], metrics.get(row[1])) for row in rows]
+
+    def history(self) -> list[ReportRow]:
+        """Return every report by trial, step and attempt; superseded ones are flagged, not left out."""
+        attempts = self.attempts()
+        current = {row[0]: row[1] for row in self._fetch(_CURRENT)}
+        links = {number: dict(chain(current[number], attempts[number])) for number in current}
+        found: dict[tuple[int, int, int], ReportRow] = {}
+        for number, attempt, step, seq, reported, decision, name, *value in self._fetch(_HISTORY):
+            key = (number, step, attempt)
+            row = found.get(key)
+            if row is None:
+                limits = links[number]
+                canonical = attempt in limits and ((limit := limits[attempt]) is None or step <= limit)
+                row = found[key] = ReportRow(
+                    trial=number,
+                    attempt=attempt,
+                    step=step,
+                    seq=seq,
+                    reported=moment(reported),  # type: ignore[arg-type]  # the column is never null
+                    decision=decision,
+                    canonical=canonical,
+                )
+            if name is not None:
+                row.metrics[name] = from_row(*value)
+        return list(found.values())
+
+    def telemetry(self, *, first: int = 0, last: int = ALL) -> list[tuple[int, datetime, str, Any]]:
+        """Return (trial, UTC time, name, value) by trial, time and name."""
+        rows = self._fetch(_TELEMETRY, first=first, last=last)
+        return [(row[0], moment(row[1]), row[2], from_row(*row[3:])) for row in rows]  # type: ignore[misc]  # never null
+
+    def ended_since(self, cursor: int) -> list[tuple[int, int]]:
+        """Return (trial, ended_seq) of the trials that ended after ``cursor``, in the order in which they ended."""
+        return [(row[0], row[1]) for row in self._fetch(_ENDED, cursor=cursor)]
+
+    def audit(self) -> list[AuditRow]:
+        """Return who did what to the experiment, oldest first."""
+        return [
+            AuditRow(seq=row[0], epoch=row[1], happened=moment(row[2]), action=row[3], detail=json.loads(row[4]))  # type: ignore[arg-type]  # never null
+            for row in self._fetch(_AUDIT)
+        ]
+
+    def config(self, config: int) -> dict[str, Any] | None:
+        """Return the config of an id, or None."""
+        rows = self.database.run(_CONFIG, config=config)
+        return loads(rows[0][0]) if rows else None
+
+
+_CURRENT = _sql("SELECT number, current_attempt FROM trial WHERE experiment_id = :experiment")
+
+_DECISIONS = _sql(
+    "SELECT a.id, r.decision FROM trial t JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
+    " JOIN report r ON r.attempt_id = a.id"
+    " AND r.step = (SELECT MAX(x.step) FROM report x WHERE x.attempt_id = a.id AND x.step >= 0)"
+    " WHERE t.experiment_id = :experiment AND t.status = 'RUNNING'"
+)
+
+_CANCEL_REQUESTS = _sql(
+    "SELECT number FROM trial WHERE experiment_id = :experiment AND cancel_requested = 1 AND status IN ('PENDING', 'RUNNING')"
+)
+
+
+def _inherit(rows: Sequence[tuple[Any, ...]], reports: dict[int, Metrics], steps: dict[int, int]) -> None:
+    """Fill in the last canonical report of trials whose current attempt has not reported."""
+    attempts: dict[int, dict[int, Attempt]] = {}
+    values: dict[int, dict[tuple[int, int], Metrics]] = {}
+    for number, attempt, parent, parent_step, step, name, *value in rows:
+        attempts.setdefault(number, {})[attempt] = Attempt(id=0, number=attempt, parent=parent, parent_step=parent_step)
+        if step is not None:
+            metrics = values.setdefault(number, {}).setdefault((attempt, step), {})
+            if name is not None:
+                metrics[name] = from_row(*value)
+    for number, links in attempts.items():
+        for attempt, limit in chain(max(links), links):
+            on_chain = [key for key in values.get(number, {}) if key[0] == attempt and (limit is None or key[1] <= limit)]
+            if on_chain:
+                last = max(on_chain)
+                reports[number], steps[number] = values[number][last], last[1]
+                break
+
+
+def _attempt(row: Sequence[Any]) -> Attempt:
+    identity, number, epoch, outcome, claimed, parent, parent_step, reason, note, kind, message, trace, *rest = row
+    flow_run, task_run, host, pid, pid_started, started, ended = rest
+    return Attempt(
+        id=identity,
+        number=number,
+        epoch=epoch,
+        outcome=Outcome(outcome) if outcome else None,
+        claimed=claimed is not None,
+        parent=parent,
+        parent_step=parent_step,
+        reason=reason,
+        note=note,
+        error=ErrorInfo(kind=kind, message=message or "", traceback=trace or "") if kind else None,
+        flow_run_id=flow_run,
+        task_run_id=task_run,
+        host=host,
+        pid=pid,
+        pid_started=pid_started,
+        started=moment(started),
+        ended=moment(ended),
+    )
+
+
+def _trial(row: Sequence[Any], metrics: Metrics, step: int | None) -> Trial:
+    return Trial(
+        number=row[1],
+        status=TrialStatus(row[2]),
+        config=loads(row[3]),
+        config_id=row[4],
+        seed=row[5],
+        seq=row[6],
+        ts_start=moment(row[7]),
+        origin=row[8],
+        metadata=loads(row[9]),
+        attempts=row[11],
+        attempt=_attempt(row[12:31]),
+        metrics=metrics,
+        step=step,
+    )

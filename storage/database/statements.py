@@ -1,0 +1,151 @@
+"""The statements of the loop and of attempts: named, each compiled once per database."""
+
+from __future__ import annotations
+
+from sqlalchemy import text
+
+from holdfast.storage.database.engine import Statement
+
+
+def _sql(body: str) -> Statement:
+    return Statement(text(body))
+
+
+# Every write of a driver or an attempt begins with this one. No row: a later epoch took over. On PostgreSQL the row lock
+# that it takes orders all writers of the experiment.
+FENCE = _sql("UPDATE experiment SET seq = seq + 1 WHERE id = :experiment AND epoch = :epoch RETURNING seq")
+
+# A request from somebody who does not hold the lease (queue, stop, cancel) only needs its place in the order.
+REQUEST = _sql("UPDATE experiment SET seq = seq + 1 WHERE id = :experiment RETURNING seq, epoch")
+
+# Equal configs share one row, also between experiments and processes.
+CONFIG = _sql(
+    "INSERT INTO config (digest, body) VALUES (:digest, :body)"
+    " ON CONFLICT (digest) DO UPDATE SET digest = excluded.digest RETURNING id"
+)
+
+# Numbers are dense: the next one is counted under the lock that FENCE or REQUEST took.
+NEXT_NUMBER = _sql("SELECT COALESCE(MAX(number) + 1, 0) FROM trial WHERE experiment_id = :experiment")
+
+ADD_TRIAL = _sql(
+    "INSERT INTO trial (experiment_id, number, config_id, status, seq, current_attempt, seed, group_number, repeat, created,"
+    " ts_start, source, metadata, cancel_requested)"
+    " VALUES (:experiment, :number, :config, 'PENDING', :seq, 1, :seed, :group_number, :repeat, :created,"
+    " :ts_start, :source, :metadata, 0) RETURNING id"
+)
+
+ADD_ATTEMPT = _sql(
+    "INSERT INTO attempt (trial_id, number, config_id, parent_id, parent_step, reason, note, created)"
+    " VALUES (:trial, :number, :config, :parent, :parent_step, :reason, :note, :created) RETURNING id"
+)
+
+# Of two claimers one finds the row unclaimed.
+CLAIM = _sql(
+    "UPDATE attempt SET claimed_by = :token, epoch = :epoch, started = :started, flow_run_id = :flow_run_id,"
+    " task_run_id = :task_run_id WHERE id = :attempt AND claimed_by IS NULL AND outcome IS NULL RETURNING trial_id, number"
+)
+
+# The attempt must still be the trial's current one; a status is changed from the one it was read with.
+MOVE_TRIAL = _sql("UPDATE trial SET status = :new, seq = :seq, ended_seq = :ended_seq WHERE id = :trial AND status = :old")
+
+MOVE_TO_ATTEMPT = _sql(
+    "UPDATE trial SET status = :new, seq = :seq, ended_seq = NULL, current_attempt = :number, cancel_requested = 0"
+    " WHERE id = :trial AND status = :old"
+)
+
+# Whether an attempt may still write: it is claimed with this token, and open.
+HOLDS = _sql("SELECT trial_id FROM attempt WHERE id = :attempt AND claimed_by = :token AND outcome IS NULL")
+
+TRIAL_OF = _sql(
+    "SELECT t.id, t.status, t.current_attempt, a.number, a.config_id, t.cancel_requested FROM attempt a"
+    " JOIN trial t ON t.id = a.trial_id WHERE a.id = :attempt"
+)
+
+# The first final update stands.
+END_ATTEMPT = _sql(
+    "UPDATE attempt SET outcome = :outcome, ended = :ended, error_kind = :error_kind, error = :error,"
+    " traceback = :traceback, result = :result, note = CASE WHEN :note = '' THEN note ELSE :note END"
+    " WHERE id = :attempt AND outcome IS NULL"
+)
+
+SET_PROCESS = _sql("UPDATE attempt SET host = :host, pid = :pid, pid_started = :pid_started WHERE id = :attempt")
+
+SET_PARENT = _sql("UPDATE attempt SET parent_id = :parent, parent_step = :parent_step, note = :note WHERE id = :attempt")
+
+ADD_REPORT = _sql(
+    "INSERT INTO report (attempt_id, step, seq, reported, decision)"
+    " VALUES (:attempt, :step, :seq, :reported, :decision) RETURNING id"
+)
+
+ADD_METRIC = _sql("INSERT INTO metric (report_id, name, kind, number, text) VALUES (:report, :name, :kind, :number, :text)")
+
+ADD_CHECKPOINT = _sql(
+    "INSERT INTO checkpoint (attempt_id, step, seq, path, digest, bytes, created, status, reason, pinned)"
+    " VALUES (:attempt, :step, :seq, :path, :digest, :bytes, :created, 'valid', '', 0)"
+)
+
+MARK_CHECKPOINT = _sql("UPDATE checkpoint SET status = :status, reason = :reason, seq = :seq WHERE id = :checkpoint")
+
+ADD_TELEMETRY = _sql(
+    "INSERT INTO telemetry (attempt_id, ts, name, kind, number, text)"
+    " VALUES (:attempt, :ts, :name, :kind, :number, :text) ON CONFLICT (attempt_id, ts, name) DO NOTHING"
+)
+
+ADD_AUDIT = _sql(
+    "INSERT INTO audit (experiment_id, seq, epoch, happened, action, detail)"
+    " VALUES (:experiment, :seq, :epoch, :happened, :action, :detail)"
+)
+
+# A retry budget is derived: failures of the epoch that drives now.
+FAILURES = _sql(
+    "SELECT COUNT(*) FROM attempt WHERE trial_id = :trial AND epoch = :epoch AND outcome IN ('failed', 'timed_out', 'crashed')"
+)
+
+ATTEMPTS_OF = _sql(
+    "SELECT a.id, a.number, p.number, a.parent_step FROM attempt a LEFT JOIN attempt p ON p.id = a.parent_id"
+    " WHERE a.trial_id = :trial ORDER BY a.number"
+)
+
+CHECKPOINTS_OF = _sql(
+    "SELECT c.id, a.number, c.step, c.path, c.digest, c.bytes, c.status, c.reason, c.pinned FROM checkpoint c"
+    " JOIN attempt a ON a.id = c.attempt_id WHERE a.trial_id = :trial ORDER BY a.number, c.step"
+)
+
+REQUESTS = _sql("SELECT seq, stop_requested FROM experiment WHERE id = :experiment")
+
+STATUS_OF = _sql("SELECT status, current_attempt, config_id FROM trial WHERE id = :trial")
+
+UNCLAIMED = _sql("SELECT id FROM attempt WHERE id = :attempt AND claimed_by IS NULL AND outcome IS NULL")
+
+SET_SPEC = _sql("UPDATE experiment SET spec = :spec WHERE id = :experiment")
+
+SET_CODE = _sql("UPDATE experiment SET code_digest = :code, workdir = :workdir, location = :location WHERE id = :experiment")
+
+ADD_STATE = _sql("INSERT INTO proposer_state (experiment_id, number, body) VALUES (:experiment, :number, :body)")
+
+STOP = _sql("UPDATE experiment SET stop_requested = 1 WHERE id = :experiment")
+
+CANCEL_TRIAL = _sql("UPDATE trial SET cancel_requested = 1, seq = :seq WHERE experiment_id = :experiment AND number = :number")
+
+REPORT_OF = _sql("SELECT id FROM report WHERE attempt_id = :attempt AND step = :step")
+
+# What retention ranks by: finite numbers only.
+CHECKPOINT_METRICS = _sql(
+    "SELECT c.id, m.name, m.number FROM checkpoint c JOIN attempt a ON a.id = c.attempt_id"
+    " JOIN report r ON r.attempt_id = c.attempt_id AND r.step = c.step JOIN metric m ON m.report_id = r.id"
+    " WHERE a.trial_id = :trial AND c.status = 'valid' AND m.kind IN ('float', 'int') AND m.number IS NOT NULL"
+)
+
+# Where a lease stands, by the database's own clock ({clock} differs between databases: see leases.py).
+RELEASE = _sql(
+    "UPDATE experiment SET seq = seq + 1, holder = NULL, lease_expires = NULL, ended = :ended,"
+    " active_seconds = active_seconds + :active WHERE id = :experiment AND epoch = :epoch RETURNING seq"
+)
+
+TRIAL_STATUS = _sql("SELECT status FROM trial WHERE experiment_id = :experiment AND number = :number")
+
+# The same as HOLDS together with the fence, for a look before files are published; the commit that follows is fenced itself.
+STILL_HOLDS = _sql(
+    "SELECT a.id FROM attempt a JOIN experiment e ON e.id = :experiment AND e.epoch = :epoch"
+    " WHERE a.id = :attempt AND a.claimed_by = :token AND a.outcome IS NULL"
+)

@@ -1,0 +1,224 @@
+"""One owner: taking the lease in the database and in the path, keeping it, giving it back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.core import faults
+from holdfast.core.errors import DatabaseError, Fenced, HoldfastError, LeaseHeld, StorageError
+from holdfast.core.values import Json
+from holdfast.storage.database.engine import Database
+from holdfast.storage.database.leases import DURATION, RENEWAL, Leases
+from holdfast.storage.folder import Folder, PathLease
+
+Liveness = Callable[[Mapping[str, Any]], bool | None]
+"""Tells of a holder: True, its process lives on this host; False, it is gone; None, it cannot be seen from here."""
+
+_LONG_GONE = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claimant:
+    """Who wants to drive, and how to judge others."""
+
+    holder: dict[str, Json]
+    liveness: Liveness
+    say: Callable[[str], None]
+    force: bool = False
+    pause: Callable[[float], None] = time.sleep
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """One look at a lease, in the database or in the path."""
+
+    source: str
+    epoch: int
+    holder: Mapping[str, Any] | None
+    remaining: float
+    renewed: float
+
+
+def describe(holder: Mapping[str, Any]) -> str:
+    """Say who a holder is."""
+    return f"process {holder.get('pid')} on {holder.get('hostname')}"
+
+
+def _look(leases: Leases, folder: Folder) -> tuple[int, int, list[_Sight]]:
+    """Return the epochs of the database and the path, and both leases."""
+    stored = leases.look()
+    sights = [_Sight("database", stored.epoch, stored.holder, stored.remaining, stored.renewed)]
+    path = folder.lease()
+    if path is not None:
+        sights.append(_Sight("path", path.epoch, path.holder, path.expires - time.time(), path.renewed))
+    return stored.epoch, path.epoch if path is not None else 0, sights
+
+
+def _await_silence(leases: Leases, folder: Folder, claimant: Claimant) -> tuple[int, int]:
+    """Return the epochs once nobody holds either lease; LeaseHeld as soon as a holder is seen alive."""
+    first: dict[str, _Sight] = {}
+    began = time.monotonic()
+    said = False
+    while True:
+        database_epoch, path_epoch, sights = _look(leases, folder)
+        if claimant.force or not any(_blocks(sight, first, claimant, time.monotonic() - began) for sight in sights):
+            return database_epoch, path_epoch
+        for sight in sights:
+            first.setdefault(sight.source, sight)
+        if not said:
+            longest = max(sight.remaining for sight in sights)
+            holder = next(sight.holder for sight in sights if sight.holder is not None)
+            claimant.say(
+                f"{describe(holder)} held the experiment; waiting up to {max(longest, 2 * RENEWAL):.0f} s for a sign of life"
+            )
+            said = True
+        claimant.pause(0.5)
+
+
+def _blocks(sight: _Sight, first: Mapping[str, _Sight], claimant: Claimant, waited: float) -> bool:
+    """Tell whether a lease is still in the way; LeaseHeld when its holder lives."""
+    if sight.holder is None:
+        return False
+    alive = claimant.liveness(sight.holder)
+    if alive is False:
+        return False
+    before = first.get(sight.source)
+    renewed = before is not None and sight.renewed != before.renewed
+    if renewed or (alive and sight.remaining > 0):
+        raise LeaseHeld(
+            f"{describe(sight.holder)} drives the experiment; its lease runs {max(sight.remaining, 0):.0f} s unless renewed; "
+            "wait for it, end it with `holdfast stop`, or take over with --force"
+        )
+    if sight.source == "path" and alive is None:
+        # Written by another host's clock: silence for two renewals counts, not what our clock makes of the expiry.
+        return sight.remaining > -_LONG_GONE and (waited < 2 * RENEWAL or sight.remaining > 0) and waited < DURATION + RENEWAL
+    return sight.remaining > 0
+
+
+class Keeper:
+    """A lease that is held: renewed in a thread of its own until it is released or lost."""
+
+    def __init__(self, database: Database, experiment: int, folder: Folder, epoch: int, holder: dict[str, Json]) -> None:
+        self.epoch = epoch
+        self.stop_requested = False
+        self.active_seconds = 0.0
+        self._leases = Leases(database, experiment)
+        self._folder = folder
+        self._holder = holder
+        self._label = database.label
+        self._lost: HoldfastError | None = None
+        self._on_lost: Callable[[], None] = lambda: None
+        self._ended = threading.Event()
+        self._renewed = self._counted = time.monotonic()
+        self._thread = threading.Thread(target=self._beat, name="holdfast-lease", daemon=True)
+
+    def start(self, on_lost: Callable[[], None]) -> None:
+        """Begin to renew; ``on_lost`` is called once, from the renewing thread, when the lease is lost."""
+        self._on_lost = on_lost
+        self._renew()
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what ended the lease, if it was lost."""
+        if self._lost is not None:
+            raise self._lost
+        if time.monotonic() - self._renewed > DURATION:
+            # Suspended and continued: somebody may have taken over meanwhile.
+            self._renew()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(RENEWAL):
+            try:
+                self._renew()
+            except Fenced as error:
+                self._lose(error)
+                return
+            except (DatabaseError, StorageError) as error:
+                # Stop writing before the lease runs out, or another host might drive at the same time.
+                if time.monotonic() - self._renewed > DURATION - RENEWAL:
+                    self._lose(error)
+                    return
+
+    def _lose(self, error: HoldfastError) -> None:
+        self._lost = error
+        self._on_lost()
+
+    def _active(self) -> float:
+        now = time.monotonic()
+        active, self._counted = now - self._counted, now
+        return active
+
+    def _renew(self) -> None:
+        moment = time.monotonic()
+        active = self._active()
+        try:
+            _, stop, self.active_seconds = self._leases.renew(epoch=self.epoch, active=active)
+        except BaseException:
+            self._counted -= active
+            raise
+        self._write(self._holder)
+        self.stop_requested = self.stop_requested or stop
+        self._renewed = moment
+
+    def _write(self, holder: dict[str, Json] | None, *, durable: bool = False) -> None:
+        with self._folder.locked():
+            found = self._folder.lease()
+            if found is not None and found.epoch > self.epoch:
+                raise Fenced(f"epoch {self.epoch} is over: {self._folder.lease_file} is at epoch {found.epoch}")
+            now = time.time()
+            lease = PathLease(epoch=self.epoch, holder=holder, expires=now + DURATION, renewed=now, database=self._label)
+            self._folder.write_lease(lease, durable=durable)
+
+    def release(self, ended: str) -> None:
+        """Give the lease back, noting why the drive ended; Fenced when it was lost meanwhile."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._leases.release(epoch=self.epoch, active=self._active(), ended=ended)
+        self._write(None, durable=True)
+
+    def release_quietly(self, ended: str) -> None:
+        """Give the lease back if it still is ours to give."""
+        with suppress(Fenced, DatabaseError, StorageError):
+            self.release(ended)
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lost is not None
+
+    def active_seconds_now(self) -> float:
+        """Return the experiment's active time up to this moment."""
+        return self.active_seconds + time.monotonic() - self._counted
+
+    def abandon(self) -> None:
+        """Stop renewing without giving the lease back (it was lost, or the database is gone)."""
+        self._ended.set()
+
+
+def take(
+    database: Database, experiment: int, folder: Folder, claimant: Claimant, *, action: str, detail: Mapping[str, Json]
+) -> Keeper:
+    """Take the lease of an experiment, in the database and in its path.
+
+    A holder that is seen alive is refused at once (LeaseHeld); one that is gone from this host is dead at once; a silent one
+    elsewhere is waited out. The new epoch is one more than the greater of both. With ``claimant.force`` nobody is waited for.
+    """
+    leases = Leases(database, experiment)
+    database_epoch, path_epoch = _await_silence(leases, folder, claimant)
+    epoch = max(database_epoch, path_epoch) + 1
+    keeper = Keeper(database, experiment, folder, epoch, claimant.holder)
+    with folder.locked():
+        found = folder.lease()
+        if found is not None and found.epoch > path_epoch:
+            raise LeaseHeld("another process took the experiment at the same moment; nothing was changed")
+        leases.take(seen=database_epoch, epoch=epoch, holder=claimant.holder, action=action, detail=detail)
+        faults.point("lease.database-taken")
+        now = time.time()
+        lease = PathLease(epoch=epoch, holder=claimant.holder, expires=now + DURATION, renewed=now, database=database.label)
+        folder.write_lease(lease)
+    return keeper

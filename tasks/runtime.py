@@ -1,0 +1,71 @@
+"""What running trials of one experiment share in a process: found by the experiment's identity, not passed to tasks."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from holdfast.core.errors import HoldfastError
+from holdfast.core.spec import ExperimentSpec
+from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.storage.database.engine import Database
+from holdfast.storage.database.reads import Reader
+from holdfast.storage.folder import Folder
+from holdfast.tasks.workers.messages import Decision
+from holdfast.tasks.workers.pool import WorkerPool
+
+
+@dataclass
+class Runtime:
+    """One experiment's running side."""
+
+    uuid: str
+    experiment: int
+    epoch: int
+    spec: ExperimentSpec
+    workdir: str
+    database: Database
+    reader: Reader
+    folder: Folder
+    checkpoints: LocalCheckpoints
+    pool: WorkerPool | None
+    """None with ``isolation: inline``"""
+    cancelled: set[int] = field(default_factory=set)
+    """numbers of trials that somebody asked to cancel"""
+    lost: HoldfastError | None = None
+    _order: Decision = Decision.CONTINUE
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def order(self, decision: Decision) -> None:
+        """Tell every running attempt what to do at its next chance: PREEMPT, then KILL."""
+        with self._lock:
+            self._order = decision
+
+    def decision(self, trial: int) -> Decision:
+        """Return what a running attempt of ``trial`` is to do now."""
+        if self._order is Decision.CONTINUE and trial in self.cancelled:
+            return Decision.CANCEL
+        return self._order
+
+
+_runtimes: dict[str, Runtime] = {}
+
+
+def register(runtime: Runtime) -> None:
+    """Make ``runtime`` known to the tasks of this process."""
+    _runtimes[runtime.uuid] = runtime
+
+
+def unregister(runtime: Runtime) -> None:
+    """Forget ``runtime``."""
+    _runtimes.pop(runtime.uuid, None)
+
+
+def find(uuid: str) -> Runtime:
+    """Return the runtime of the experiment ``uuid``; HoldfastError outside a search or restore flow."""
+    try:
+        return _runtimes[uuid]
+    except KeyError:
+        raise HoldfastError(
+            f"no search of experiment {uuid} runs in this process; trials are run by the flows search and restore"
+        ) from None

@@ -1,0 +1,142 @@
+"""A running attempt, seen from its task: what user code reports becomes durable here, and decisions go back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from holdfast.core import faults, retention
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.errors import CheckpointConflict
+from holdfast.core.values import Metrics
+from holdfast.storage.checkpoints.local import Published
+from holdfast.storage.checkpoints.manifest import Manifest
+from holdfast.storage.database.attempts import AttemptWriter, Saved
+from holdfast.tasks.runtime import Runtime
+from holdfast.tasks.workers.messages import Candidate, Decision, ProcessIdentity, Rejected, Report, Staged
+
+
+@dataclass
+class Supervisor:
+    """The supervision of one attempt (``tasks.workers.messages.Supervision``): called in the task's thread."""
+
+    runtime: Runtime
+    writer: AttemptWriter
+    trial: int
+    candidates: Sequence[Checkpoint]
+    logger: logging.Logger | logging.LoggerAdapter[Any]
+    metrics: Metrics = field(default_factory=dict)
+    """of the last report"""
+    reported: int | None = None
+    resumed: Checkpoint | None = None
+
+    def _checkpoint(self, candidate: Candidate | None) -> Checkpoint | None:
+        if candidate is None:
+            return None
+        return next(known for known in self.candidates if known.path == candidate.path)
+
+    def started(self, process: ProcessIdentity | None, resumed: Candidate | None, rejected: Sequence[Rejected]) -> None:
+        """Record the process, and what the attempt really continues from."""
+        bad: dict[int, str] = {}
+        for rejection in rejected:
+            checkpoint = self._checkpoint(rejection.candidate)
+            if checkpoint is not None:
+                bad[checkpoint.id] = rejection.reason
+                self.logger.warning("checkpoint at step %d is not used: %s", checkpoint.step, rejection.reason)
+        self.resumed = self._checkpoint(resumed)
+        self.writer.started(
+            host=process.host if process else None,
+            pid=process.pid if process else None,
+            pid_started=process.started if process else None,
+            resumed=self.resumed,
+            rejected=bad,
+            note="; ".join(f"checkpoint at step {item.candidate.step}: {item.reason}" for item in rejected),
+        )
+        faults.point("attempt.claimed")
+
+    def report(self, report: Report) -> Decision:
+        """Make a report, and the checkpoint staged with it, durable; return what the trial is to do."""
+        decision = self.runtime.decision(self.trial)
+        undue = report.staged is not None and self.reported == report.step
+        if undue and report.staged is not None:  # saved only because of preemption: its report is committed already
+            self.writer.save(report.step, self._publish(report, report.staged))
+        else:
+            self._commit(report, decision)
+        if report.staged is not None:
+            self._prune()
+        return decision
+
+    def _commit(self, report: Report, decision: Decision) -> None:
+        saved = self._publish(report, report.staged) if report.staged is not None else None
+        answer = "continue" if decision is Decision.CONTINUE else decision.value.lower()
+        try:
+            self.writer.report(report.step, report.metrics, decision=answer, saved=saved)
+        except CheckpointConflict:
+            if saved is not None:
+                self.runtime.checkpoints.delete(saved.path)
+            raise
+        self.metrics, self.reported = report.metrics, report.step
+        faults.point("report.committed" if saved is None else "checkpoint.committed")
+
+    def _publish(self, report: Report, staged: Staged) -> Saved:
+        from pathlib import Path
+
+        self.writer.check()
+        manifest = Manifest(
+            experiment=self.runtime.uuid,
+            trial=self.trial,
+            attempt=self.writer.number,
+            step=report.step,
+            writer=Path(staged.path).name.rpartition("-")[2],
+            created=datetime.now(UTC).isoformat(),
+            serializer=staged.serializer,
+            metrics=report.metrics,
+            files=tuple(staged.files),
+        )
+        published: Published = self.runtime.checkpoints.publish(Path(staged.path), manifest)
+        return Saved(path=published.path, digest=published.digest, bytes=published.bytes)
+
+    def _prune(self) -> None:
+        """Delete what retention does not keep: rows first, then files; what is cut off here is swept later."""
+        spec = self.runtime.spec
+        chosen = retention.policies(spec.checkpoints, spec.goals[0])
+        kept, superseded = self.writer.kept()
+        surplus = [*superseded, *retention.surplus(kept, chosen)]
+        if not surplus:
+            return
+        self.writer.forget([checkpoint.id for checkpoint in surplus])
+        faults.point("checkpoint.pruned-row")
+        for checkpoint in surplus:
+            self.runtime.checkpoints.delete(checkpoint.path)
+
+    def telemetry(self, rows: Sequence[tuple[float, str, Any]]) -> None:
+        """Store measurements."""
+        self.writer.telemetry([(round(moment * 1e6), name, value) for moment, name, value in rows])
+
+    def log(self, lines: Sequence[str]) -> None:
+        """Pass throttled lines of the trial's output on to Prefect."""
+        for line in lines:
+            self.logger.info("%s", line)
+
+    def poll(self) -> Decision:
+        """Say what the attempt is to do, while it says nothing itself."""
+        return self.runtime.decision(self.trial)
+
+
+def candidate_of(checkpoint: Checkpoint) -> Candidate:
+    """Return what the worker needs to know of a checkpoint."""
+    return Candidate(
+        attempt=checkpoint.attempt,
+        step=checkpoint.step,
+        path=checkpoint.path,
+        digest=checkpoint.digest,
+        metrics=dict(checkpoint.metrics),
+    )
+
+
+def full_metrics(last: Mapping[str, Any], final: Mapping[str, Any] | None) -> Metrics:
+    """Return a trial's metrics: its last report overlaid by its final record."""
+    return {**last, **(final or {})}

@@ -1,0 +1,157 @@
+"""The Prefect task that runs one attempt of one trial."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any, NoReturn
+
+from prefect import task
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run, task_run
+
+from holdfast.core import faults
+from holdfast.core.errors import (
+    Contention,
+    Fenced,
+    Infrastructure,
+    TrialCrashed,
+    TrialFailed,
+    TrialFailure,
+    TrialTimedOut,
+)
+from holdfast.core.objective import missing
+from holdfast.core.trial import ErrorInfo, Outcome, Trial
+from holdfast.core.values import Metrics, tagged
+from holdfast.storage.database.attempts import AttemptWriter
+from holdfast.storage.database.driver import Ending
+from holdfast.tasks.runtime import Runtime, find
+from holdfast.tasks.supervisor import Supervisor, candidate_of, full_metrics
+from holdfast.tasks.workers.inline import run_inline
+from holdfast.tasks.workers.messages import Ended, Job
+
+
+class AttemptStopped(Exception):
+    """The attempt was told to end before it had a result; Prefect must not keep one for it."""
+
+
+@task(
+    name="trial",
+    task_run_name="{experiment}/trial-{trial}#{attempt}",
+    result_storage_key="trials/{parameters[trial]:06d}/result-a{parameters[attempt]}.json",
+    result_serializer="json",
+    retries=0,
+    cache_result_in_memory=False,
+)
+def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: str, row: int) -> dict[str, Any]:
+    """Run attempt ``attempt`` of trial ``trial`` and return its result, which Prefect persists.
+
+    Args:
+        experiment: Name of the experiment.
+        trial: Number of the trial, from 0.
+        attempt: Number of the attempt, from 1.
+        config: The trial's config as JSON text.
+        identity: UUID of the experiment.
+        row: The attempt's row in the experiment store.
+    """
+    runtime = find(identity)
+    writer = AttemptWriter.claim(
+        runtime.database,
+        runtime.experiment,
+        runtime.epoch,
+        row,
+        token=uuid.uuid4().hex,
+        flow_run_id=_text(flow_run.id),
+        task_run_id=_text(task_run.id),
+    )
+    try:
+        return _run(runtime, writer, trial, attempt, json.loads(config))
+    except TrialFailure as failure:
+        _commit_failure(runtime, writer, failure)
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _run(runtime: Runtime, writer: AttemptWriter, trial: int, attempt: int, config: dict[str, Any]) -> dict[str, Any]:
+    checkpoints = writer.candidates() if attempt > 1 else []
+    supervisor = Supervisor(runtime, writer, trial, checkpoints, get_run_logger())
+    job = make_job(runtime, trial, attempt, config, supervisor)
+    try:
+        ended = run_inline(job, supervisor) if runtime.pool is None else runtime.pool.run(job, supervisor)
+    except (Contention, Infrastructure) as error:
+        if not isinstance(error, Fenced):
+            # This is no fault of the trial's: the search is interrupted by it, and a restore goes on.
+            runtime.lost = runtime.lost or error
+        raise
+    faults.point("result.returned")
+    if ended.outcome in (Outcome.PREEMPTED, Outcome.CANCELLED):
+        writer.end(Ending(outcome=ended.outcome, metrics=ended.metrics))
+        raise AttemptStopped(f"attempt {attempt} of trial {trial} was {ended.outcome}")
+    return _result(runtime, supervisor, trial, attempt, ended)
+
+
+def make_job(runtime: Runtime, trial: int, attempt: int, config: dict[str, Any], supervisor: Supervisor) -> Job:
+    """Return what the worker needs to run the attempt."""
+    from holdfast.core.seeding import trial_seed
+
+    spec = runtime.spec
+    return Job(
+        experiment=spec.name,
+        experiment_id=runtime.uuid,
+        trial=trial,
+        attempt=attempt,
+        seed=trial_seed(spec.search.seed or 0, trial),
+        config=config,
+        trainable=spec.trainable,
+        workdir=runtime.workdir,
+        root=str(runtime.folder.path),
+        candidates=tuple(candidate_of(checkpoint) for checkpoint in supervisor.candidates),
+        save_period=spec.checkpoints.save_period,
+        saves=spec.checkpoints.saves,
+        serializer=spec.checkpoints.serializer,
+        references=spec.references,
+        max_steps=spec.stopping.max_steps,
+        timeout=spec.failure.trial_timeout,
+        log=str(runtime.folder.log_file(trial, attempt)),
+    )
+
+
+def _result(runtime: Runtime, supervisor: Supervisor, trial: int, attempt: int, ended: Ended) -> dict[str, Any]:
+    last: Metrics = supervisor.metrics
+    if supervisor.reported is None and supervisor.resumed is not None:
+        stored: Trial | None = runtime.reader.trial(trial)
+        last = stored.metrics if stored is not None else {}
+    absent = missing(full_metrics(last, ended.metrics), runtime.spec.goals)
+    if absent and ended.outcome is Outcome.COMPLETED:
+        raise TrialFailed(
+            f"the trial ended without {', '.join(map(repr, absent))}: neither its last report nor what it returned has it; "
+            f'call trial.report({{"{absent[0]}": value}}) or return it',
+            kind="MissingObjective",
+        )
+    return {
+        "trial": trial,
+        "attempt": attempt,
+        "outcome": ended.outcome.value,
+        "metrics": tagged(ended.metrics or {}),
+    }
+
+
+def _commit_failure(runtime: Runtime, writer: AttemptWriter, failure: TrialFailure) -> NoReturn:
+    """Commit the original failure with its traceback, and then raise it for Prefect."""
+    outcome, kind = Outcome.FAILED, type(failure).__name__
+    trace = ""
+    match failure:
+        case TrialFailed():
+            kind, trace = failure.kind, failure.traceback
+        case TrialTimedOut():
+            outcome = Outcome.TIMED_OUT
+        case TrialCrashed():
+            outcome = Outcome.CRASHED
+        case _:
+            pass
+    error = ErrorInfo(kind=kind, message=str(failure), traceback=trace)
+    writer.fail(Ending(outcome=outcome, error=error), max_failures=runtime.spec.failure.max_failures)
+    faults.point("attempt.failed")
+    raise failure

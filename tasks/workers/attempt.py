@@ -1,0 +1,99 @@
+"""What an attempt does, in whichever process: continue from a checkpoint, run the user's code, put errors into words."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, Infrastructure, NotACheckpoint
+from holdfast.core.values import Metrics
+from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.tasks.workers.messages import Decision, Job, Rejected
+from holdfast.tasks.workers.randomness import seed_everything
+from holdfast.tasks.workers.trainables import Trainable, run
+from holdfast.tasks.workers.trial_api import Link, ResumedCheckpoint, Trial, TrialStopped
+
+LONGEST = 48 << 10  # characters of a traceback that are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Where an attempt continues from: the place among its candidates, and what was wrong with newer ones."""
+
+    place: int | None
+    checkpoint: ResumedCheckpoint | None
+    rejected: tuple[Rejected, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An error of an attempt, in words."""
+
+    kind: str
+    message: str
+    traceback: str
+    infrastructure: bool
+    """the storage failed, not the user's code"""
+
+
+def choose(job: Job, checkpoints: LocalCheckpoints) -> Resume:
+    """Load the newest candidate that is valid; what is missing, torn or altered is rejected with the reason.
+
+    StorageError, and whatever the user's classes raise when a pickle is read, pass: an older state would hide them.
+    """
+    rejected: list[Rejected] = []
+    for place, candidate in enumerate(job.candidates):
+        try:
+            loaded = checkpoints.load(
+                candidate.path, digest=candidate.digest, trial=job.trial, attempt=candidate.attempt, step=candidate.step
+            )
+        except (CheckpointCorrupt, NotACheckpoint, CheckpointNotFound) as error:
+            rejected.append(Rejected(candidate=candidate, reason=str(error)))
+            continue
+        resumed = ResumedCheckpoint(checkpoints, candidate, loaded, job.trial)
+        return Resume(place=place, checkpoint=resumed, rejected=tuple(rejected))
+    return Resume(place=None, checkpoint=None, rejected=tuple(rejected))
+
+
+def perform(
+    job: Job, trainable: Trainable, link: Link, checkpoints: LocalCheckpoints, checkpoint: ResumedCheckpoint | None
+) -> tuple[Decision | None, Metrics | None]:
+    """Run the user's code; return what it was told when it was told to stop, or None and the record that it returned.
+
+    Whatever the user's code raises passes, even after it was told to stop.
+    """
+    seed_everything(job.seed)
+    trial = Trial(job, link, checkpoints, checkpoint)
+    try:
+        metrics = run(trainable, trial, max_steps=job.max_steps)
+    except TrialStopped as stop:
+        return stop.decision, None
+    finally:
+        trial.finish()
+    return (trial.stopped, None) if trial.stopped is not None else (None, metrics)
+
+
+def describe(error: BaseException) -> Failure:
+    """Put ``error`` into words, without holdfast's own frames above the user's."""
+    kind = type(error).__name__
+    message, trace = f"(its {kind} cannot be shown)", ""
+    with contextlib.suppress(Exception):  # __str__ and __repr__ are the user's code
+        message = str(error)
+    with contextlib.suppress(Exception):
+        trace = "".join(traceback.format_exception(type(error), error, _users_frames(error)))
+    if len(trace) > LONGEST:
+        trace = trace[: LONGEST // 4] + "\n[...]\n" + trace[-LONGEST * 3 // 4 :]
+    return Failure(kind=kind, message=message or kind, traceback=trace, infrastructure=isinstance(error, Infrastructure))
+
+
+_HERE = str(Path(__file__).parent)
+
+
+def _users_frames(error: BaseException) -> TracebackType | None:
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None and frames.tb_frame.f_code.co_filename.startswith(_HERE):
+        frames = frames.tb_next
+    return frames

@@ -1,0 +1,111 @@
+"""Run an attempt in the calling thread, without a process of its own: for debugging, and for code that uses Prefect."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from holdfast.core.errors import StorageError, TrialFailed, TrialTimedOut
+from holdfast.core.trial import Outcome
+from holdfast.core.values import Metrics
+from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.tasks.workers.attempt import choose, describe, perform
+from holdfast.tasks.workers.messages import (
+    OUTCOMES,
+    STRENGTH,
+    Decision,
+    Ended,
+    Job,
+    Report,
+    Staged,
+    Supervision,
+    TelemetryRow,
+)
+from holdfast.tasks.workers.supervise import POLL
+from holdfast.tasks.workers.trainables import load
+from holdfast.tasks.workers.trial_api import TrialStopped
+
+
+def run_inline(job: Job, supervision: Supervision) -> Ended:
+    """Run ``job`` here and now, and return how it ended; raises as ``WorkerPool.run``, but nothing crashes alone.
+
+    The user's code prints where this process prints, and its working directory is this process's. Wishes to stop and
+    the timeout are heeded at its reports only.
+    """
+    link = _DirectLink(job, supervision)
+    try:
+        trainable = load(job.trainable, job.workdir)
+        checkpoints = LocalCheckpoints(Path(job.root))
+        resume = choose(job, checkpoints)
+    except BaseException as error:
+        raise _failure(error) from error
+    resumed = None if resume.place is None else job.candidates[resume.place]
+    supervision.started(None, resumed, resume.rejected)
+    try:
+        decision, metrics = perform(job, trainable, link, checkpoints, resume.checkpoint)
+    except BaseException as error:
+        link.raise_own()
+        if link.told is not None:
+            return Ended(outcome=OUTCOMES[link.told])
+        raise _failure(error) from error
+    link.raise_own()
+    if decision is not None:
+        return Ended(outcome=OUTCOMES[decision])
+    return Ended(outcome=Outcome.COMPLETED, metrics=metrics)
+
+
+def _failure(error: BaseException) -> BaseException:
+    if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
+        return error  # this process's own
+    failure = describe(error)
+    if failure.infrastructure:
+        return error if isinstance(error, StorageError) else StorageError(failure.message)
+    return TrialFailed(failure.message, kind=failure.kind, traceback=failure.traceback)
+
+
+class _DirectLink:
+    """Call the supervision straight; what it raises must get past the user's ``except Exception``."""
+
+    def __init__(self, job: Job, supervision: Supervision) -> None:
+        self._job = job
+        self._supervision = supervision
+        self._deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
+        self._next_poll = time.monotonic() + POLL
+        self._wish = Decision.CONTINUE
+        self._error: BaseException | None = None
+        self.told: Decision | None = None
+
+    def check(self) -> None:
+        """Nothing to check: there is no other process."""
+
+    def raise_own(self) -> None:
+        """Raise what the supervision raised, or the timeout, whatever the user's code made of it."""
+        if self._error is not None:
+            raise self._error
+
+    def report(self, step: int, metrics: Metrics, staged: Staged | None) -> Decision:
+        try:
+            decision = self._supervision.report(Report(step=step, metrics=metrics, staged=staged))
+            now = time.monotonic()
+            if now >= self._next_poll:
+                self._next_poll = now + POLL
+                self._wish = max(self._wish, self._supervision.poll(), key=STRENGTH.__getitem__)
+        except BaseException as error:  # noqa: BLE001  # raised by raise_own
+            self._stop(error)
+        decision = max(decision, self._wish, key=STRENGTH.__getitem__)
+        if decision is Decision.CONTINUE and now >= self._deadline:
+            self._stop(TrialTimedOut(f"trial {self._job.trial} took longer than its trial_timeout of {self._job.timeout:g} s"))
+        if decision is not Decision.CONTINUE:
+            self.told = self.told or decision
+        return decision
+
+    def telemetry(self, row: TelemetryRow) -> None:
+        try:
+            self._supervision.telemetry([row])
+        except BaseException as error:  # noqa: BLE001  # raised by raise_own
+            self._stop(error)
+
+    def _stop(self, error: BaseException) -> NoReturn:
+        self._error = self._error or error
+        raise TrialStopped(Decision.KILL) from error
