@@ -62,7 +62,8 @@ class Drive:
         runtimes.register(self._runtime)
         try:
             self._refresh(fresh=False)
-            with ThreadPoolTaskRunner(max_workers=self._session.spec.search.max_concurrent) as runner:
+            pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=self._session.spec.search.max_concurrent)
+            with pool as runner:
                 try:
                     return self._loop(runner)
                 except BaseException:
@@ -71,7 +72,7 @@ class Drive:
         finally:
             runtimes.unregister(self._runtime)
 
-    def _loop(self, runner: ThreadPoolTaskRunner) -> str:
+    def _loop(self, runner: ThreadPoolTaskRunner[Any]) -> str:
         for action in actions(self.ledger, lambda: datetime.now(UTC)):
             match action:
                 case Submit(trial=number):
@@ -92,7 +93,7 @@ class Drive:
         faults.point("proposal.committed")
         self._refresh()
 
-    def _submit(self, runner: ThreadPoolTaskRunner, number: int) -> None:
+    def _submit(self, runner: ThreadPoolTaskRunner[Any], number: int) -> None:
         trial = self._trials[number]
         parameters = {
             "experiment": self._session.spec.name,

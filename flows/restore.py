@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.client.schemas import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, State
+from prefect.states import Completed
 
 from holdfast.core.resume import ResumePolicy
 from holdfast.flows.prepare import RestoreRequest, prepare_restore

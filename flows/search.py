@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.client.schemas import State
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, Failed
 
 from holdfast.core.errors import HoldfastError, SpecError
 from holdfast.core.trial import ERRORED

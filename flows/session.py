@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from holdfast.core.resume import Planned
 from holdfast.core.spec import ExperimentSpec
@@ -67,7 +68,7 @@ def holder() -> dict[str, Json]:
     }
 
 
-def liveness(other: dict[str, Json]) -> bool | None:
+def liveness(other: Mapping[str, Any]) -> bool | None:
     """Tell whether a lease's holder lives on this host; None when it is another host's."""
     if other.get("host") != processes.same_host():
         return None

@@ -6,14 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from holdfast.core import faults, retention
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.errors import CheckpointConflict
 from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.local import Published
-from holdfast.storage.checkpoints.manifest import Manifest
+from holdfast.storage.checkpoints.manifest import Kind, Manifest
 from holdfast.storage.database.attempts import AttemptWriter, Saved
 from holdfast.tasks.runtime import Runtime
 from holdfast.tasks.workers.messages import Candidate, Decision, ProcessIdentity, Rejected, Report, Staged
@@ -82,8 +83,6 @@ class Supervisor:
         faults.point("report.committed" if saved is None else "checkpoint.committed")
 
     def _publish(self, report: Report, staged: Staged) -> Saved:
-        from pathlib import Path
-
         self.writer.check()
         manifest = Manifest(
             experiment=self.runtime.uuid,
@@ -92,7 +91,7 @@ class Supervisor:
             step=report.step,
             writer=Path(staged.path).name.rpartition("-")[2],
             created=datetime.now(UTC).isoformat(),
-            serializer=staged.serializer,
+            serializer=cast(Kind, staged.serializer),
             metrics=report.metrics,
             files=tuple(staged.files),
         )

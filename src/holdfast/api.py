@@ -217,7 +217,7 @@ def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, rest
         with _engine(server) as url:
             watcher.running(url)
             flow, arguments = _flow(session, restoring=restoring)
-            state = flow(**arguments, return_state=True)
+            state: Any = flow(**arguments, return_state=True)
             if watcher.result is None or state.is_crashed():
                 error = state.result(raise_on_failure=False)
                 raise error if isinstance(error, BaseException) else EngineError(f"the flow ended without a result: {state}")
@@ -267,9 +267,9 @@ def _engine(server: EmbeddedServer) -> Iterator[str | None]:
 def _drain() -> None:
     """Send what is queued before the embedded server ends, so that nothing complains about its absence."""
     from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogHandler
+    from prefect.logging.handlers import APILogWorker
 
     with suppress(Exception):  # telemetry of a server that is about to go
-        APILogHandler.flush()
+        flush_logs()
     with suppress(Exception):
         EventsWorker.drain_all(timeout=5)

@@ -22,7 +22,7 @@ from holdfast.core.values import digest
 from holdfast.settings import settings
 from holdfast.storage.atomic import make_folder
 from holdfast.storage.database import experiments
-from holdfast.storage.database.engine import URL, Database, sqlite_url
+from holdfast.storage.database.engine import Database, Location, sqlite_url
 from holdfast.storage.database.experiments import Record, open_database
 from holdfast.storage.folder import Folder, Identity
 
@@ -42,7 +42,7 @@ class Opened:
         self.database.close()
 
 
-def database_url(storage: Path, given: str | None) -> URL | str:
+def database_url(storage: Path, given: str | None) -> Location:
     """Return the database of a storage: the one given, else the environment's, else a SQLite file in it."""
     return given or settings().database_url or sqlite_url(storage / DATABASE_FILE)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from holdfast.core.errors import DatabaseError, SpecError
 
 BUSY_SECONDS = 60.0
 """How long a writer waits for another process's transaction."""
+
+
+Location = URL | str
+"""Where a database is: a SQLAlchemy URL. It may hold a password, and is stored nowhere."""
 
 
 class Statement:
@@ -210,13 +214,12 @@ def connect(url: URL | str, *, readonly: bool = False) -> Database:
 
 def _sqlite(url: URL, *, readonly: bool) -> Engine:
     def creator() -> sqlite3.Connection:
-        file = url.database or ":memory:"
-        target: Mapping[str, Any] = {"database": file}
+        database = url.database or ":memory:"
         if readonly:
             # A connection that may write takes its -wal and -shm files along when it closes; one that may not leaves them.
-            mode = "rw" if os.access(file, os.W_OK) and os.access(Path(file).absolute().parent, os.W_OK) else "ro"
-            target = {"database": f"{Path(file).absolute().as_uri()}?mode={mode}", "uri": True}
-        return sqlite3.connect(**target, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
+            writable = os.access(database, os.W_OK) and os.access(Path(database).absolute().parent, os.W_OK)
+            database = f"{Path(database).absolute().as_uri()}?mode={'rw' if writable else 'ro'}"
+        return sqlite3.connect(database, uri=readonly, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
 
     engine = create_engine(url, creator=creator, paramstyle="named", poolclass=QueuePool, pool_size=8, max_overflow=64)
 

@@ -14,7 +14,7 @@ from holdfast.core.errors import Corrupt, DatabaseError, ExperimentExists
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import dumps
 from holdfast.storage.database.driver import add_audit
-from holdfast.storage.database.engine import URL, Database, Statement, connect
+from holdfast.storage.database.engine import Database, Location, Statement, connect, sqlite_url
 from holdfast.storage.database.rows import moment, now
 from holdfast.storage.database.schema import VERSION
 
@@ -149,7 +149,7 @@ def delete(database: Database, experiment: int) -> None:
         tx.run(_DELETE, experiment=experiment)
 
 
-def open_database(url: URL | str, *, create_missing: bool = False, readonly: bool = False) -> Database:
+def open_database(url: Location, *, create_missing: bool = False, readonly: bool = False) -> Database:
     """Open the database at ``url`` and check its schema.
 
     Raises DatabaseError when it is missing (unless ``create_missing``), and Corrupt when it is empty, damaged, no holdfast
@@ -197,8 +197,6 @@ def _make(database: Database, file: Path) -> None:
     """Create a SQLite database beside its final place, so that a crash leaves all of it or nothing."""
     import os
     import tempfile
-
-    from holdfast.storage.database.engine import sqlite_url
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
