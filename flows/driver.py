@@ -212,8 +212,11 @@ class Drive:
     def _wind_down(self) -> None:
         """Let running trials save and stop within the grace period, and end those that do not."""
         fenced = self._session.keeper.is_lost
+        grace = settings().grace_seconds
+        deadline = time.monotonic() + grace
         self._runtime.order(Decision.KILL if fenced else Decision.PREEMPT)
-        deadline = time.monotonic() + settings().grace_seconds
+        if self._inflight and not fenced:
+            self._observer.say(f"interrupted: running trials have {grace:g} s to save and stop; Ctrl-C ends them at once")
         try:
             self._drain(lambda: time.monotonic() > deadline)
         finally:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from holdfast.callables import keep
 from holdfast.core import faults
 from holdfast.core.budget import Budget
-from holdfast.core.errors import LeaseHeld, SpecError
+from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, LeaseHeld, SpecError
 from holdfast.core.objective import score
 from holdfast.core.resume import Action, Planned, ResumePolicy
 from holdfast.core.space import Space
@@ -38,6 +40,8 @@ class Origin:
     source: str | None = None
     commit: str | None = None
     workdir: str = field(default_factory=os.getcwd)
+    pickled: bytes | None = None
+    """the trainable, when the spec was made with a callable"""
 
 
 def check_spec(spec: ExperimentSpec, *, workdir: str, root: Path | None = None) -> WorkerPool | None:
@@ -66,33 +70,62 @@ def probe(spec: ExperimentSpec, pool: WorkerPool | None, workdir: str) -> None:
         raise
 
 
-def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | None = None) -> Session | None:
+def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | None = None) -> Restored:
     """Create the experiment of ``spec`` and take its lease; with ``if_exists: restore`` go on with the one that is there.
 
-    Return None when that one has nothing left to do.
+    Going on is a restore: what of the spec a restore may change takes effect, what it may not is refused.
     """
     origin = origin or Origin()
     spec = spec.model_copy(update={"name": dated(spec.name, datetime.now().astimezone())})
     path = experiment_path(spec)
     if (path / "experiment.json").exists() and spec.if_exists == "restore":
-        return prepare_restore(RestoreRequest(path=path, database=spec.database), observer).session
+        return prepare_restore(_going_on(spec, path), observer)
     if spec.if_exists == "new":
         spec = spec.model_copy(update={"name": free_name(spec)})
+    _refuse_live(spec)
     check_free(spec)
     check_storage(spec)
     observer.preparing()
-    pool = check_spec(spec, workdir=origin.workdir)
+    pool = _checked_pool(spec, origin)
     try:
         seed = spec.search.seed if spec.search.seed is not None else secrets.randbits(31)
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"seed": seed})})
-        opened = create(spec, seed=seed, workdir=origin.workdir, source=origin.source, commit=origin.commit)
+        opened = create(
+            spec,
+            seed=seed,
+            workdir=origin.workdir,
+            source=origin.source,
+            commit=origin.commit,
+            pickled=origin.pickled,
+        )
         observer.opened(opened, restored=False)
         session = begin(opened, pool, observer, action="started", detail={})
     except BaseException:
         if pool is not None:
             pool.close()
         raise
-    return session
+    return Restored(opened=session.opened, plan=(), session=session)
+
+
+def _going_on(spec: ExperimentSpec, path: Path) -> RestoreRequest:
+    """Return the restore that a spec with ``if_exists: restore`` asks for."""
+    return RestoreRequest(
+        path=path,
+        trainable=None if spec.trainable.startswith("pickle:") else spec.trainable,
+        changes={key: getattr(getattr(spec, key.partition(".")[0]), key.partition(".")[2]) for key in CHANGEABLE},
+        space=spec.space,
+        objectives=spec.objectives,
+        database=spec.database,
+    )
+
+
+def _checked_pool(spec: ExperimentSpec, origin: Origin) -> WorkerPool | None:
+    """Check the spec with its trainable where it is before there is an experiment."""
+    if origin.pickled is None:
+        return check_spec(spec, workdir=origin.workdir)
+    with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
+        keep(origin.pickled, Path(folder))
+        return check_spec(spec, workdir=origin.workdir, root=Path(folder))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +138,8 @@ class RestoreRequest:
     changes: Mapping[str, Json] = field(default_factory=dict)
     """new values by key, such as search.num_trials"""
     space: Space | None = None
+    """compared with the experiment's, as are the objectives"""
+    objectives: Mapping[str, str] | None = None
     references: Mapping[str, Any] | None = None
     database: str | None = None
     new_trials: bool = True
@@ -144,9 +179,18 @@ def changed_spec(opened: Opened, request: RestoreRequest) -> tuple[ExperimentSpe
         changes["trainable"] = [stored.trainable, request.trainable]
     if request.space is not None and (lines := stored.space.difference(request.space)):
         raise SpecError("the space differs from the experiment's (stored / given); a restore keeps it:\n" + "\n".join(lines))
+    if request.objectives is not None and list(request.objectives.items()) != list(stored.objectives.items()):
+        raise SpecError(
+            "the objectives differ from the experiment's; a restore keeps them: "
+            f"stored {_goals(stored.objectives)}, given {_goals(request.objectives)}"
+        )
     if request.references is not None:
         spec = spec.model_copy(update={"references": dict(request.references)})
     return spec, changes
+
+
+def _goals(objectives: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{name}: {direction}" for name, direction in objectives.items()) + "}"
 
 
 def plan_restore(request: RestoreRequest) -> tuple[Opened, list[Planned]]:
@@ -237,6 +281,18 @@ def work_left(spec: ExperimentSpec, trials: Sequence[Trial], plan: Sequence[Plan
     record = experiments.by_uuid(opened.database, opened.record.uuid)
     active = record.active_seconds if record is not None else 0.0
     return budget.closed(trials=len(trials), active_seconds=active, best=best) is None
+
+
+def _refuse_live(spec: ExperimentSpec) -> None:
+    """Raise LeaseHeld when the spec's name is taken by an experiment that is driven right now: no name helps then."""
+    try:
+        opened = open_path(experiment_path(spec), database=spec.database, readonly=True)
+    except (ExperimentNotFound, Corrupt, DatabaseError):
+        return  # whether the name is free is for check_free to say
+    try:
+        _refuse_held(opened)
+    finally:
+        opened.close()
 
 
 def _refuse_held(opened: Opened, *, force: bool = False) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
 from holdfast.core.errors import CheckpointNotFound, Corrupt
 from holdfast.core.resume import Action, Planned, ResumePolicy, Standing, plan_trial
-from holdfast.core.trial import Attempt, Outcome, Trial, TrialStatus
+from holdfast.core.trial import ACTIVE, Attempt, Outcome, Trial, TrialStatus
 from holdfast.flows.session import Session
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.storage.database.driver import Ending
@@ -48,10 +48,10 @@ class Survey:
         persisted = decided = None
         if trial.status is TrialStatus.RUNNING:
             persisted = persisted_outcome(self._folder, trial)
-            if trial.number in self._cancelled:
-                decided = Outcome.CANCELLED
-            elif self._decisions.get(trial.attempt.id) == "prune":
+            if self._decisions.get(trial.attempt.id) == "prune":
                 decided = Outcome.PRUNED
+        if trial.status in ACTIVE and trial.number in self._cancelled:
+            decided = Outcome.CANCELLED
         probe = plan_trial(Standing(trial=trial, persisted=persisted, decided=decided), self._policy)
         if probe.action is not Action.RESUME:
             return Standing(trial=trial, persisted=persisted, decided=decided)
@@ -149,6 +149,8 @@ def apply(session: Session, plan: Sequence[Planned]) -> None:
                 session.driver.rerun(rows[trial.number], restart=False, note=_note(planned))
             case Action.RESTART:
                 session.driver.rerun(rows[trial.number], restart=True)
+            case Action.ADOPT if trial.status is TrialStatus.PENDING:
+                session.driver.cancel(rows[trial.number])
             case Action.SKIP if trial.status is TrialStatus.PENDING:
                 skipped.append(rows[trial.number])
             case _:

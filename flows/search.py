@@ -43,7 +43,7 @@ def search(spec: ExperimentSpec | str, overrides: list[str] | None = None) -> St
             spec = ExperimentSpec.from_file(spec, overrides or ())
         elif overrides:
             raise SpecError("overrides change a spec that is read from a file; change the spec itself")
-        session = prepare_search(spec, observer())
+        session = prepare_search(spec, observer()).session
     if session is None:
         return Completed(message="nothing is left to do")
     return drive(session)
@@ -55,10 +55,11 @@ def drive(session: Session) -> State[Any]:
     try:
         close_dead_runs(session.dead)
         reason = Drive(session, watcher).run()
+        session.keeper.release(_ended(reason))
     except BaseException as error:
+        session.error = error
         _interrupted(session, error)
         raise
-    session.keeper.release(_ended(reason))
     fast = reason.endswith("fail_fast is set")
     result = result_of(session.opened, reason, fast_failed=fast)
     session.close()

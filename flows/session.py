@@ -41,6 +41,9 @@ class Session:
     dead: Sequence[Attempt] = field(default=())
     """attempts that a crash left open, closed by this session: their Prefect runs are to be closed too"""
 
+    error: BaseException | None = None
+    """what interrupted it: a flow's final state keeps words only"""
+
     @property
     def spec(self) -> ExperimentSpec:
         return self.opened.spec

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from holdfast.core.errors import Corrupt, ExperimentNotFound, StorageError
 from holdfast.core.values import Json, dumps, loads
-from holdfast.storage.atomic import make_folder, storage_error, write_file
+from holdfast.storage.atomic import is_draft, make_folder, storage_error, write_file
 
 FORMAT = 1
-_TRIAL_FOLDER = re.compile(r"^\d{6,}$")
+_BY_THE_WAY = (".lock", ".probe", "trainable.pkl")
+_OWN_IN_TRIAL = re.compile(r"(result-a\d+\.json|log-a\d+\.txt)(\.\d+)?")
+_OWN_CHECKPOINT = re.compile(r"(\.staging-|\.trash-)?step_\d{8,}-a\d+-[0-9a-f]{4,32}")
+_TRIAL_FOLDER = re.compile(r"\d{6,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,14 @@ class Folder:
     def lease_file(self) -> Path:
         return self.path / "lease.json"
 
+    @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    def leftovers(self) -> list[Path]:
+        """Return what a creation that was cut off leaves without ``experiment.json``: the lock, the trainable, drafts."""
+        return sorted(entry for entry in self.path.iterdir() if entry.name in _BY_THE_WAY or is_draft(entry.name))
+
     def create(self, identity: Identity) -> None:
         """Write ``experiment.json``; the folder becomes an experiment by it."""
         make_folder(self.path)
@@ -66,25 +79,20 @@ class Folder:
 
     def identity(self) -> Identity:
         """Read ``experiment.json``; ExperimentNotFound when there is none, Corrupt when it is torn or newer."""
-        try:
-            text = self.experiment_file.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        body = _read(self.experiment_file)
+        if body is None:
             raise ExperimentNotFound(
                 f"{self.path} is no experiment: it holds no experiment.json; `holdfast list` shows the experiments of a storage"
-            ) from None
-        except OSError as error:
-            raise storage_error(error, self.experiment_file) from error
+            )
         try:
-            body = json.loads(text)
-            if body["format"] > FORMAT:
-                raise Corrupt(
-                    f"{self.experiment_file} has format {body['format']}, this program reads {FORMAT}; update holdfast"
-                )
-            return Identity(**{name: body[name] for name in Identity.__dataclass_fields__})
-        except (ValueError, KeyError, TypeError) as error:
+            found = _checked(json.loads(body), {"format": int, **_IDENTITY})
+        except _DAMAGE as error:
             raise Corrupt(
                 f"{self.experiment_file} is damaged ({type(error).__name__}: {error}); put an intact copy back"
             ) from None
+        if found["format"] > FORMAT:
+            raise Corrupt(f"{self.experiment_file} has format {found['format']}, this program reads {FORMAT}; update holdfast")
+        return Identity(**{name: found[name] for name in _IDENTITY})
 
     def relocate(self, location: str) -> None:
         """Note the folder's new place in ``experiment.json``."""
@@ -93,30 +101,50 @@ class Folder:
 
     def lease(self) -> PathLease | None:
         """Read ``lease.json``, or None when nobody ever drove the experiment; Corrupt when it is damaged."""
-        try:
-            body = json.loads(self.lease_file.read_bytes())
-            return PathLease(**{name: body[name] for name in PathLease.__dataclass_fields__})
-        except FileNotFoundError:
+        body = _read(self.lease_file)
+        if body is None:
             return None
-        except (ValueError, KeyError, TypeError):
+        try:
+            return PathLease(**_checked(json.loads(body), _LEASE))
+        except _DAMAGE:
             raise Corrupt(
                 f"{self.lease_file} is damaged; delete it if you are sure that nobody drives the experiment"
             ) from None
 
-    def write_lease(self, lease: PathLease, *, durable: bool = True) -> None:
-        """Replace ``lease.json``; call it under :meth:`locked`."""
-        write_file(self.lease_file, (json.dumps(vars(lease)) + "\n").encode(), durable=durable)
+    def write_lease(self, lease: PathLease) -> None:
+        """Replace ``lease.json``, durably: after a power failure it must not be empty. Call it under :meth:`locked`."""
+        write_file(self.lease_file, (json.dumps(vars(lease)) + "\n").encode())
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder's lock, for the moment of one read and write of ``lease.json``."""
+    def locked(self, *, patience: float = 30.0) -> Iterator[None]:
+        """Hold the folder's lock, for the moment of one read and write; a process that dies lets it go.
+
+        StorageError when another process, suspended perhaps, holds it for ``patience`` seconds.
+        """
         try:
-            stream = (self.path / ".lock").open("a")
+            stream = self._lock(time.monotonic() + patience)
+        except StorageError:
+            raise
         except OSError as error:
-            raise storage_error(error, self.path / ".lock") from error
+            raise storage_error(error, self.lock_file) from error
         with stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
             yield
+
+    def _lock(self, deadline: float) -> IO[str]:
+        while True:
+            stream = self.lock_file.open("a")
+            try:
+                with suppress(BlockingIOError, FileNotFoundError):
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(os.fstat(stream.fileno()), os.stat(self.lock_file)):
+                        return stream  # not one that was deleted while we waited for it
+            except BaseException:
+                stream.close()
+                raise
+            stream.close()
+            if time.monotonic() > deadline:
+                raise StorageError(f"{self.lock_file} is held by another process, suspended perhaps; end that process")
+            time.sleep(0.005)
 
     @staticmethod
     def trial_name(number: int) -> str:
@@ -132,10 +160,12 @@ class Folder:
 
     def result(self, number: int, attempt: int) -> Mapping[str, Json] | None:
         """Return the persisted result of an attempt, or None when there is none or it is torn."""
+        text = _read(self.path / self.result_name(number, attempt))
+        if text is None:
+            return None
         try:
-            record = json.loads((self.path / self.result_name(number, attempt)).read_bytes())
-            body = loads(record["result"])
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            body = loads(json.loads(text)["result"])
+        except _DAMAGE:
             return None
         matches = isinstance(body, dict) and body.get("trial") == number and body.get("attempt") == attempt
         return body if matches else None
@@ -149,17 +179,74 @@ class Folder:
         """Delete what holdfast wrote, ``experiment.json`` first; return what is left because it is foreign."""
         self.identity()
         try:
-            for name in ("experiment.json", "lease.json", ".lock"):
-                (self.path / name).unlink(missing_ok=True)
+            self.experiment_file.unlink()
+            for trial in _entries(self.path / "trials", _TRIAL_FOLDER):
+                _delete_trial(trial)
             for name in ("journal", ".prefect"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            trials = self.path / "trials"
-            for entry in sorted(trials.iterdir()) if trials.is_dir() else []:
-                if _TRIAL_FOLDER.match(entry.name):
-                    shutil.rmtree(entry)
-            for folder in (trials, self.path):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            for file in (self.lease_file, *self.leftovers()):
+                file.unlink(missing_ok=True)
+            for folder in (self.path / "trials", self.path):
+                _remove_empty(folder)
         except OSError as error:
             raise StorageError(f"{self.path}: {error.strerror or error}; delete the rest by hand") from error
         return sorted(self.path.rglob("*")) if self.path.exists() else []
+
+
+_IDENTITY: dict[str, type | tuple[type, ...]] = {
+    "uuid": str,
+    "name": str,
+    "location": str,
+    "spec": dict,
+    "workdir": str,
+    "seed": int,
+}
+_LEASE: dict[str, type | tuple[type, ...]] = {
+    "epoch": int,
+    "holder": (dict, type(None)),
+    "expires": (int, float),
+    "renewed": (int, float),
+    "database": str,
+}
+_DAMAGE = (ValueError, KeyError, TypeError, RecursionError)
+"""What reading a torn or altered JSON file raises."""
+
+
+def _read(file: Path) -> bytes | None:
+    """Return the content of ``file``, or None when there is none; StorageError when it cannot be read."""
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise storage_error(error, file) from error
+
+
+def _checked(body: Any, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """Return the named values of ``body``; TypeError for one of another type."""
+    for name, kind in kinds.items():
+        if not isinstance(body[name], kind) or isinstance(body[name], bool):
+            raise TypeError(f"{name} is {body[name]!r}")
+    return {name: body[name] for name in kinds}
+
+
+def _entries(folder: Path, own: re.Pattern[str]) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if own.fullmatch(entry.name)) if folder.is_dir() else []
+
+
+def _delete_trial(trial: Path) -> None:
+    """Delete a trial's checkpoints, results and logs, and its folder when nothing else is in it."""
+    for checkpoint in _entries(trial / "checkpoints", _OWN_CHECKPOINT):
+        shutil.rmtree(checkpoint)
+    for file in _entries(trial, _OWN_IN_TRIAL):
+        file.unlink()
+    for entry in [*trial.iterdir()] if trial.is_dir() else []:
+        if is_draft(entry.name):
+            entry.unlink()
+    _remove_empty(trial / "checkpoints")
+    _remove_empty(trial)
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()

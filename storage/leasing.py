@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.core import faults
-from holdfast.core.errors import DatabaseError, Fenced, HoldfastError, LeaseHeld, StorageError
+from holdfast.core.errors import Contention, Corrupt, Fenced, HoldfastError, Infrastructure, LeaseHeld
 from holdfast.core.values import Json
 from holdfast.storage.database.engine import Database
-from holdfast.storage.database.leases import DURATION, RENEWAL, Leases
+from holdfast.storage.database.leases import TERMS, Leases, Terms
 from holdfast.storage.folder import Folder, PathLease
 
 Liveness = Callable[[Mapping[str, Any]], bool | None]
 """Tells of a holder: True, its process lives on this host; False, it is gone; None, it cannot be seen from here."""
 
-_LONG_GONE = 3600.0
+_LONG_GONE = 86400.0
+"""Seconds after which another host's lease is over whatever its clock says: more than any wrong time zone makes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,9 @@ class Claimant:
     liveness: Liveness
     say: Callable[[str], None]
     force: bool = False
+    terms: Terms = TERMS
     pause: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,19 @@ def _look(leases: Leases, folder: Folder) -> tuple[int, int, list[_Sight]]:
 def _await_silence(leases: Leases, folder: Folder, claimant: Claimant) -> tuple[int, int]:
     """Return the epochs once nobody holds either lease; LeaseHeld as soon as a holder is seen alive."""
     first: dict[str, _Sight] = {}
-    began = time.monotonic()
+    began = claimant.clock()
     said = False
     while True:
         database_epoch, path_epoch, sights = _look(leases, folder)
-        if claimant.force or not any(_blocks(sight, first, claimant, time.monotonic() - began) for sight in sights):
+        if claimant.force or not any(_blocks(sight, first, claimant, claimant.clock() - began) for sight in sights):
             return database_epoch, path_epoch
         for sight in sights:
             first.setdefault(sight.source, sight)
         if not said:
             longest = max(sight.remaining for sight in sights)
             holder = next(sight.holder for sight in sights if sight.holder is not None)
-            claimant.say(
-                f"{describe(holder)} held the experiment; waiting up to {max(longest, 2 * RENEWAL):.0f} s for a sign of life"
-            )
+            longest = max(longest, 2 * claimant.terms.renewal)
+            claimant.say(f"{describe(holder)} held the experiment; waiting up to {longest:.0f} s for a sign of life")
             said = True
         claimant.pause(0.5)
 
@@ -96,23 +98,30 @@ def _blocks(sight: _Sight, first: Mapping[str, _Sight], claimant: Claimant, wait
         )
     if sight.source == "path" and alive is None:
         # Written by another host's clock: silence for two renewals counts, not what our clock makes of the expiry.
-        return sight.remaining > -_LONG_GONE and (waited < 2 * RENEWAL or sight.remaining > 0) and waited < DURATION + RENEWAL
+        terms = claimant.terms
+        silent = waited >= 2 * terms.renewal and sight.remaining <= 0
+        return sight.remaining > -_LONG_GONE and not silent and waited < terms.duration + terms.renewal
     return sight.remaining > 0
 
 
 class Keeper:
     """A lease that is held: renewed in a thread of its own until it is released or lost."""
 
-    def __init__(self, database: Database, experiment: int, folder: Folder, epoch: int, holder: dict[str, Json]) -> None:
+    def __init__(
+        self, database: Database, experiment: int, folder: Folder, epoch: int, holder: dict[str, Json], terms: Terms = TERMS
+    ) -> None:
         self.epoch = epoch
         self.stop_requested = False
         self.active_seconds = 0.0
-        self._leases = Leases(database, experiment)
+        self._terms = terms
+        self._leases = Leases(database, experiment, terms)
         self._folder = folder
         self._holder = holder
         self._label = database.label
         self._lost: HoldfastError | None = None
+        self._released = False
         self._on_lost: Callable[[], None] = lambda: None
+        self._lock = threading.RLock()
         self._ended = threading.Event()
         self._renewed = self._counted = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="holdfast-lease", daemon=True)
@@ -127,20 +136,20 @@ class Keeper:
         """Raise what ended the lease, if it was lost."""
         if self._lost is not None:
             raise self._lost
-        if time.monotonic() - self._renewed > DURATION:
+        if time.monotonic() - self._renewed > self._terms.duration:
             # Suspended and continued: somebody may have taken over meanwhile.
             self._renew()
 
     def _beat(self) -> None:
-        while not self._ended.wait(RENEWAL):
+        while not self._ended.wait(self._terms.renewal):
             try:
                 self._renew()
-            except Fenced as error:
+            except Contention as error:
                 self._lose(error)
                 return
-            except (DatabaseError, StorageError) as error:
+            except HoldfastError as error:
                 # Stop writing before the lease runs out, or another host might drive at the same time.
-                if time.monotonic() - self._renewed > DURATION - RENEWAL:
+                if time.monotonic() - self._renewed > self._terms.duration - 2 * self._terms.renewal:
                     self._lose(error)
                     return
 
@@ -154,37 +163,42 @@ class Keeper:
         return active
 
     def _renew(self) -> None:
-        moment = time.monotonic()
-        active = self._active()
-        try:
-            _, stop, self.active_seconds = self._leases.renew(epoch=self.epoch, active=active)
-        except BaseException:
-            self._counted -= active
-            raise
-        self._write(self._holder)
-        self.stop_requested = self.stop_requested or stop
-        self._renewed = moment
+        with self._lock:
+            if self._ended.is_set():
+                return
+            moment = time.monotonic()
+            active = self._active()
+            try:
+                _, stop, self.active_seconds = self._leases.renew(epoch=self.epoch, active=active)
+            except BaseException:
+                self._counted -= active
+                raise
+            self._write(self._holder)
+            self.stop_requested = self.stop_requested or stop
+            self._renewed = moment
 
-    def _write(self, holder: dict[str, Json] | None, *, durable: bool = False) -> None:
+    def _write(self, holder: dict[str, Json] | None) -> None:
         with self._folder.locked():
             found = self._folder.lease()
             if found is not None and found.epoch > self.epoch:
                 raise Fenced(f"epoch {self.epoch} is over: {self._folder.lease_file} is at epoch {found.epoch}")
-            now = time.time()
-            lease = PathLease(epoch=self.epoch, holder=holder, expires=now + DURATION, renewed=now, database=self._label)
-            self._folder.write_lease(lease, durable=durable)
+            self._folder.write_lease(_path_lease(self.epoch, holder, self._label, self._terms))
 
     def release(self, ended: str) -> None:
-        """Give the lease back, noting why the drive ended; Fenced when it was lost meanwhile."""
+        """Give the lease back, noting why the drive ended; Fenced when it was lost meanwhile. Once is enough."""
         self._ended.set()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
-        self._leases.release(epoch=self.epoch, active=self._active(), ended=ended)
-        self._write(None, durable=True)
+        with self._lock:
+            if self._released:
+                return
+            self._leases.release(epoch=self.epoch, active=self._active(), ended=ended)
+            self._released = True
+            self._write(None)
 
     def release_quietly(self, ended: str) -> None:
         """Give the lease back if it still is ours to give."""
-        with suppress(Fenced, DatabaseError, StorageError):
+        with suppress(Contention, Infrastructure, Corrupt):
             self.release(ended)
 
     @property
@@ -208,17 +222,24 @@ def take(
     A holder that is seen alive is refused at once (LeaseHeld); one that is gone from this host is dead at once; a silent one
     elsewhere is waited out. The new epoch is one more than the greater of both. With ``claimant.force`` nobody is waited for.
     """
-    leases = Leases(database, experiment)
+    leases = Leases(database, experiment, claimant.terms)
     database_epoch, path_epoch = _await_silence(leases, folder, claimant)
     epoch = max(database_epoch, path_epoch) + 1
-    keeper = Keeper(database, experiment, folder, epoch, claimant.holder)
+    keeper = Keeper(database, experiment, folder, epoch, claimant.holder, claimant.terms)
     with folder.locked():
         found = folder.lease()
         if found is not None and found.epoch > path_epoch:
             raise LeaseHeld("another process took the experiment at the same moment; nothing was changed")
         leases.take(seen=database_epoch, epoch=epoch, holder=claimant.holder, action=action, detail=detail)
         faults.point("lease.database-taken")
-        now = time.time()
-        lease = PathLease(epoch=epoch, holder=claimant.holder, expires=now + DURATION, renewed=now, database=database.label)
-        folder.write_lease(lease)
+        try:
+            folder.write_lease(_path_lease(epoch, claimant.holder, database.label, claimant.terms))
+        except HoldfastError as error:
+            leases.release(epoch=epoch, active=0.0, ended=f"interrupted: {error}")
+            raise
     return keeper
+
+
+def _path_lease(epoch: int, holder: dict[str, Json] | None, database: str, terms: Terms) -> PathLease:
+    now = time.time()
+    return PathLease(epoch=epoch, holder=holder, expires=now + terms.duration, renewed=now, database=database)

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
 
 from prefect.filesystems import LocalFileSystem
+from pydantic import PrivateAttr
 
-from holdfast.storage.atomic import make_folder, write_file
-
-SIDE_FOLDER = ".prefect"
-"""For what Prefect writes under keys of its own (the exceptions of failed tasks): swept, never read."""
+from holdfast.core.errors import StorageError
+from holdfast.storage.atomic import make_folder, sync_folder, write_file
 
 
 class HoldfastResults(LocalFileSystem):
     """An experiment's folder as Prefect result storage.
 
     Prefect's own local storage writes in place without fsync: a crash leaves a torn record, which then counts as absent,
-    and the trial would run again.
+    and the trial would run again. What Prefect stores under keys of its own (the exceptions of failed tasks) is not kept: the
+    failure is committed by then, and a task that failed because it lost its experiment must not write to it.
     """
 
     _block_type_name = "Holdfast Results"
     _block_type_slug = "holdfast-results"
 
+    _made: set[Path] = PrivateAttr(default_factory=set)
+    """folders whose own names are known to be durable"""
+
     def write_path(self, path: str, content: bytes, _sync: bool = True) -> str:  # type: ignore[override]  # as Prefect's engine calls it
         file = self._file(path)
-        if not file.parent.is_dir():
+        if file.parent == Path(str(self.basepath)):
+            return str(file)
+        if file.parent not in self._made:
             make_folder(file.parent)
+            sync_folder(file.parent.parent)  # a worker may have made it for the trial's log
+            self._made.add(file.parent)
         write_file(file, content)
         return str(file)
 
@@ -40,12 +46,17 @@ class HoldfastResults(LocalFileSystem):
         return self._file(path).read_bytes()
 
     def _file(self, path: str) -> Path:
-        name = Path(path)
-        if len(name.parts) == 1:
-            path = f"{SIDE_FOLDER}/{path}"
-        return Path(self._resolve_path(path))
+        root, name = Path(str(self.basepath)), PurePath(path)
+        if name.is_absolute():  # what an earlier call returned
+            name = name.relative_to(root)
+        if ".." in name.parts:
+            raise StorageError(f"result key {path!r} leaves the experiment's folder")
+        return root / name
+
+    def _resolve_path(self, path: str) -> Path:
+        return Path(str(self.basepath)) / path  # Prefect's own resolves links, at the price of a stat for each part
 
 
-def results_in(folder: Path) -> Any:
+def results_in(folder: Path) -> HoldfastResults:
     """Return the result storage of the experiment in ``folder``."""
     return HoldfastResults(basepath=str(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,14 +25,23 @@ class Supervisor:
     """The supervision of one attempt (``tasks.workers.messages.Supervision``): called in the task's thread."""
 
     runtime: Runtime
-    writer: AttemptWriter
+    claim: Callable[..., AttemptWriter]
     trial: int
+    attempt: int
     candidates: Sequence[Checkpoint]
     logger: logging.Logger | logging.LoggerAdapter[Any]
     metrics: Metrics = field(default_factory=dict)
     """of the last report"""
     reported: int | None = None
     resumed: Checkpoint | None = None
+    _writer: AttemptWriter | None = None
+
+    @property
+    def writer(self) -> AttemptWriter:
+        """The claimed attempt; claims it when its process never came to that (it could not load the trainable)."""
+        if self._writer is None:
+            self._writer = self.claim()
+        return self._writer
 
     def _checkpoint(self, candidate: Candidate | None) -> Checkpoint | None:
         if candidate is None:
@@ -40,7 +49,10 @@ class Supervisor:
         return next(known for known in self.candidates if known.path == candidate.path)
 
     def started(self, process: ProcessIdentity | None, resumed: Candidate | None, rejected: Sequence[Rejected]) -> None:
-        """Record the process, and what the attempt really continues from."""
+        """Claim the attempt for the process that is ready to run it, with what it really continues from.
+
+        Raises AlreadyClaimed when another process runs it: user code has not been called then.
+        """
         bad: dict[int, str] = {}
         for rejection in rejected:
             checkpoint = self._checkpoint(rejection.candidate)
@@ -48,14 +60,8 @@ class Supervisor:
                 bad[checkpoint.id] = rejection.reason
                 self.logger.warning("checkpoint at step %d is not used: %s", checkpoint.step, rejection.reason)
         self.resumed = self._checkpoint(resumed)
-        self.writer.started(
-            host=process.host if process else None,
-            pid=process.pid if process else None,
-            pid_started=process.started if process else None,
-            resumed=self.resumed,
-            rejected=bad,
-            note="; ".join(f"checkpoint at step {item.candidate.step}: {item.reason}" for item in rejected),
-        )
+        note = "; ".join(f"checkpoint at step {item.candidate.step}: {item.reason}" for item in rejected)
+        self._writer = self.claim(process=process, resumed=self.resumed, rejected=bad, note=note)
         faults.point("attempt.claimed")
 
     def report(self, report: Report) -> Decision:
@@ -87,7 +93,7 @@ class Supervisor:
         manifest = Manifest(
             experiment=self.runtime.uuid,
             trial=self.trial,
-            attempt=self.writer.number,
+            attempt=self.attempt,
             step=report.step,
             writer=Path(staged.path).name.rpartition("-")[2],
             created=datetime.now(UTC).isoformat(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from functools import partial
 from typing import Any, NoReturn
 
 from prefect import task
@@ -12,8 +13,6 @@ from prefect.runtime import flow_run, task_run
 
 from holdfast.core import faults
 from holdfast.core.errors import (
-    Contention,
-    Fenced,
     Infrastructure,
     TrialCrashed,
     TrialFailed,
@@ -21,6 +20,7 @@ from holdfast.core.errors import (
     TrialTimedOut,
 )
 from holdfast.core.objective import missing
+from holdfast.core.seeding import trial_seed
 from holdfast.core.trial import ErrorInfo, Outcome, Trial
 from holdfast.core.values import Metrics, tagged
 from holdfast.storage.database.attempts import AttemptWriter
@@ -55,7 +55,8 @@ def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: 
         row: The attempt's row in the experiment store.
     """
     runtime = find(identity)
-    writer = AttemptWriter.claim(
+    claim = partial(
+        AttemptWriter.claim,
         runtime.database,
         runtime.experiment,
         runtime.epoch,
@@ -64,39 +65,36 @@ def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: 
         flow_run_id=_text(flow_run.id),
         task_run_id=_text(task_run.id),
     )
+    candidates = runtime.reader.candidates(trial, attempt) if attempt > 1 else []
+    supervisor = Supervisor(runtime, claim, trial, attempt, candidates, get_run_logger())
     try:
-        return _run(runtime, writer, trial, attempt, json.loads(config))
+        return _run(runtime, supervisor, json.loads(config))
     except TrialFailure as failure:
-        _commit_failure(runtime, writer, failure)
+        _commit_failure(runtime, supervisor.writer, failure)
 
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _run(runtime: Runtime, writer: AttemptWriter, trial: int, attempt: int, config: dict[str, Any]) -> dict[str, Any]:
-    checkpoints = writer.candidates() if attempt > 1 else []
-    supervisor = Supervisor(runtime, writer, trial, checkpoints, get_run_logger())
-    job = make_job(runtime, trial, attempt, config, supervisor)
+def _run(runtime: Runtime, supervisor: Supervisor, config: dict[str, Any]) -> dict[str, Any]:
+    job = make_job(runtime, supervisor, config)
     try:
         ended = run_inline(job, supervisor) if runtime.pool is None else runtime.pool.run(job, supervisor)
-    except (Contention, Infrastructure) as error:
-        if not isinstance(error, Fenced):
-            # This is no fault of the trial's: the search is interrupted by it, and a restore goes on.
-            runtime.lost = runtime.lost or error
+    except Infrastructure as error:
+        # This is no fault of the trial's: the search is interrupted by it, and a restore goes on.
+        runtime.lost = runtime.lost or error
         raise
     faults.point("result.returned")
     if ended.outcome in (Outcome.PREEMPTED, Outcome.CANCELLED):
-        writer.end(Ending(outcome=ended.outcome, metrics=ended.metrics))
-        raise AttemptStopped(f"attempt {attempt} of trial {trial} was {ended.outcome}")
-    return _result(runtime, supervisor, trial, attempt, ended)
+        supervisor.writer.end(Ending(outcome=ended.outcome, metrics=ended.metrics))
+        raise AttemptStopped(f"attempt {supervisor.attempt} of trial {supervisor.trial} was {ended.outcome}")
+    return _result(runtime, supervisor, ended)
 
 
-def make_job(runtime: Runtime, trial: int, attempt: int, config: dict[str, Any], supervisor: Supervisor) -> Job:
+def make_job(runtime: Runtime, supervisor: Supervisor, config: dict[str, Any]) -> Job:
     """Return what the worker needs to run the attempt."""
-    from holdfast.core.seeding import trial_seed
-
-    spec = runtime.spec
+    spec, trial, attempt = runtime.spec, supervisor.trial, supervisor.attempt
     return Job(
         experiment=spec.name,
         experiment_id=runtime.uuid,
@@ -118,10 +116,10 @@ def make_job(runtime: Runtime, trial: int, attempt: int, config: dict[str, Any],
     )
 
 
-def _result(runtime: Runtime, supervisor: Supervisor, trial: int, attempt: int, ended: Ended) -> dict[str, Any]:
+def _result(runtime: Runtime, supervisor: Supervisor, ended: Ended) -> dict[str, Any]:
     last: Metrics = supervisor.metrics
     if supervisor.reported is None and supervisor.resumed is not None:
-        stored: Trial | None = runtime.reader.trial(trial)
+        stored: Trial | None = runtime.reader.trial(supervisor.trial)
         last = stored.metrics if stored is not None else {}
     absent = missing(full_metrics(last, ended.metrics), runtime.spec.goals)
     if absent and ended.outcome is Outcome.COMPLETED:
@@ -131,8 +129,8 @@ def _result(runtime: Runtime, supervisor: Supervisor, trial: int, attempt: int, 
             kind="MissingObjective",
         )
     return {
-        "trial": trial,
-        "attempt": attempt,
+        "trial": supervisor.trial,
+        "attempt": supervisor.attempt,
         "outcome": ended.outcome.value,
         "metrics": tagged(ended.metrics or {}),
     }

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
 EPOCHS = 20
-PASSES = 4  # over the training set, per epoch
+PASSES = 3  # over the training set, per epoch
 
 
 def train(trial: Any) -> None:

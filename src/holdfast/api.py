@@ -8,12 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast.callables import dump
 from holdfast.core.errors import EngineError, HoldfastError, SpecError
 from holdfast.core.resume import Planned, ResumePolicy
 from holdfast.core.space import Space
 from holdfast.core.values import Json
 from holdfast.experiment import Experiment, SearchResult, result_of
-from holdfast.flows.prepare import Origin, RestoreRequest, plan_restore, prepare_restore, prepare_search
+from holdfast.flows.prepare import Origin, Restored, RestoreRequest, plan_restore, prepare_restore, prepare_search
 from holdfast.flows.server import EmbeddedServer
 from holdfast.flows.session import Session, prepared
 from holdfast.locate import create as _create
@@ -57,19 +58,17 @@ def search(
 ) -> SearchResult:
     """Run a search to the end of its budget, as the Prefect flow ``search``, and return every trial.
 
-    ``spec`` is a spec, its data, or the path of its file; ``overrides`` change one from a file. Raises SpecError and ExperimentExists (nothing was created), LeaseHeld or Fenced when somebody
-    else drives the experiment, EngineError when Prefect cannot be reached, and what interrupted the search.
+    ``spec`` is a spec, its data, or the path of its file; ``overrides`` change one from a file. A spec that is made in Python
+    may name its trainable by the callable itself, which then travels by cloudpickle and is kept with the experiment.
+
+    Raises SpecError and ExperimentExists (nothing was created), LeaseHeld or Fenced when somebody else drives the experiment,
+    EngineError when Prefect cannot be reached, and what interrupted the search.
     """
     checked, origin = _checked(spec, overrides)
     server = EmbeddedServer()
     watcher = _Recorder(observer or Observer(), server)
     try:
-        session = prepare_search(checked, watcher, origin)
-        if session is None:
-            path = Path(checked.storage) / checked.name
-            with open(path, database=checked.database) as experiment:
-                return result_of(experiment._opened, "nothing is left to do")  # the same package
-        return _drive(session, watcher, server, restoring=False)
+        return _finish(prepare_search(checked, watcher, origin), watcher, server, restoring=False)
     finally:
         server.stop()
 
@@ -82,7 +81,8 @@ def _checked(spec: ExperimentSpec | Mapping[str, Any] | str | Path, overrides: S
     if overrides:
         raise SpecError("overrides change a spec that is read from a file; change the spec itself")
     checked = spec if isinstance(spec, ExperimentSpec) else ExperimentSpec.parse(spec)
-    return checked, Origin(commit=git_commit(Path.cwd()))
+    pickled = None if checked.function is None else dump(checked.function)
+    return checked, Origin(commit=git_commit(Path.cwd()), pickled=pickled)
 
 
 def create(spec: ExperimentSpec | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = ()) -> Experiment:
@@ -92,7 +92,15 @@ def create(spec: ExperimentSpec | Mapping[str, Any] | str | Path, *, overrides: 
     checked, origin = _checked(spec, overrides)
     seed = checked.search.seed if checked.search.seed is not None else secrets.randbits(31)
     seeded = checked.model_copy(update={"search": checked.search.model_copy(update={"seed": seed})})
-    return Experiment(_create(seeded, seed=seed, workdir=origin.workdir, source=origin.source, commit=origin.commit))
+    opened = _create(
+        seeded,
+        seed=seed,
+        workdir=origin.workdir,
+        source=origin.source,
+        commit=origin.commit,
+        pickled=origin.pickled,
+    )
+    return Experiment(opened)
 
 
 def restore(
@@ -136,13 +144,7 @@ def restore(
     server = EmbeddedServer()
     watcher = _Recorder(observer or Observer(), server)
     try:
-        restored = prepare_restore(request, watcher)
-        if restored.session is None:
-            result = result_of(restored.opened, "nothing is left to do")
-            restored.opened.close()
-            watcher.ended(result)
-            return result
-        return _drive(restored.session, watcher, server, restoring=True)
+        return _finish(prepare_restore(request, watcher), watcher, server, restoring=True)
     finally:
         server.stop()
 
@@ -197,6 +199,7 @@ def can_restore(path: str | Path, *, database: str | None = None) -> bool:
     try:
         plan(RestoreRequest(path=path, database=database))
         with open(path, database=database) as experiment:
+            experiment._opened.folder.lease()  # the same package; a damaged lease.json has to be seen to first
             return not experiment.lease.is_held
     except (HoldfastError, OSError):
         return False
@@ -210,6 +213,16 @@ def open(target: str | Path, *, database: str | None = None) -> Experiment:  # h
     return Experiment(find(target, database=database))
 
 
+def _finish(restored: Restored, watcher: _Recorder, server: EmbeddedServer, *, restoring: bool) -> SearchResult:
+    """Drive what is left to do, if there is anything; return the result."""
+    if restored.session is not None:
+        return _drive(restored.session, watcher, server, restoring=restoring)
+    result = result_of(restored.opened, "nothing is left to do")
+    restored.opened.close()
+    watcher.ended(result)
+    return result
+
+
 def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, restoring: bool) -> SearchResult:
     """Run the flow of a prepared session; return its result, or raise what interrupted it."""
     session_token, watcher_token = prepared.set(session), watching.set(watcher)
@@ -217,10 +230,11 @@ def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, rest
         with _engine(server) as url:
             watcher.running(url)
             flow, arguments = _flow(session, restoring=restoring)
-            state: Any = flow(**arguments, return_state=True)
-            if watcher.result is None or state.is_crashed():
-                error = state.result(raise_on_failure=False)
-                raise error if isinstance(error, BaseException) else EngineError(f"the flow ended without a result: {state}")
+            state = _called(flow, arguments, session, watcher)
+            if session.error is not None:
+                raise session.error
+            if watcher.result is None:
+                raise EngineError(f"the flow ended without a result: {state}")
             return watcher.result
     except BaseException as error:
         session.keeper.release_quietly(f"interrupted: {type(error).__name__}: {error}")
@@ -231,6 +245,22 @@ def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, rest
         watching.reset(watcher_token)
 
 
+def _called(flow: Flow[..., Any], arguments: dict[str, Any], session: Session, watcher: _Recorder) -> Any:
+    """Call a flow and return its final state; EngineError for what Prefect itself raises before the search has ended."""
+    try:
+        return flow(**arguments, return_state=True)
+    except Exception as error:
+        if session.error is not None or isinstance(error, HoldfastError):
+            raise
+        words = f"{type(error).__name__}: {error}"
+        if watcher.result is not None:
+            watcher.say(f"the search is done; Prefect could not record that ({words})")
+            return None
+        raise EngineError(
+            f"Prefect failed ({words}); nothing is lost: see to its API, then `holdfast restore {session.opened.folder.path}`"
+        ) from error
+
+
 def _flow(session: Session, *, restoring: bool) -> tuple[Flow[..., Any], dict[str, Any]]:
     if restoring:
         from holdfast.flows.restore import restore as restore_flow
@@ -238,8 +268,9 @@ def _flow(session: Session, *, restoring: bool) -> tuple[Flow[..., Any], dict[st
         return restore_flow, {"path": str(session.opened.folder.path)}
     from holdfast.flows.search import search as search_flow
 
-    spec = session.spec.model_copy(update={"database": None, "references": {}})  # Prefect stores parameters
-    return search_flow, {"spec": spec}
+    # Prefect stores parameters: no locations, no references.
+    data = {**session.spec.stored(), "storage": session.spec.storage, "references": {}}
+    return search_flow, {"spec": ExperimentSpec.parse(data)}
 
 
 @contextmanager
@@ -269,7 +300,6 @@ def _drain() -> None:
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
-    with suppress(Exception):  # telemetry of a server that is about to go
-        flush_logs()
-    with suppress(Exception):
-        EventsWorker.drain_all(timeout=5)
+    for worker in (APILogWorker, EventsWorker):
+        with suppress(Exception):  # words about a run, for a server that is about to go
+            worker.drain_all(timeout=5)

@@ -25,8 +25,8 @@ EXIT_CODES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
-    _install_fault()
     try:
+        _install_fault()
         return int(options.run(options))
     except HoldfastError as error:
         return _fail(str(error), error.exit_code)

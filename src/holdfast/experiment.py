@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -182,13 +182,15 @@ class Experiment:
         return self._reader.audit()
 
     def results_df(self) -> pd.DataFrame:
-        """Return one row a trial: number, status, config.<param> and metric.<name> columns, step, attempts, error."""
-        return results_df(self.trials)
+        """Return one row a trial: number, status, config.<param> and metric.<name> columns, step, attempts, error.
+
+        Every parameter of the space and every objective has its column, whether a trial has a value or not.
+        """
+        return results_df(self.trials, self.spec)
 
     def history_df(self) -> pd.DataFrame:
         """Return one row a report: trial, attempt, step, reported, canonical, metric.<name> columns."""
-        import pandas as pd
-
+        history = self.history()
         rows = [
             {
                 "trial": row.trial,
@@ -198,9 +200,10 @@ class Experiment:
                 "canonical": row.canonical,
                 **{f"metric.{name}": value for name, value in row.metrics.items()},
             }
-            for row in self.history()
+            for row in history
         ]
-        return pd.DataFrame(rows, columns=None if rows else ["trial", "attempt", "step", "reported", "canonical"])
+        metrics = _columns("metric", self.spec.objectives, [row.metrics for row in history])
+        return _frame(rows, ["trial", "attempt", "step", "reported", "canonical", *metrics])
 
     def stop(self, *, wait: float = 0.0) -> bool:
         """Ask the driver to save and stop; wait up to ``wait`` seconds. Return whether nobody drives it now."""
@@ -227,10 +230,8 @@ def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Trial |
     return best[1] if best else None
 
 
-def results_df(trials: Sequence[Trial]) -> pd.DataFrame:
-    """Return one row a trial."""
-    import pandas as pd
-
+def results_df(trials: Sequence[Trial], spec: ExperimentSpec) -> pd.DataFrame:
+    """Return one row a trial; see :meth:`Experiment.results_df`."""
     rows = [
         {
             "trial": trial.number,
@@ -243,7 +244,34 @@ def results_df(trials: Sequence[Trial]) -> pd.DataFrame:
         }
         for trial in trials
     ]
-    return pd.DataFrame(rows, columns=None if rows else ["trial", "status", "step", "attempts", "error"])
+    configs = _columns("config", spec.space.parameters, [trial.config for trial in trials])
+    metrics = _columns("metric", spec.objectives, [trial.metrics for trial in trials])
+    return _frame(rows, ["trial", "status", *configs, *metrics, "step", "attempts", "error"])
+
+
+def _columns(prefix: str, declared: Iterable[str], found: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the columns of declared names, in that order, and of all others that occur, by name."""
+    first = list(declared)
+    others = {name for values in found for name in values}
+    return [f"{prefix}.{name}" for name in [*first, *sorted(others.difference(first))]]
+
+
+def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """Return a table of numeric columns where all values are numbers, and of plain objects where they are not."""
+    import pandas as pd
+
+    values = {name: [row.get(name) for row in rows] for name in columns}
+    return pd.DataFrame({name: pd.Series(column, dtype=_dtype(column)) for name, column in values.items()})
+
+
+def _dtype(column: Sequence[Any]) -> Any:
+    kinds = {type(value) for value in column}
+    numbers = kinds - {type(None)}
+    if float in numbers and numbers <= {float, int}:
+        return "float64"  # what is missing is NaN
+    if numbers == {int} and all(abs(value) < 2**63 for value in column if value is not None):
+        return "int64" if kinds == numbers else "Int64"
+    return "bool" if kinds == {bool} else None if kinds == {datetime} else object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +284,7 @@ class SearchResult:
     best: Trial | None
     reason: str
     """why it ended"""
+    spec: ExperimentSpec = field(repr=False)
     fast_failed: bool = False
 
     @property
@@ -270,7 +299,7 @@ class SearchResult:
 
     def results_df(self) -> pd.DataFrame:
         """Return one row a trial."""
-        return results_df(self.trials)
+        return results_df(self.trials, self.spec)
 
 
 def result_of(opened: Opened, reason: str, *, fast_failed: bool = False) -> SearchResult:
@@ -282,5 +311,6 @@ def result_of(opened: Opened, reason: str, *, fast_failed: bool = False) -> Sear
         trials=trials,
         best=best_of(trials, opened.spec.goals),
         reason=reason,
+        spec=opened.spec,
         fast_failed=fast_failed,
     )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import uuid as uuids
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from holdfast.callables import keep
 from holdfast.core import faults
 from holdfast.core.errors import (
     Corrupt,
@@ -22,7 +25,7 @@ from holdfast.core.values import digest
 from holdfast.settings import settings
 from holdfast.storage.atomic import make_folder
 from holdfast.storage.database import experiments
-from holdfast.storage.database.engine import Database, Location, sqlite_url
+from holdfast.storage.database.engine import Database, Location, connect, sqlite_url
 from holdfast.storage.database.experiments import Record, open_database
 from holdfast.storage.folder import Folder, Identity
 
@@ -36,7 +39,8 @@ class Opened:
     folder: Folder
     database: Database
     record: Record
-    spec: ExperimentSpec
+    spec: ExperimentSpec = field(repr=False)
+    """not shown: it may name a database with a password"""
 
     def close(self) -> None:
         self.database.close()
@@ -49,7 +53,10 @@ def database_url(storage: Path, given: str | None) -> Location:
 
 def stored_spec(record: Record, storage: Path) -> ExperimentSpec:
     """Return the spec of a row, with the storage that it is in now."""
-    return ExperimentSpec.parse({**record.spec, "storage": str(storage)}, source=f"stored spec of {record.name}")
+    try:
+        return ExperimentSpec.parse({**record.spec, "storage": str(storage)}, source=f"stored spec of {record.name}")
+    except SpecError as error:
+        raise Corrupt(f"{error}; it is damaged, or a newer holdfast wrote it: update holdfast") from error
 
 
 def open_path(path: str | Path, *, database: str | None = None, readonly: bool = False) -> Opened:
@@ -60,18 +67,24 @@ def open_path(path: str | Path, *, database: str | None = None, readonly: bool =
     """
     if "://" in str(path):
         raise SpecError(f"{path} is an object store; this version keeps experiments in local folders only")
+    if "\0" in str(path):
+        raise ExperimentNotFound("a path has no NUL character; `holdfast list` shows the experiments of a storage")
     folder = Folder(Path(os.path.abspath(path)))
     identity = folder.identity()
     opened = open_database(database_url(folder.path.parent, database), readonly=readonly)
-    record = experiments.by_uuid(opened, identity.uuid)
-    if record is None:
+    try:
+        record = experiments.by_uuid(opened, identity.uuid)
+        if record is None:
+            raise Corrupt(
+                f"database {opened.label} does not know the experiment in {folder.path} ({identity.uuid}); "
+                "name the database that it was made with by --database"
+            )
+        _refuse_copy(folder, identity, opened)
+        spec = stored_spec(record, folder.path.parent)
+    except BaseException:
         opened.close()
-        raise Corrupt(
-            f"database {opened.label} does not know the experiment in {folder.path} ({identity.uuid}); "
-            "name the database that it was made with by --database"
-        )
-    _refuse_copy(folder, identity, opened)
-    return Opened(folder=folder, database=opened, record=record, spec=stored_spec(record, folder.path.parent))
+        raise
+    return Opened(folder=folder, database=opened, record=record, spec=spec)
 
 
 def _refuse_copy(folder: Folder, identity: Identity, database: Database) -> None:
@@ -90,13 +103,15 @@ def _refuse_copy(folder: Folder, identity: Identity, database: Database) -> None
 
 def find(target: str | Path, *, database: str | None = None, readonly: bool = False) -> Opened:
     """Open an experiment by its folder or, where a database is named, by its name or UUID."""
-    if Path(target).exists() or database is None:
+    if database is None or os.path.exists(os.path.join(target, "experiment.json")):
         return open_path(target, database=database, readonly=readonly)
-    opened = open_database(database, readonly=readonly)
-    record = experiments.by_name(opened, str(target)) or experiments.by_uuid(opened, str(target))
-    opened.close()
+    opened = open_database(database, readonly=True)
+    try:
+        record = experiments.by_name(opened, str(target)) or experiments.by_uuid(opened, str(target))
+    finally:
+        opened.close()
     if record is None:
-        raise ExperimentNotFound(f"{target!r} is neither a folder nor an experiment of {opened.label}")
+        raise ExperimentNotFound(f"{str(target)!r} is neither an experiment's folder nor an experiment of {opened.label}")
     return open_path(record.location, database=database, readonly=readonly)
 
 
@@ -122,71 +137,96 @@ def experiment_path(spec: ExperimentSpec) -> Path:
 def check_free(spec: ExperimentSpec) -> None:
     """Raise ExperimentExists when the spec's folder is taken."""
     path = experiment_path(spec)
-    if (path / "experiment.json").exists():
+    if os.path.exists(path / "experiment.json"):
         raise ExperimentExists(
             f"the name {spec.name!r} is taken: {path} holds an experiment; continue it with `holdfast restore {path}`, "
             "choose another name, or set if_exists: restore or new"
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    try:
+        taken = path.exists() and (not path.is_dir() or len(Folder(path).leftovers()) < len(list(path.iterdir())))
+    except OSError as error:
+        raise SpecError(f"storage {path.parent}: {error.strerror}; name another") from error
+    if taken:
         raise ExperimentExists(f"{path} exists and is no experiment; choose another name or storage")
 
 
 def check_storage(spec: ExperimentSpec) -> None:
     """Raise SpecError unless the storage can be written; creates nothing."""
     folder = Path(os.path.abspath(spec.storage))
-    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    try:
+        existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    except OSError as error:
+        raise SpecError(f"storage {folder}: {error.strerror}; name another") from error
     if not existing.is_dir():
         raise SpecError(f"storage {folder}: {existing} is no folder; name another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise SpecError(f"storage {folder}: {existing} cannot be written; fix its permissions or name another")
 
 
-def create(spec: ExperimentSpec, *, seed: int, workdir: str, source: str | None = None, commit: str | None = None) -> Opened:
+def create(
+    spec: ExperimentSpec,
+    *,
+    seed: int,
+    workdir: str,
+    source: str | None = None,
+    commit: str | None = None,
+    pickled: bytes | None = None,
+) -> Opened:
     """Create an experiment: its database (if that is new), its rows, and last its ``experiment.json``.
 
-    Raises ExperimentExists when the name is taken, SpecError when the storage cannot be written. What a crash leaves
-    half-made is taken over by the next call.
+    Raises ExperimentExists when the name is taken, SpecError when the storage cannot be written or the database's URL is
+    wrong; nothing is left then. What a crash leaves half-made is taken over by the next call; of two calls at once one wins.
     """
     check_free(spec)
     check_storage(spec)
     path = experiment_path(spec)
-    fresh = not path.parent.exists()
+    folder = Folder(path)
+    url = database_url(path.parent, spec.database)
+    connect(url).close()  # a wrong URL is refused before anything is made
+    made = [part for part in (path, *path.parents) if not part.exists()]
     try:
         make_folder(path)
         faults.point("experiment.path-made")
-        database = open_database(database_url(path.parent, spec.database), create_missing=True)
-    except StorageError as error:
-        raise SpecError(f"storage {path.parent}: {error}") from error
-    except BaseException:
-        _remove_empty(path, also_parent=fresh)
-        raise
-    try:
-        record = _add_rows(database, spec, path, seed=seed, workdir=workdir, source=source, commit=commit)
-        faults.point("experiment.rows-made")
-        folder = Folder(path)
-        identity = Identity(
-            uuid=record.uuid, name=spec.name, location=str(path), spec=spec.stored(), workdir=workdir, seed=seed
-        )
-        folder.create(identity)
-    except BaseException:
-        database.close()
-        _remove_empty(path, also_parent=False)
+        with folder.locked():
+            check_free(spec)
+            database = open_database(url, create_missing=True)
+            try:
+                record = _add_rows(database, spec, path, seed=seed, workdir=workdir, source=source, commit=commit)
+                faults.point("experiment.rows-made")
+                if pickled is not None:
+                    keep(pickled, path)
+                identity = Identity(
+                    uuid=record.uuid, name=spec.name, location=str(path), spec=spec.stored(), workdir=workdir, seed=seed
+                )
+                folder.create(identity)
+            except BaseException:
+                database.close()
+                raise
+    except BaseException as error:
+        _remove_made(folder, made)
+        if isinstance(error, StorageError) and not os.path.exists(path):
+            raise SpecError(f"storage {path.parent}: {error}") from error
         raise
     return Opened(folder=folder, database=database, record=record, spec=spec)
 
 
-def _remove_empty(path: Path, *, also_parent: bool) -> None:
-    for folder in (path, path.parent) if also_parent else (path,):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+def _remove_made(folder: Folder, made: Sequence[Path]) -> None:
+    """Remove the folders that a refused creation made, unless somebody else uses them meanwhile."""
+    with suppress(OSError):
+        if folder.path in made and folder.leftovers() == sorted(folder.path.iterdir()):
+            for file in folder.leftovers():
+                file.unlink(missing_ok=True)
+    for part in made:
+        with suppress(OSError):
+            part.rmdir()
 
 
 def _add_rows(
     database: Database, spec: ExperimentSpec, path: Path, *, seed: int, workdir: str, source: str | None, commit: str | None
 ) -> Record:
     found = experiments.by_name(database, spec.name)
-    if found is not None and found.epoch == 0 and not (Path(found.location) / "experiment.json").exists():
-        experiments.delete(database, found.id)  # a crash cut its creation off: nobody ever drove it
+    if found is not None and found.epoch == 0 and found.location == str(path):
+        experiments.delete(database, found.id)  # a crash cut its creation off: nobody ever drove it, and we hold its lock
     return experiments.create(
         database,
         spec,

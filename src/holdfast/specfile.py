@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from pydantic import PrivateAttr
 
+from holdfast.callables import Function, spec_name
 from holdfast.core import spec as core
 from holdfast.core.errors import SpecError
 from holdfast.core.spec import known_keys, nearest
@@ -19,7 +21,24 @@ __all__ = ["ExperimentSpec", "apply_overrides"]
 
 
 class ExperimentSpec(core.ExperimentSpec):
-    """One search, described in full; see :class:`holdfast.core.spec.ExperimentSpec` for the keys."""
+    """One search, described in full; see :class:`holdfast.core.spec.ExperimentSpec` for the keys.
+
+    Made in Python, its trainable may be the callable itself.
+    """
+
+    _function: Function | None = PrivateAttr(default=None)
+
+    def __init__(self, **data: Any) -> None:
+        function = data.get("trainable")
+        if callable(function):
+            data = {**data, "trainable": spec_name(function)}
+        super().__init__(**data)
+        self._function = function if callable(function) else None
+
+    @property
+    def function(self) -> Function | None:
+        """The callable that the spec was made with, or None."""
+        return self._function
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
@@ -228,7 +247,7 @@ def _value(text: str, override: str, source: str) -> Any:
     if text[:1] in ("[", "{", '"', "'"):
         return _load(text, f"{source}: --set {override}")[1]
     loader = _Loader("")
-    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]  # missing in the stubs
     return loader.construct_object(yaml.ScalarNode(tag, text), deep=True)
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Protocol, Self
 
-from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
+from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, check_step, eligible
 from holdfast.core.errors import AlreadyClaimed, CheckpointConflict, Conflict, Fenced
 from holdfast.core.trial import Event, Outcome, TrialStatus, transition
-from holdfast.core.values import Metrics, to_row
+from holdfast.core.values import Metrics
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.driver import Ending, end_attempt, fence
 from holdfast.storage.database.engine import Database, Transaction
-from holdfast.storage.database.rows import add_metrics, attempts_of, checkpoints_of, now
+from holdfast.storage.database.rows import add_metrics, attempts_of, checkpoints_of, now, storable, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,17 @@ class Saved:
     path: str
     digest: str
     bytes: int
+
+
+class Process(Protocol):
+    """Where user code runs: enough to tell later whether it still does."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def started(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +61,30 @@ class AttemptWriter:
         token: str,
         flow_run_id: str | None = None,
         task_run_id: str | None = None,
+        process: Process | None = None,
+        resumed: Checkpoint | None = None,
+        rejected: Mapping[int, str] | None = None,
+        note: str = "",
     ) -> Self:
-        """Claim a waiting attempt and set its trial RUNNING; of two claimers one wins, the other gets AlreadyClaimed."""
+        """Claim a waiting attempt and set its trial RUNNING; of two claimers one wins, the other gets AlreadyClaimed.
+
+        ``rejected`` are checkpoints (row ids, with reasons) that turned out bad when ``process`` loaded them: they are marked,
+        and the attempt's parent becomes ``resumed``, what it really continues from.
+        """
         with database.write() as tx:
             seq = fence(tx, experiment, epoch)
             rows = tx.run(
                 sql.CLAIM,
+                experiment=experiment,
                 attempt=attempt,
                 token=token,
                 epoch=epoch,
                 started=now(),
                 flow_run_id=flow_run_id,
                 task_run_id=task_run_id,
+                host=process.host if process else None,
+                pid=process.pid if process else None,
+                pid_started=process.started if process else None,
             )
             if not rows:
                 raise AlreadyClaimed(f"attempt {attempt} was claimed by another process, or has ended; nothing was run")
@@ -76,6 +99,8 @@ class AttemptWriter:
             )
             if moved != 1:
                 raise Conflict(f"attempt {attempt} cannot be claimed: its trial does not wait")
+            if rejected:
+                _reject(tx, seq, attempt, trial, resumed, rejected, note)
         return cls(
             database=database, experiment=experiment, epoch=epoch, attempt=attempt, trial=trial, number=number, token=token
         )
@@ -94,33 +119,6 @@ class AttemptWriter:
         if not rows:
             raise Fenced(f"attempt {self.number} is over: a later epoch or attempt took over; nothing was written, stop here")
 
-    def candidates(self) -> list[Checkpoint]:
-        """Return the checkpoints that this attempt may continue from, the one to try first in front."""
-        attempts, _ = attempts_of(self.database, self.trial)
-        return eligible(self.number, attempts, checkpoints_of(self.database, self.trial))
-
-    def started(
-        self,
-        *,
-        host: str | None,
-        pid: int | None,
-        pid_started: str | None,
-        resumed: Checkpoint | None = None,
-        rejected: Mapping[int, str] | None = None,
-        note: str = "",
-    ) -> None:
-        """Record the child process, and what it really continues from when newer checkpoints (row ids) were rejected."""
-        with self.database.write() as tx:
-            seq = self._begin(tx)
-            tx.run(sql.SET_PROCESS, attempt=self.attempt, host=host, pid=pid, pid_started=pid_started)
-            for checkpoint, reason in (rejected or {}).items():
-                tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=reason, seq=seq)
-            if rejected:
-                _, ids = attempts_of(tx, self.trial)
-                parent = None if resumed is None else ids[resumed.attempt]
-                step = None if resumed is None else resumed.step
-                tx.run(sql.SET_PARENT, attempt=self.attempt, parent=parent, parent_step=step, note=note)
-
     def report(self, step: int, metrics: Metrics, *, decision: str = "continue", saved: Saved | None = None) -> None:
         """Commit a report and, in the same transaction, the row of the checkpoint that was published with it.
 
@@ -128,6 +126,7 @@ class AttemptWriter:
         """
         with self.database.write() as tx:
             seq = self._begin(tx)
+            check_step(step)
             moment = now()
             if tx.run(sql.REPORT_OF, attempt=self.attempt, step=step):
                 raise CheckpointConflict(f"attempt {self.number} has reported step {step} already; the first report stands")
@@ -137,11 +136,16 @@ class AttemptWriter:
                 self._add_checkpoint(tx, seq, step, saved, moment)
 
     def save(self, step: int, saved: Saved) -> None:
-        """Commit the row of a checkpoint whose report is committed already (a step that was saved because of preemption)."""
+        """Commit the row of a checkpoint whose report is committed already (a step that was saved because of preemption).
+
+        CheckpointConflict when this attempt has a checkpoint of that step already.
+        """
         with self.database.write() as tx:
             self._add_checkpoint(tx, self._begin(tx), step, saved, now())
 
     def _add_checkpoint(self, tx: Transaction, seq: int, step: int, saved: Saved, moment: int) -> None:
+        if tx.run(sql.CHECKPOINT_OF, attempt=self.attempt, step=check_step(step)):
+            raise CheckpointConflict(f"attempt {self.number} has a checkpoint of step {step} already; the first one stands")
         tx.run(
             sql.ADD_CHECKPOINT,
             attempt=self.attempt,
@@ -158,11 +162,13 @@ class AttemptWriter:
 
         Each carries the metrics that were reported with it.
         """
-        attempts, _ = attempts_of(self.database, self.trial)
-        metrics = _metrics_by_checkpoint(self.database, self.trial)
+        with self.database.snapshot() as state:
+            attempts, _ = attempts_of(state, self.trial)
+            metrics = _metrics_by_checkpoint(state, self.trial)
+            checkpoints = checkpoints_of(state, self.trial)
         found = [
             replace(checkpoint, metrics=metrics.get(checkpoint.id, {}))
-            for checkpoint in checkpoints_of(self.database, self.trial)
+            for checkpoint in checkpoints
             if checkpoint.status is CheckpointStatus.VALID
         ]
         on_chain = eligible(self.number, attempts, found)
@@ -180,10 +186,7 @@ class AttemptWriter:
         """Store (microseconds, name, plain value) rows; rows that are there already are left as they are."""
         with self.database.write() as tx:
             self._begin(tx)
-            values: list[dict[str, object]] = []
-            for ts, name, value in rows:
-                kind, number, text = to_row(value)
-                values.append({"attempt": self.attempt, "ts": ts, "name": name, "kind": kind, "number": number, "text": text})
+            values = [{"attempt": self.attempt, "ts": ts, **typed(name, value)} for ts, name, value in rows]
             tx.many(sql.ADD_TELEMETRY, values)
 
     def fail(self, ending: Ending, *, max_failures: int) -> TrialStatus:
@@ -192,17 +195,34 @@ class AttemptWriter:
             seq = self._begin(tx)
             failures = int(tx.run(sql.FAILURES, trial=self.trial, epoch=self.epoch)[0][0])
             retry = ending.outcome is not Outcome.CANCELLED and failures < max_failures
-            return end_attempt(tx, seq, self.attempt, ending, retry=retry)
+            return end_attempt(tx, self.experiment, seq, self.attempt, ending, retry=retry)
 
     def end(self, ending: Ending) -> TrialStatus:
         """Commit an end that is no failure: preempted, cancelled."""
         with self.database.write() as tx:
-            return end_attempt(tx, self._begin(tx), self.attempt, ending, retry=False)
+            return end_attempt(tx, self.experiment, self._begin(tx), self.attempt, ending, retry=False)
 
 
-def _metrics_by_checkpoint(database: Database, trial: int) -> dict[int, Metrics]:
+def _reject(
+    tx: Transaction,
+    seq: int,
+    attempt: int,
+    trial: int,
+    resumed: Checkpoint | None,
+    rejected: Mapping[int, str],
+    note: str,
+) -> None:
+    for checkpoint, reason in rejected.items():
+        tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=storable(reason), seq=seq)
+    _, ids = attempts_of(tx, trial)
+    parent = None if resumed is None else ids[resumed.attempt]
+    step = None if resumed is None else resumed.step
+    tx.run(sql.SET_PARENT, attempt=attempt, parent=parent, parent_step=step, reason=None, note=storable(note))
+
+
+def _metrics_by_checkpoint(state: Transaction, trial: int) -> dict[int, Metrics]:
     """Return the finite numbers reported with each checkpoint: what retention ranks by."""
     found: dict[int, Metrics] = {}
-    for checkpoint, name, number in database.run(sql.CHECKPOINT_METRICS, trial=trial):
+    for checkpoint, name, number in state.run(sql.CHECKPOINT_METRICS, trial=trial):
         found.setdefault(checkpoint, {})[name] = number
     return found

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from holdfast.core.errors import AlreadyFinished, Fenced
+from holdfast.core.errors import AlreadyFinished, Conflict, Fenced
 from holdfast.core.seeding import trial_seed
 from holdfast.core.space import config_digest, config_text
 from holdfast.core.trial import ENDING, ErrorInfo, Event, Outcome, TrialStatus, transition
-from holdfast.core.values import Config, Json, Metrics, digest, dumps
+from holdfast.core.values import Config, Json, Metrics, digest, dumps, dumps_ordered
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Transaction
-from holdfast.storage.database.rows import FINAL_STEP, add_metrics, attempts_of, micros, newest, now
+from holdfast.storage.database.rows import FINAL_STEP, add_metrics, attempts_of, micros, newest, now, storable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +85,21 @@ def add_attempt(
         parent=None if parent is None else parent[0],
         parent_step=None if parent is None else parent[1],
         reason=reason,
-        note=note,
+        note=storable(note),
         created=now(),
     )
     return int(rows[0][0])
 
 
-def end_attempt(tx: Transaction, seq: int, attempt: int, ending: Ending, *, retry: bool) -> TrialStatus:
+def end_attempt(tx: Transaction, experiment: int, seq: int, attempt: int, ending: Ending, *, retry: bool) -> TrialStatus:
     """Close an attempt and move its trial; with ``retry``, or when the outcome asks for it, the next attempt waits.
 
     AlreadyFinished when the attempt has an outcome; Fenced when it is not its trial's current one any more.
     """
-    trial, status, current, number, config, _ = tx.run(sql.TRIAL_OF, attempt=attempt)[0]
+    rows = tx.run(sql.TRIAL_OF, experiment=experiment, attempt=attempt)
+    if not rows:
+        raise Conflict(f"attempt row {attempt} is none of this experiment's; nothing was written")
+    trial, status, current, number, config, _ = rows[0]
     if number != current:
         raise Fenced(f"attempt {number} is over: attempt {current} took its trial over; nothing was written")
     error = ending.error
@@ -105,11 +108,11 @@ def end_attempt(tx: Transaction, seq: int, attempt: int, ending: Ending, *, retr
         attempt=attempt,
         outcome=ending.outcome.value,
         ended=now(),
-        error_kind=error.kind if error else None,
-        error=error.message if error else None,
-        traceback=error.traceback if error else None,
+        error_kind=storable(error.kind) if error else None,
+        error=storable(error.message) if error else None,
+        traceback=storable(error.traceback) if error else None,
         result=ending.result,
-        note=ending.note,
+        note=storable(ending.note),
     )
     if changed != 1:
         raise AlreadyFinished(f"attempt {number} has its outcome already; the first one stands")
@@ -149,7 +152,7 @@ class Driver:
         """Close an attempt; see :func:`end_attempt`. Return the trial's new status."""
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
-            return end_attempt(tx, seq, attempt, ending, retry=retry)
+            return end_attempt(tx, self.experiment, seq, attempt, ending, retry=retry)
 
     def skip(self, trials: Iterable[int]) -> None:
         """Leave waiting trials (row ids) out until a later restore."""
@@ -159,57 +162,65 @@ class Driver:
                 self._move(tx, seq, trial, Event.SKIP)
 
     def cancel(self, trial: int) -> None:
-        """End a waiting trial (row id) as a person asked."""
+        """End a waiting or skipped trial (row id) as a person asked; a running one ends with its attempt."""
         with self.database.write() as tx:
             self._move(tx, fence(tx, self.experiment, self.epoch), trial, Event.CANCEL)
 
     def _move(self, tx: Transaction, seq: int, trial: int, event: Event) -> None:
-        status = tx.run(sql.STATUS_OF, trial=trial)[0][0]
-        after = transition(TrialStatus(status), event)
+        status = self._status(tx, trial)[0]
+        if status is TrialStatus.RUNNING:
+            raise Conflict("the trial is RUNNING: end its attempt instead; nothing was written")
+        after = transition(status, event)
         tx.run(sql.MOVE_TRIAL, trial=trial, old=status, new=after.value, seq=seq, ended_seq=seq)
+
+    def _status(self, tx: Transaction, trial: int) -> tuple[TrialStatus, int, int]:
+        """Return a trial's status, current attempt and config (row id)."""
+        rows = tx.run(sql.STATUS_OF, experiment=self.experiment, trial=trial)
+        if not rows:
+            raise Conflict(f"trial row {trial} is none of this experiment's; nothing was written")
+        return TrialStatus(rows[0][0]), rows[0][1], rows[0][2]
 
     def rerun(self, trial: int, *, restart: bool, note: str = "") -> None:
         """Let an ended or waiting trial (row id) run again, from its newest checkpoint or, with ``restart``, from step 0.
 
-        A waiting attempt that was never claimed is used as it is when it would begin at the same place.
+        A waiting attempt that was never claimed is used; it begins where the call says.
         """
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
-            status, current, config = tx.run(sql.STATUS_OF, trial=trial)[0]
+            status, current, config = self._status(tx, trial)
+            after = status if status is TrialStatus.PENDING else transition(status, Event.RERUN)
             attempts, ids = attempts_of(tx, trial)
-            parent = None if restart else newest(tx, trial, current)
             waiting = attempts[current]
-            untouched = tx.run(sql.UNCLAIMED, attempt=waiting.id)
-            before = None if waiting.parent is None else (ids[waiting.parent], waiting.parent_step)
-            if untouched and before == parent:
-                if status != TrialStatus.PENDING:
-                    after = transition(TrialStatus(status), Event.RERUN)
-                    tx.run(sql.MOVE_TO_ATTEMPT, trial=trial, old=status, new=after.value, seq=seq, number=current)
-                return
-            if untouched:
+            parent = None if restart else newest(tx, trial, current)
+            reason = "restart" if restart else "resume"
+            number = current
+            if tx.run(sql.UNCLAIMED, attempt=waiting.id):
+                before = None if waiting.parent is None else (ids[waiting.parent], waiting.parent_step)
                 tx.run(
-                    sql.SET_PARENT, attempt=waiting.id, parent=parent and parent[0], parent_step=parent and parent[1], note=note
+                    sql.SET_PARENT,
+                    attempt=waiting.id,
+                    parent=parent and parent[0],
+                    parent_step=parent and parent[1],
+                    reason=None if before == parent else reason,
+                    note=storable(note),
                 )
-                number = current
             else:
                 number = current + 1
-                reason = "restart" if restart else "resume"
                 add_attempt(tx, trial, number, config, reason=reason, parent=parent, note=note)
-            after = TrialStatus.PENDING if status == TrialStatus.PENDING else transition(TrialStatus(status), Event.RERUN)
-            tx.run(sql.MOVE_TO_ATTEMPT, trial=trial, old=status, new=after.value, seq=seq, number=number)
+            tx.run(sql.MOVE_TO_ATTEMPT, trial=trial, old=status.value, new=after.value, seq=seq, number=number)
 
     def reject(self, checkpoints: Mapping[int, str]) -> None:
         """Mark checkpoints (row ids) as corrupt, each with the reason."""
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
             for checkpoint, reason in checkpoints.items():
-                tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=reason, seq=seq)
+                tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=storable(reason), seq=seq)
 
     def change_spec(self, spec: Mapping[str, Json], changes: Mapping[str, Json]) -> None:
         """Store a changed spec, and what changed as an audit row."""
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
-            tx.run(sql.SET_SPEC, experiment=self.experiment, spec=dumps(dict(spec)))
+            tx.run(sql.SET_SPEC, experiment=self.experiment, spec=dumps_ordered(dict(spec)))
             add_audit(tx, self.experiment, seq, self.epoch, "changed", changes)
 
     def set_code(self, *, trainable_digest: str | None, workdir: str, location: str) -> None:

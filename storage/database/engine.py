@@ -6,17 +6,17 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 from sqlalchemy.sql.base import Executable
 
-from holdfast.core.errors import DatabaseError, SpecError
+from holdfast.core.errors import Corrupt, DatabaseError, HoldfastError, SpecError
 
 BUSY_SECONDS = 60.0
 """How long a writer waits for another process's transaction."""
@@ -24,6 +24,9 @@ BUSY_SECONDS = 60.0
 
 Location = URL | str
 """Where a database is: a SQLAlchemy URL. It may hold a password, and is stored nowhere."""
+
+DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql+psycopg")
+_SECRETS = frozenset({"password", "sslpassword", "passfile", "oauth_client_secret"})
 
 
 class Statement:
@@ -48,7 +51,7 @@ class Statement:
 
 
 class Transaction:
-    """One open write transaction."""
+    """One open transaction: to write, or to read one state of the database by several statements."""
 
     def __init__(self, cursor: Any, dialect: Dialect) -> None:
         self._cursor = cursor
@@ -77,23 +80,19 @@ class Database:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.is_sqlite = engine.dialect.name == "sqlite"
+        self.file = Path(engine.url.database or "") if self.is_sqlite else None
+        """the SQLite file, or None"""
         self._lock = threading.RLock()
         self._writer: Any = None
-
-    @property
-    def is_sqlite(self) -> bool:
-        return self.engine.dialect.name == "sqlite"
-
-    @property
-    def file(self) -> Path | None:
-        """The SQLite file, or None."""
-        name = self.engine.url.database
-        return Path(name) if self.is_sqlite and name and name != ":memory:" else None
+        self._writing = False
+        self._written: tuple[int, int] | None = None
+        """device and inode of the SQLite file that the first write went to"""
 
     @property
     def label(self) -> str:
-        """The URL without its password, to be shown."""
-        return self.engine.url.render_as_string(hide_password=True)
+        """The URL without passwords, to be shown."""
+        return _shown(self.engine.url)
 
     @property
     def clock(self) -> str:
@@ -104,57 +103,108 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Transaction]:
-        """Run a write transaction: committed when the body ends, rolled back when it raises."""
+        """Run a write transaction: committed when the body ends, rolled back when it raises.
+
+        A body cannot open another one. DatabaseError when the SQLite file was deleted or exchanged since the first write:
+        what is written to an open file without a name is lost.
+        """
         with self._lock, translated(self):
-            connection = self._connection()
-            cursor = connection.cursor()
+            if self._writing:
+                raise RuntimeError("a write transaction is open in this thread already")
+            cursor = self._begin()
+            self._writing = True
             try:
-                cursor.execute("BEGIN IMMEDIATE" if self.is_sqlite else "BEGIN")
                 yield Transaction(cursor, self.engine.dialect)
                 cursor.execute("COMMIT")
             except BaseException:
                 self._abandon(cursor)
                 raise
             finally:
+                self._writing = False
                 cursor.close()
 
-    def _connection(self) -> Any:
-        if self._writer is None:
-            self._writer = self.engine.raw_connection()
-        return self._writer
+    def _begin(self) -> Any:
+        """Return a cursor in a new transaction; a server's connection that broke while it was idle is made anew once."""
+        self._check_file()
+        idle = self._writer is not None
+        try:
+            if self._writer is None:
+                self._writer = self.engine.raw_connection()
+                if not self.is_sqlite:
+                    self.engine.dialect.set_isolation_level(self._writer.dbapi_connection, "AUTOCOMMIT")
+                self._writer.detach()
+            cursor = self._writer.cursor()
+            cursor.execute("BEGIN IMMEDIATE" if self.is_sqlite else "BEGIN")
+        except BaseException as error:
+            self._drop_writer()
+            if idle and not self.is_sqlite and isinstance(error, self.engine.dialect.loaded_dbapi.Error):
+                return self._begin()
+            raise
+        return cursor
+
+    def _check_file(self) -> None:
+        if self.file is None:
+            return
+        try:
+            found = os.stat(self.file)
+        except FileNotFoundError:
+            identity = None
+        else:
+            identity = (found.st_dev, found.st_ino)
+        self._written = self._written or identity
+        if identity is None or identity != self._written:
+            raise DatabaseError(f"database {self.file} was deleted or exchanged while it was open; put it back, then restore")
 
     def _abandon(self, cursor: Any) -> None:
         try:
             cursor.execute("ROLLBACK")
         except Exception:  # noqa: BLE001  # the connection is broken or no transaction is open: begin afresh next time
-            writer, self._writer = self._writer, None
-            if writer is not None:
-                writer.invalidate()
+            self._drop_writer()
+
+    def _drop_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(Exception):  # it is broken: there is nothing to be saved from it
+                writer.close()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """Open a connection for SELECTs; it sees one consistent state."""
+        """Open a connection for SELECTs of SQLAlchemy expressions."""
         with translated(self), self.engine.connect() as connection:
             yield connection
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Transaction]:
+        """Run several SELECTs that see one state of the database, outside the writer's lock."""
+        begin = "BEGIN" if self.is_sqlite else "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"
+        with self._cursor() as cursor:
+            cursor.execute(begin)
+            yield Transaction(cursor, self.engine.dialect)
+
     def run(self, statement: Statement, **values: object) -> list[tuple[Any, ...]]:
         """Run one SELECT, compiled once, outside the writer's lock."""
-        sql, literals = statement.text(self.engine.dialect)
-        with translated(self), self.engine.connect() as connection:
-            return [tuple(row) for row in connection.exec_driver_sql(sql, {**literals, **values})]
+        with self._cursor() as cursor:
+            return Transaction(cursor, self.engine.dialect).run(statement, **values)
+
+    @contextmanager
+    def _cursor(self) -> Iterator[Any]:
+        with translated(self):
+            connection = self.engine.raw_connection()
+            try:
+                yield connection.cursor()
+            finally:
+                connection.close()  # the pool rolls back
 
     def close(self) -> None:
         """Close every connection; the object can be used again."""
         with self._lock:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
+            self._drop_writer()
         self.engine.dispose()
 
 
 @contextmanager
 def translated(database: Database) -> Iterator[None]:
-    """Raise DatabaseError, naming the database, for what its driver raises."""
+    """Raise DatabaseError, or Corrupt, naming the database, for what its driver raises."""
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error) as error:
@@ -165,34 +215,51 @@ def translated(database: Database) -> Iterator[None]:
         raise
 
 
-def _explained(error: Exception, label: str) -> DatabaseError:
+def _explained(error: Exception, label: str) -> HoldfastError:
     origin = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     text = str(origin).strip() or type(origin).__name__
+    damage = {
+        "malformed": "the file is damaged; restore it from a backup",
+        "not a database": "the file is damaged or is something else; restore it from a backup",
+    }
     hints = {
         "readonly": "make the file and its folder writable",
         "unable to open": "check that the folder exists and may be written",
         "locked": f"another process held it for more than {BUSY_SECONDS:.0f} s; end that process",
         "full": "free some space and restore",
-        "malformed": "the file is damaged; restore it from a backup",
-        "not a database": "the file is damaged or is something else; restore it from a backup",
+        "disk I/O": "check the disk and its free space, then restore",
     }
-    hint = next((remedy for sign, remedy in hints.items() if sign in text), "see the cause above")
-    return DatabaseError(f"database {label}: {text}; {hint}")
+    kind: type[HoldfastError] = Corrupt if any(sign in text for sign in damage) else DatabaseError
+    hint = next((remedy for sign, remedy in {**damage, **hints}.items() if sign in text), "see the cause above")
+    return kind(f"database {label}: {text}; {hint}")
+
+
+def _shown(url: URL) -> str:
+    hidden = {key: "***" for key in url.query if key in _SECRETS}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def parse_url(url: str) -> URL:
-    """Return the SQLAlchemy URL in ``url``; SpecError when it is none, or its driver is missing. Shows no password."""
+    """Return the SQLAlchemy URL in ``url``; SpecError when it is none, or its driver is missing. Shows no password.
+
+    ``postgresql://`` means psycopg. Drivers for asyncio and databases in memory are refused.
+    """
+    allowed = "allowed: sqlite:////path/file.db, postgresql+psycopg://user@host/name"
     try:
         parsed = make_url(url)
+        if parsed.drivername == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        if parsed.drivername not in DRIVERS:
+            raise SpecError(f"database is {parsed.drivername}; {allowed}")
         parsed.get_dialect().import_dbapi()
-    except (ArgumentError, NoSuchModuleError):
-        raise SpecError(
-            "database is no SQLAlchemy URL; allowed: sqlite:////path/file.db, postgresql+psycopg://user@host/name"
-        ) from None
-    except ModuleNotFoundError as error:
+    except SpecError:
+        raise
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise SpecError(f"database is no SQLAlchemy URL; {allowed}") from None
+    except ImportError as error:
         raise SpecError(f"database needs the Python package {error.name!r}; install holdfast[postgres]") from None
-    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise SpecError(f"database is {parsed.get_backend_name()}; allowed: sqlite, postgresql+psycopg")
+    if parsed.get_backend_name() == "sqlite" and (parsed.database in (None, "", ":memory:") or parsed.query):
+        raise SpecError("database is in memory, or has options; name a SQLite file: sqlite:////path/file.db")
     return parsed
 
 
@@ -201,39 +268,46 @@ def sqlite_url(file: Path) -> URL:
     return URL.create("sqlite", database=str(file))
 
 
-def connect(url: URL | str, *, readonly: bool = False) -> Database:
+def connect(url: Location, *, readonly: bool = False, create: bool = False) -> Database:
     """Return the database at ``url``; connections are opened when they are needed.
 
-    A SQLite file that is opened ``readonly`` is never created or changed.
+    A SQLite file is created with ``create`` only; one that is opened ``readonly`` is never changed.
     """
     parsed = parse_url(url) if isinstance(url, str) else url
     if parsed.get_backend_name() == "sqlite":
-        return Database(_sqlite(parsed, readonly=readonly))
+        return Database(_sqlite(parsed, readonly=readonly, create=create))
     return Database(create_engine(parsed, pool_pre_ping=True))
 
 
-def _sqlite(url: URL, *, readonly: bool) -> Engine:
+def _sqlite(url: URL, *, readonly: bool, create: bool) -> Engine:
+    file = Path(os.path.abspath(url.database or ""))
+    writable = create or (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK))
+    # What only looks keeps no connection to a file that it may not lock: the file may get a writer later.
+    pool: dict[str, Any] = {"poolclass": QueuePool, "pool_size": 8, "max_overflow": 64} if writable else {"poolclass": NullPool}
+
     def creator() -> sqlite3.Connection:
-        database = url.database or ":memory:"
-        if readonly:
-            # A connection that may write takes its -wal and -shm files along when it closes; one that may not leaves them.
-            writable = os.access(database, os.W_OK) and os.access(Path(database).absolute().parent, os.W_OK)
-            database = f"{Path(database).absolute().as_uri()}?mode={'rw' if writable else 'ro'}"
-        return sqlite3.connect(database, uri=readonly, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
+        # A connection that may write takes its -wal and -shm files along when it closes; one that may not leaves them.
+        mode = "rwc" if create else "rw" if writable else "ro"
+        if not writable and not Path(f"{file}-wal").exists():
+            mode += "&immutable=1"  # nobody writes, and the -shm file that readers share cannot be made
+        name = f"{file.as_uri()}?mode={mode}"
+        connection = sqlite3.connect(name, uri=True, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
+        try:
+            if readonly or not writable:
+                connection.execute("PRAGMA query_only=ON")
+            else:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA foreign_keys=ON")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
-    engine = create_engine(url, creator=creator, paramstyle="named", poolclass=QueuePool, pool_size=8, max_overflow=64)
-
-    @event.listens_for(engine, "connect")
-    def _pragmas(connection: sqlite3.Connection, _record: object) -> None:
-        if readonly:
-            connection.execute("PRAGMA query_only=ON")
-        else:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA foreign_keys=ON")
+    engine = create_engine(url.set(database=str(file)), creator=creator, paramstyle="named", **pool)
 
     @event.listens_for(engine, "begin")
     def _snapshot(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN")  # the driver is in autocommit mode; a read sees one state
+        connection.exec_driver_sql("BEGIN")  # the driver is in autocommit mode; a migration is one transaction
 
     return engine

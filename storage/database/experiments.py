@@ -12,9 +12,9 @@ from sqlalchemy import inspect, text
 
 from holdfast.core.errors import Corrupt, DatabaseError, ExperimentExists
 from holdfast.core.spec import ExperimentSpec
-from holdfast.core.values import dumps
+from holdfast.core.values import dumps_ordered
 from holdfast.storage.database.driver import add_audit
-from holdfast.storage.database.engine import Database, Location, Statement, connect, sqlite_url
+from holdfast.storage.database.engine import Database, Location, Statement, connect, sqlite_url, translated
 from holdfast.storage.database.rows import moment, now
 from holdfast.storage.database.schema import VERSION
 
@@ -69,7 +69,7 @@ def _record(row: tuple[Any, ...]) -> Record:
         uuid=row[1],
         name=row[2],
         location=row[3],
-        spec=json.loads(row[4]),
+        spec=_spec(row[4], row[2]),
         workdir=row[5],
         code_digest=row[6],
         seed=row[7],
@@ -82,6 +82,16 @@ def _record(row: tuple[Any, ...]) -> Record:
         spec_source=row[14],
         git_commit=row[15],
     )
+
+
+def _spec(text: str, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Corrupt(f"the stored spec of {name!r} is damaged; restore the database from a backup")
+    return found
 
 
 def create(
@@ -109,7 +119,7 @@ def create(
             uuid=uuid,
             name=spec.name,
             location=location,
-            spec=dumps(spec.stored()),
+            spec=dumps_ordered(spec.stored()),
             spec_source=spec_source,
             git_commit=git_commit,
             workdir=workdir,
@@ -155,29 +165,57 @@ def open_database(url: Location, *, create_missing: bool = False, readonly: bool
     Raises DatabaseError when it is missing (unless ``create_missing``), and Corrupt when it is empty, damaged, no holdfast
     database, or of a newer or older schema than this program's; nothing is changed then.
     """
-    database = connect(url, readonly=readonly)
+    database = connect(url, readonly=True)  # a file that is refused is never changed
     file = database.file
-    if file is not None and not file.exists():
+    if file is None:
+        return _open_server(database, create_missing=create_missing)
+    if not file.exists():
         if not create_missing:
             raise DatabaseError(f"database {file} is missing; put it back, or name another with --database")
-        _make(database, file)
-        return database
-    if file is not None and file.stat().st_size == 0:
+        _make(file)
+    elif _is_empty(file):
         if not create_missing or not _unborn(file):
             raise Corrupt(f"database {file} is empty; put the lost file back, or delete it to begin anew")
-        _make(database, file)
-        return database
+        _make(file)
+    try:
+        _check_version(database)
+    finally:
+        database.close()
+    return connect(url, readonly=readonly)
+
+
+def _open_server(database: Database, *, create_missing: bool) -> Database:
+    if create_missing and _version(database) is None:
+        _migrate(database)
+    _check_version(database)
+    return database
+
+
+def _check_version(database: Database) -> None:
     found = _version(database)
     if found is None:
-        if file is None and create_missing:
-            _migrate(database)
-            return database
         raise Corrupt(f"database {database.label} has no holdfast schema; name another one, or delete it to begin anew")
     if found != VERSION:
         newer = found > VERSION
         remedy = "update holdfast" if newer else "run `holdfast db upgrade`, which makes a backup first"
         raise Corrupt(f"database {database.label} has schema {found}, this program reads {VERSION}; {remedy}")
-    return database
+
+
+def _is_empty(file: Path) -> bool:
+    """Tell whether a SQLite file is empty; Corrupt when it is shorter than its header says, which SQLite finds out late."""
+    try:
+        with file.open("rb") as stream:
+            header = stream.read(100)
+        log = Path(f"{file}-wal")
+        in_log = log.exists() and log.stat().st_size > 0  # then pages may be there still
+        size = file.stat().st_size
+    except OSError as error:
+        raise DatabaseError(f"database {file} cannot be read: {error.strerror}; name a file that you may read") from error
+    page = int.from_bytes(header[16:18], "big")
+    pages = int.from_bytes(header[28:32], "big") if header[24:28] == header[92:96] else 0
+    if len(header) == 100 and not in_log and size < pages * (65536 if page == 1 else page):
+        raise Corrupt(f"database {file} is truncated; restore it from a backup")
+    return not header
 
 
 def _unborn(file: Path) -> bool:
@@ -193,7 +231,7 @@ def _version(database: Database) -> str | None:
         return None if version is None else str(version)
 
 
-def _make(database: Database, file: Path) -> None:
+def _make(file: Path) -> None:
     """Create a SQLite database beside its final place, so that a crash leaves all of it or nothing."""
     import os
     import tempfile
@@ -202,7 +240,7 @@ def _make(database: Database, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=".holdfast-db-") as folder:
             draft = Path(folder) / "new.db"
-            fresh = connect(sqlite_url(draft))
+            fresh = connect(sqlite_url(draft), create=True)
             _migrate(fresh)
             with fresh.engine.connect() as connection:
                 connection.exec_driver_sql("COMMIT")
@@ -227,4 +265,5 @@ def _make(database: Database, file: Path) -> None:
 def _migrate(database: Database) -> None:
     from holdfast.storage.database.migrations import upgrade
 
-    upgrade(database.engine)
+    with translated(database):
+        upgrade(database.engine)

@@ -15,10 +15,18 @@ from holdfast.storage.database import statements as sql
 from holdfast.storage.database.driver import add_audit
 from holdfast.storage.database.engine import Database, Statement
 
-DURATION = 30.0
-"""Seconds that a lease lasts without a renewal."""
-RENEWAL = 5.0
-"""Seconds between renewals."""
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """How long a lease lasts, in seconds."""
+
+    duration: float = 30.0
+    """without a renewal"""
+    renewal: float = 5.0
+    """between renewals"""
+
+
+TERMS = Terms()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +48,9 @@ class Lease:
 class Leases:
     """The lease of one experiment."""
 
-    def __init__(self, database: Database, experiment: int) -> None:
+    def __init__(self, database: Database, experiment: int, terms: Terms = TERMS) -> None:
         self._database = database
+        self._duration = terms.duration
         self._experiment = experiment
         clock = database.clock
         self._look = Statement(
@@ -87,7 +96,7 @@ class Leases:
                 seen=seen,
                 epoch=epoch,
                 holder=dumps(dict(holder)),
-                duration=DURATION,
+                duration=self._duration,
             )
             if not rows:
                 raise LeaseHeld("another process took the experiment at the same moment; nothing was changed")
@@ -96,7 +105,7 @@ class Leases:
     def renew(self, *, epoch: int, active: float) -> tuple[int, bool, float]:
         """Renew the lease and add ``active`` seconds; return (seq, whether a stop is requested, all active seconds)."""
         with self._database.write() as tx:
-            rows = tx.run(self._renew, experiment=self._experiment, epoch=epoch, duration=DURATION, active=active)
+            rows = tx.run(self._renew, experiment=self._experiment, epoch=epoch, duration=self._duration, active=active)
         if not rows:
             raise Fenced(f"epoch {epoch} is over: another process took the experiment over")
         return int(rows[0][0]), bool(rows[0][1]), float(rows[0][2])

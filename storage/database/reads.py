@@ -10,11 +10,11 @@ from typing import Any
 
 from sqlalchemy import text
 
-from holdfast.core.checkpoint import Checkpoint, chain
+from holdfast.core.checkpoint import Checkpoint, chain, eligible
 from holdfast.core.trial import Attempt, ErrorInfo, Outcome, Trial, TrialStatus
-from holdfast.core.values import Metrics, from_row, loads
+from holdfast.core.values import Config, Metrics, from_row, loads
 from holdfast.storage.database import statements as sql
-from holdfast.storage.database.engine import Database, Statement
+from holdfast.storage.database.engine import Database, Statement, Transaction
 from holdfast.storage.database.rows import FINAL_STEP, moment, to_checkpoint
 
 
@@ -24,12 +24,9 @@ def _sql(body: str) -> Statement:
 
 # Trials with their config and current attempt, in number order.
 _TRIALS = _sql(
-    "SELECT t.id, t.number, t.status, c.body, t.config_id, t.seed, t.seq, t.ts_start, t.origin, t.metadata,"
-    " t.cancel_requested,"
-    " (SELECT COUNT(*) FROM attempt s WHERE s.trial_id = t.id AND s.claimed_by IS NOT NULL),"
+    "SELECT t.number, t.status, c.body, t.config_id, t.seed, t.seq, t.ts_start, t.origin, t.metadata,"
     " a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
-    " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended,"
-    " t.ended_seq, t.group_number, t.repeat, t.source"
+    " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended"
     " FROM trial t JOIN config c ON c.id = t.config_id"
     " JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
     " LEFT JOIN attempt p ON p.id = a.parent_id"
@@ -105,6 +102,9 @@ _IDS = _sql("SELECT number, id FROM trial WHERE experiment_id = :experiment")
 
 ALL = 2**62
 
+_STATUSES = {status.value: status for status in TrialStatus}
+_OUTCOMES: dict[str | None, Outcome | None] = {None: None, **{outcome.value: outcome for outcome in Outcome}}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRow:
@@ -145,21 +145,26 @@ class Reader:
 
     def trials(self, *, since: int = -1, first: int = 0, last: int = ALL) -> list[Trial]:
         """Return the trials that changed after seq ``since``, with numbers from ``first`` to ``last``, in number order."""
-        scope = {"since": since, "first": first, "last": last}
-        rows = self._fetch(_TRIALS, **scope)
+        scope = {"experiment": self.experiment, "since": since, "first": first, "last": last}
+        with self.database.snapshot() as state:
+            rows = state.run(_TRIALS, **scope)
+            metrics = state.run(_METRICS, **scope)
+            steps = {number: step for number, step, *_ in metrics if step != FINAL_STEP}
+            retried = any(row[_ATTEMPT_NUMBER] > 1 and row[0] not in steps for row in rows)
+            inherited = state.run(_INHERITED, **scope) if retried else []
         finals: dict[int, Metrics] = {}
         reports: dict[int, Metrics] = {}
-        steps: dict[int, int] = {}
-        for number, step, name, *value in self._fetch(_METRICS, **scope):
-            target = finals if step == FINAL_STEP else reports
-            metrics = target.setdefault(number, {})
-            if step != FINAL_STEP:
-                steps[number] = step
+        for number, step, name, *value in metrics:
             if name is not None:
-                metrics[name] = from_row(*value)
-        if any(row[13] > 1 and row[1] not in steps for row in rows):
-            _inherit(self._fetch(_INHERITED, **scope), reports, steps)
-        return [_trial(row, {**reports.get(row[1], {}), **finals.get(row[1], {})}, steps.get(row[1])) for row in rows]
+                target = finals if step == FINAL_STEP else reports
+                target.setdefault(number, {})[name] = from_row(*value)
+        _inherit(inherited, reports, steps)
+        for number, final in finals.items():
+            reports[number] = {**reports[number], **final} if number in reports else final
+        configs = loads(f"[{','.join(row[2] for row in rows)}]")  # at once: a call costs more than what it parses
+        return [
+            _trial(row, config, reports.get(row[0], {}), steps.get(row[0])) for row, config in zip(rows, configs, strict=True)
+        ]
 
     def trial(self, number: int) -> Trial | None:
         """Return one trial, or None."""
@@ -189,27 +194,35 @@ class Reader:
 
     def attempts(self, *, first: int = 0, last: int = ALL) -> dict[int, dict[int, Attempt]]:
         """Return every attempt by trial and number."""
-        found: dict[int, dict[int, Attempt]] = {}
-        for row in self._fetch(_ATTEMPTS, first=first, last=last):
-            attempt = _attempt(row[1:])
-            found.setdefault(row[0], {})[attempt.number] = attempt
-        return found
+        return _by_trial(self._fetch(_ATTEMPTS, first=first, last=last))
 
     def checkpoints(self, *, first: int = 0, last: int = ALL) -> list[Checkpoint]:
         """Return the checkpoint rows of every status, by trial, attempt and step, with the metrics reported with each."""
+        with self.database.snapshot() as state:
+            return self._checkpoints(state, first=first, last=last)
+
+    def _checkpoints(self, state: Transaction, *, first: int, last: int) -> list[Checkpoint]:
+        scope = {"experiment": self.experiment, "first": first, "last": last}
         metrics: dict[int, Metrics] = {}
-        for identity, name, *value in self._fetch(_CHECKPOINT_METRICS, first=first, last=last):
+        for identity, name, *value in state.run(_CHECKPOINT_METRICS, **scope):
             metrics.setdefault(identity, {})[name] = from_row(*value)
-        rows = self._fetch(_CHECKPOINTS, first=first, last=last)
-        return [to_checkpoint(row[0], row[1:], metrics.get(row[1])) for row in rows]
+        return [to_checkpoint(row[0], row[1:], metrics.get(row[1])) for row in state.run(_CHECKPOINTS, **scope)]
+
+    def candidates(self, trial: int, attempt: int) -> list[Checkpoint]:
+        """Return the checkpoints that an attempt may continue from, the one to try first in front."""
+        with self.database.snapshot() as state:
+            rows = state.run(_ATTEMPTS, experiment=self.experiment, first=trial, last=trial)
+            checkpoints = self._checkpoints(state, first=trial, last=trial)
+        return eligible(attempt, _by_trial(rows).get(trial, {}), checkpoints)
 
     def history(self) -> list[ReportRow]:
         """Return every report by trial, step and attempt; superseded ones are flagged, not left out."""
-        attempts = self.attempts()
-        current = {row[0]: row[1] for row in self._fetch(_CURRENT)}
-        links = {number: dict(chain(current[number], attempts[number])) for number in current}
+        with self.database.snapshot() as state:
+            attempts = _by_trial(state.run(_ATTEMPTS, experiment=self.experiment, first=0, last=ALL))
+            rows = state.run(_HISTORY, experiment=self.experiment)
+        links = {number: dict(chain(max(of_trial), of_trial)) for number, of_trial in attempts.items()}
         found: dict[tuple[int, int, int], ReportRow] = {}
-        for number, attempt, step, seq, reported, decision, name, *value in self._fetch(_HISTORY):
+        for number, attempt, step, seq, reported, decision, name, *value in rows:
             key = (number, step, attempt)
             row = found.get(key)
             if row is None:
@@ -250,8 +263,6 @@ class Reader:
         return loads(rows[0][0]) if rows else None
 
 
-_CURRENT = _sql("SELECT number, current_attempt FROM trial WHERE experiment_id = :experiment")
-
 _DECISIONS = _sql(
     "SELECT a.id, r.decision FROM trial t JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
     " JOIN report r ON r.attempt_id = a.id"
@@ -283,6 +294,15 @@ def _inherit(rows: Sequence[tuple[Any, ...]], reports: dict[int, Metrics], steps
                 break
 
 
+def _by_trial(rows: Sequence[tuple[Any, ...]]) -> dict[int, dict[int, Attempt]]:
+    """Return the attempts in rows of ``_ATTEMPTS`` by trial and number; a trial's newest is its current one."""
+    found: dict[int, dict[int, Attempt]] = {}
+    for row in rows:
+        attempt = _attempt(row[1:])
+        found.setdefault(row[0], {})[attempt.number] = attempt
+    return found
+
+
 def _attempt(row: Sequence[Any]) -> Attempt:
     identity, number, epoch, outcome, claimed, parent, parent_step, reason, note, kind, message, trace, *rest = row
     flow_run, task_run, host, pid, pid_started, started, ended = rest
@@ -290,7 +310,7 @@ def _attempt(row: Sequence[Any]) -> Attempt:
         id=identity,
         number=number,
         epoch=epoch,
-        outcome=Outcome(outcome) if outcome else None,
+        outcome=_OUTCOMES[outcome],
         claimed=claimed is not None,
         parent=parent,
         parent_step=parent_step,
@@ -307,19 +327,25 @@ def _attempt(row: Sequence[Any]) -> Attempt:
     )
 
 
-def _trial(row: Sequence[Any], metrics: Metrics, step: int | None) -> Trial:
+_ATTEMPT_NUMBER = 10
+"""The column of ``_TRIALS`` that holds the current attempt's number; its id stands before it, the rest of it after."""
+
+
+def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | None) -> Trial:
+    number, status, _, config_id, seed, seq, ts_start, origin, metadata, *attempt = row
+    current = _attempt(attempt)
     return Trial(
-        number=row[1],
-        status=TrialStatus(row[2]),
-        config=loads(row[3]),
-        config_id=row[4],
-        seed=row[5],
-        seq=row[6],
-        ts_start=moment(row[7]),
-        origin=row[8],
-        metadata=loads(row[9]),
-        attempts=row[11],
-        attempt=_attempt(row[12:31]),
+        number=number,
+        status=_STATUSES[status],
+        config=config,
+        config_id=config_id,
+        seed=seed,
+        seq=seq,
+        ts_start=None if ts_start is None else moment(ts_start),
+        origin=origin,
+        metadata={} if metadata == "{}" else loads(metadata),
+        attempts=current.number if current.claimed else current.number - 1,  # only the current one can be unclaimed
+        attempt=current,
         metrics=metrics,
         step=step,
     )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
-from holdfast.core.errors import InvalidInput
+from holdfast.core.errors import InvalidInput, NotStorable
 from holdfast.core.trial import Attempt
-from holdfast.core.values import Metrics, plain_metrics, to_row
+from holdfast.core.values import Metrics, plain, plain_metrics, to_row
 from holdfast.storage.database import statements as sql
-from holdfast.storage.database.engine import Database, Transaction
+from holdfast.storage.database.engine import Transaction
 
 FINAL_STEP = -1
 """The step under which an attempt's final record is kept."""
@@ -28,7 +29,7 @@ def micros(moment: datetime) -> int:
 
 def moment(value: int | None) -> datetime | None:
     """Return the aware UTC time that ``micros`` wrote."""
-    return None if value is None else _EPOCH + timedelta(microseconds=value)
+    return None if value is None else _EPOCH + timedelta(0, 0, value)
 
 
 def now() -> int:
@@ -36,23 +37,35 @@ def now() -> int:
     return micros(datetime.now(UTC))
 
 
+def storable(text: str | None) -> str | None:
+    """Return ``text`` as every database takes it: what is no Unicode (undecodable file names) and NUL are escaped."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def typed(name: str, value: object) -> dict[str, object]:
+    """Return the columns of one named value; NotStorable when it is none that can be stored."""
+    if storable(name) != name:
+        raise NotStorable(f"metrics has the key {name!r}; keys must be Unicode text without NUL")
+    kind, number, text = to_row(plain(value, f"metrics[{name!r}]"))
+    if text is not None and storable(text) != text:
+        # JSON can spell what the text column cannot hold.
+        kind, text = "json", json.dumps(value if kind == "str" else json.loads(text))
+    return {"name": name, "kind": kind, "number": number, "text": text}
+
+
 def add_metrics(tx: Transaction, report: int, metrics: Metrics) -> None:
     """Write the values of one report."""
-    rows: list[dict[str, object]] = []
-    for name, value in plain_metrics(metrics).items():
-        kind, number, text = to_row(value)
-        rows.append({"report": report, "name": name, "kind": kind, "number": number, "text": text})
-    tx.many(sql.ADD_METRIC, rows)
+    tx.many(sql.ADD_METRIC, [{"report": report, **typed(name, value)} for name, value in plain_metrics(metrics).items()])
 
 
-def attempts_of(tx: Transaction | Database, trial: int) -> tuple[dict[int, Attempt], dict[int, int]]:
+def attempts_of(tx: Transaction, trial: int) -> tuple[dict[int, Attempt], dict[int, int]]:
     """Return a trial's attempts by number (their links only), and their row ids by number."""
     rows = tx.run(sql.ATTEMPTS_OF, trial=trial)
     attempts = {row[1]: Attempt(id=row[0], number=row[1], parent=row[2], parent_step=row[3]) for row in rows}
     return attempts, {row[1]: row[0] for row in rows}
 
 
-def checkpoints_of(tx: Transaction | Database, trial: int, number: int = 0) -> list[Checkpoint]:
+def checkpoints_of(tx: Transaction, trial: int, number: int = 0) -> list[Checkpoint]:
     """Return a trial's checkpoints by attempt and step, without their metrics."""
     return [to_checkpoint(number, row) for row in tx.run(sql.CHECKPOINTS_OF, trial=trial)]
 

@@ -39,17 +39,22 @@ ADD_ATTEMPT = _sql(
     " VALUES (:trial, :number, :config, :parent, :parent_step, :reason, :note, :created) RETURNING id"
 )
 
-# Of two claimers one finds the row unclaimed.
+# Of two claimers one finds the row unclaimed; only a trial's current attempt can be claimed.
 CLAIM = _sql(
     "UPDATE attempt SET claimed_by = :token, epoch = :epoch, started = :started, flow_run_id = :flow_run_id,"
-    " task_run_id = :task_run_id WHERE id = :attempt AND claimed_by IS NULL AND outcome IS NULL RETURNING trial_id, number"
+    " task_run_id = :task_run_id, host = :host, pid = :pid, pid_started = :pid_started"
+    " WHERE id = :attempt AND claimed_by IS NULL AND outcome IS NULL"
+    " AND EXISTS (SELECT 1 FROM trial t WHERE t.id = attempt.trial_id AND t.experiment_id = :experiment"
+    " AND t.current_attempt = attempt.number) RETURNING trial_id, number"
 )
 
 # The attempt must still be the trial's current one; a status is changed from the one it was read with.
 MOVE_TRIAL = _sql("UPDATE trial SET status = :new, seq = :seq, ended_seq = :ended_seq WHERE id = :trial AND status = :old")
 
+# A request to cancel stands until the trial has ended; a trial that runs again after its end is not meant by it.
 MOVE_TO_ATTEMPT = _sql(
-    "UPDATE trial SET status = :new, seq = :seq, ended_seq = NULL, current_attempt = :number, cancel_requested = 0"
+    "UPDATE trial SET status = :new, seq = :seq, ended_seq = NULL, current_attempt = :number,"
+    " cancel_requested = CASE WHEN :old IN ('PENDING', 'RUNNING', 'SKIPPED') THEN cancel_requested ELSE 0 END"
     " WHERE id = :trial AND status = :old"
 )
 
@@ -58,7 +63,7 @@ HOLDS = _sql("SELECT trial_id FROM attempt WHERE id = :attempt AND claimed_by = 
 
 TRIAL_OF = _sql(
     "SELECT t.id, t.status, t.current_attempt, a.number, a.config_id, t.cancel_requested FROM attempt a"
-    " JOIN trial t ON t.id = a.trial_id WHERE a.id = :attempt"
+    " JOIN trial t ON t.id = a.trial_id WHERE a.id = :attempt AND t.experiment_id = :experiment"
 )
 
 # The first final update stands.
@@ -68,9 +73,10 @@ END_ATTEMPT = _sql(
     " WHERE id = :attempt AND outcome IS NULL"
 )
 
-SET_PROCESS = _sql("UPDATE attempt SET host = :host, pid = :pid, pid_started = :pid_started WHERE id = :attempt")
-
-SET_PARENT = _sql("UPDATE attempt SET parent_id = :parent, parent_step = :parent_step, note = :note WHERE id = :attempt")
+SET_PARENT = _sql(
+    "UPDATE attempt SET parent_id = :parent, parent_step = :parent_step, reason = COALESCE(:reason, reason),"
+    " note = CASE WHEN :note = '' THEN note ELSE :note END WHERE id = :attempt"
+)
 
 ADD_REPORT = _sql(
     "INSERT INTO report (attempt_id, step, seq, reported, decision)"
@@ -113,7 +119,7 @@ CHECKPOINTS_OF = _sql(
 
 REQUESTS = _sql("SELECT seq, stop_requested FROM experiment WHERE id = :experiment")
 
-STATUS_OF = _sql("SELECT status, current_attempt, config_id FROM trial WHERE id = :trial")
+STATUS_OF = _sql("SELECT status, current_attempt, config_id FROM trial WHERE id = :trial AND experiment_id = :experiment")
 
 UNCLAIMED = _sql("SELECT id FROM attempt WHERE id = :attempt AND claimed_by IS NULL AND outcome IS NULL")
 
@@ -126,6 +132,8 @@ ADD_STATE = _sql("INSERT INTO proposer_state (experiment_id, number, body) VALUE
 STOP = _sql("UPDATE experiment SET stop_requested = 1 WHERE id = :experiment")
 
 CANCEL_TRIAL = _sql("UPDATE trial SET cancel_requested = 1, seq = :seq WHERE experiment_id = :experiment AND number = :number")
+
+CHECKPOINT_OF = _sql("SELECT id FROM checkpoint WHERE attempt_id = :attempt AND step = :step")
 
 REPORT_OF = _sql("SELECT id FROM report WHERE attempt_id = :attempt AND step = :step")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -23,7 +24,7 @@ from holdfast.tasks.workers.messages import (
     TelemetryRow,
 )
 from holdfast.tasks.workers.supervise import POLL
-from holdfast.tasks.workers.trainables import load
+from holdfast.tasks.workers.trainables import Trainable, load
 from holdfast.tasks.workers.trial_api import TrialStopped
 
 
@@ -35,7 +36,7 @@ def run_inline(job: Job, supervision: Supervision) -> Ended:
     """
     link = _DirectLink(job, supervision)
     try:
-        trainable = load(job.trainable, job.workdir)
+        trainable = _load(job.trainable, job.workdir)
         checkpoints = LocalCheckpoints(Path(job.root))
         resume = choose(job, checkpoints)
     except BaseException as error:
@@ -53,6 +54,20 @@ def run_inline(job: Job, supervision: Supervision) -> Ended:
     if decision is not None:
         return Ended(outcome=OUTCOMES[decision])
     return Ended(outcome=Outcome.COMPLETED, metrics=metrics)
+
+
+_loaded: dict[tuple[str, str, int], Trainable] = {}
+_loading = threading.Lock()
+
+
+def _load(name: str, workdir: str) -> Trainable:
+    """Load a trainable once, and again when its file was changed."""
+    path = Path(workdir, name.rpartition(":")[0].removeprefix("pickle:"))
+    key = (name, workdir, path.stat().st_mtime_ns if path.is_file() else 0)
+    with _loading:
+        if key not in _loaded:
+            _loaded[key] = load(name, workdir)
+        return _loaded[key]
 
 
 def _failure(error: BaseException) -> BaseException:
@@ -77,7 +92,9 @@ class _DirectLink:
         self.told: Decision | None = None
 
     def check(self) -> None:
-        """Nothing to check: there is no other process."""
+        """Stop code that went on after the supervision had raised."""
+        if self._error is not None:
+            raise TrialStopped(Decision.KILL)
 
     def raise_own(self) -> None:
         """Raise what the supervision raised, or the timeout, whatever the user's code made of it."""
@@ -85,6 +102,7 @@ class _DirectLink:
             raise self._error
 
     def report(self, step: int, metrics: Metrics, staged: Staged | None) -> Decision:
+        self.check()
         try:
             decision = self._supervision.report(Report(step=step, metrics=metrics, staged=staged))
             now = time.monotonic()

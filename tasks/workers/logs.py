@@ -45,13 +45,13 @@ class LogTail:
         notes = [f"[{left_out} bytes left out; all of it is in {self._path}]"] if left_out else []
         return notes + [line[:WIDTH] for line in shown]
 
-    def last_lines(self, count: int = 10) -> list[str]:
+    def last_lines(self, count: int = 25) -> list[str]:
         """Return the last lines that the attempt printed."""
         size = _size(self._path)
         return last_lines(_read(self._path, max(self._start, size - (8 << 10)), size), count)
 
 
-def last_lines(data: bytes, count: int = 10) -> list[str]:
+def last_lines(data: bytes, count: int = 25) -> list[str]:
     """Return the last ``count`` lines of ``data`` that are not blank."""
     return [line[:WIDTH] for line in data.decode("utf-8", "replace").splitlines() if line.strip()][-count:]
 

@@ -16,6 +16,7 @@ from holdfast.core.errors import Conflict, Infrastructure, SpecError, TrainableE
 from holdfast.core.trial import Outcome
 from holdfast.tasks.workers.messages import Ended, Job, Supervision
 from holdfast.tasks.workers.processes import MARKER
+from holdfast.tasks.workers.reaper import Reaper
 from holdfast.tasks.workers.supervise import Attempt
 from holdfast.tasks.workers.worker import Worker, WorkerDied
 
@@ -49,6 +50,7 @@ class WorkerPool:
         self._warm_up: tuple[str, str] | None = None
         self._closed = threading.Event()
         self._lock = threading.Lock()
+        self._reaper = Reaper()
         # children get a signal when the thread that started them ends: one that lasts as long as the pool starts them all
         self._spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="holdfast-spawner")
 
@@ -126,6 +128,7 @@ class WorkerPool:
                 with contextlib.suppress(OSError):
                     future.result().dispose()
         self._spawner.shutdown(wait=True)
+        self._reaper.close()
 
     def _take(self, slot: int, *, again: bool = True) -> Worker:
         with self._lock:
@@ -164,11 +167,11 @@ class WorkerPool:
             self._slots.put(slot)
 
     def _spawn(self, slot: int) -> Future[Worker]:
-        return self._spawner.submit(_spawn, self._environments[slot], self._warm_up)
+        return self._spawner.submit(_spawn, self._environments[slot], self._reaper, self._warm_up)
 
 
-def _spawn(environment: dict[str, str], warm_up: tuple[str, str] | None) -> Worker:
-    worker = Worker({**environment, MARKER: f"{os.getpid()}-{secrets.token_hex(4)}"})
+def _spawn(environment: dict[str, str], reaper: Reaper, warm_up: tuple[str, str] | None) -> Worker:
+    worker = Worker({**environment, MARKER: f"{os.getpid()}-{secrets.token_hex(4)}"}, reaper)
     if warm_up is not None:
         with contextlib.suppress(WorkerDied):  # whoever gets it will notice
             worker.send({"t": "load", "trainable": warm_up[0], "workdir": warm_up[1]})

@@ -113,8 +113,10 @@ def _unpickled(path: Path, trainable: str) -> Any:
 
 
 def _import_error(error: BaseException, trainable: str) -> TrainableError:
-    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
-    return TrainableError(f"{trainable} cannot be imported: {type(error).__name__}: {error}\n" + "\n".join(lines[-8:]))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    where = f'; File "{own[-1].filename}", line {own[-1].lineno}: {own[-1].line}' if own else ""
+    return TrainableError(f"{trainable} cannot be imported: {type(error).__name__}: {error}{where}")
 
 
 def _attribute(module: ModuleType, name: str, trainable: str) -> Any:

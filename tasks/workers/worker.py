@@ -18,6 +18,7 @@ from holdfast.core.values import Json
 from holdfast.tasks.workers.logs import last_lines
 from holdfast.tasks.workers.messages import Frame, Inbox, ProcessIdentity, encode
 from holdfast.tasks.workers.processes import end_session, identity, same_host
+from holdfast.tasks.workers.reaper import Reaper
 
 READ = 1 << 16
 SEND_SECONDS = 600.0
@@ -32,7 +33,7 @@ class WorkerDied(Exception):
 class Worker:
     """A child process that runs one job at a time. Used by one thread at a time; only :meth:`kill` may come from others."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], reaper: Reaper) -> None:
         child_receives, self._send_fd = os.pipe()
         self._receive_fd, child_sends = os.pipe()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  # what it prints outside of jobs
@@ -54,6 +55,8 @@ class Worker:
             os.close(child_receives)
             os.close(child_sends)
         self.pid = self._process.pid
+        self._reaper = reaper
+        reaper.add(self.pid)
         self.identity = ProcessIdentity(host=same_host(), pid=self.pid, started=identity(self.pid) or "")
         self._pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None
         for descriptor in (self._send_fd, self._receive_fd):
@@ -158,6 +161,7 @@ class Worker:
                 return
             end_session(self.pid)  # before it is reaped: until then its number is nobody else's
             self._process.wait()
+            self._reaper.remove(self.pid)
             self._gone = True
 
     def dispose(self) -> None:

@@ -36,7 +36,10 @@ def score(metrics: Mapping[str, Json], objective: Objective) -> float | None:
     value = metrics.get(objective.name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond the range of floats
+        return math.inf if value > 0 else -math.inf
 
 
 def scores(metrics: Mapping[str, Json], objectives: Sequence[Objective]) -> list[float] | None:

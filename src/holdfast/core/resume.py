@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Self
 
 from holdfast.core.errors import SpecError
-from holdfast.core.trial import ERRORED, UNFINISHED, Outcome, Trial, TrialStatus
+from holdfast.core.trial import ACTIVE, ERRORED, UNFINISHED, Outcome, Trial, TrialStatus
 
 
 class Rerun(StrEnum):
@@ -70,7 +70,7 @@ class Standing:
     persisted: Outcome | None = None
     """the outcome in the current attempt's persisted result, when its row still says RUNNING"""
     decided: Outcome | None = None
-    """how the current attempt was told to end, when its row still says RUNNING"""
+    """how a trial whose row still says RUNNING or PENDING was told to end"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ def plan_trial(standing: Standing, policy: ResumePolicy) -> Planned:
     trial = standing.trial
     if trial.status is TrialStatus.RUNNING and standing.persisted is not None:
         return _planned(standing, Action.ADOPT, f"its result ({standing.persisted}) was persisted before the crash")
-    if trial.status is TrialStatus.RUNNING and standing.decided is not None:
-        return _planned(standing, Action.ADOPT, f"it was told to end ({standing.decided}) before the crash")
+    if trial.status in ACTIVE and standing.decided is not None:
+        return _planned(standing, Action.ADOPT, f"it was told to end ({standing.decided}) before")
     if trial.status in UNFINISHED:
         return _plan_unfinished(standing, policy.unfinished)
     wanted, label = (policy.errored, "errored") if trial.status in ERRORED else (policy.finished, "finished")

@@ -47,14 +47,14 @@ class SearchSection(Section):
 class StoppingSection(Section):
     """What ends a trial early."""
 
-    rule: Literal["none"] = "none"
+    rule: Literal["none"] = Field(default="none", description="none: trials run to their end")
     max_steps: Whole | None = Field(default=None, ge=1, description="a class trainable ends after as many steps")
 
 
 class CheckpointConfig(Section):
     """Which steps are saved, and which saved ones are kept (the union of the rules, and always the latest)."""
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="false: nothing is saved")
     mode: Literal["all", "last", "none"] = Field(
         default="all", description="all: by the rules; last: only the newest; none: off"
     )
@@ -93,7 +93,7 @@ class ExecutionSection(Section):
     """Where user code runs."""
 
     isolation: Literal["process", "inline"] = Field(default="process", description="inline: for trainables that use Prefect")
-    runner: Literal["threads"] = "threads"
+    runner: Literal["threads"] = Field(default="threads", description="threads of one process supervise the trials")
     resources: Resources = Resources()
 
 
@@ -103,14 +103,18 @@ _NAME_FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f]")
 class ExperimentSpec(Section):
     """One search, described in full. Frozen once an experiment was created from it."""
 
-    name: str
+    name: str = Field(description="names the folder in the storage; may hold {date}")
     trainable: str = Field(description="file.py:function, package.module:function, or a class in either")
     storage: str = Field(default="./runs", description="the folder that experiments live in")
     database: str | None = Field(default=None, description="SQLAlchemy URL; null: holdfast.db in the storage")
-    description: str = ""
-    if_exists: Literal["fail", "restore", "new"] = "fail"
-    objectives: dict[str, Direction]
-    space: Space
+    description: str = Field(default="", description="for people")
+    if_exists: Literal["fail", "restore", "new"] = Field(
+        default="fail", description="when the name is taken: refuse, go on with it, or take name-2, name-3 ..."
+    )
+    objectives: dict[str, Direction] = Field(
+        description="metrics that count, each min or max; the first one decides what is best"
+    )
+    space: Space = Field(description="parameters by name: float, int, categorical or constant")
     search: SearchSection = SearchSection()
     stopping: StoppingSection = StoppingSection()
     checkpoints: CheckpointConfig = CheckpointConfig()
@@ -220,7 +224,7 @@ _REMEDIES = {
 
 def _location(raw: Sequence[int | str]) -> tuple[int | str, ...]:
     """Return where an error lies, in the user's keys: without the tags that pydantic adds for members of a union."""
-    if raw and raw[0] == "space" and len(raw) > 2:
+    if raw and raw[0] == "space" and len(raw) > 2 and raw[2] != "[key]":
         return tuple(part for place, part in enumerate(raw) if place != 2)
     return tuple(raw)
 

@@ -32,6 +32,8 @@ def plain(value: object, where: str = "value") -> Json:
         for key in value:
             if not isinstance(key, str):
                 raise NotStorable(f"{where} has the key {key!r}; keys must be strings")
+            if key == _TAG:
+                raise NotStorable(f"{where} has the key {_TAG!r}, which is reserved; choose another name")
         return {str(key): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
@@ -42,7 +44,8 @@ def plain(value: object, where: str = "value") -> Json:
     if callable(item) and getattr(value, "ndim", None) == 0:
         return plain(item(), where)
     raise NotStorable(
-        f"{where} is a {kind.__module__}.{kind.__qualname__}; allowed are float, int, bool, str, None, and lists and dicts of them"
+        f"{where} is a {kind.__module__}.{kind.__qualname__}; "
+        "allowed are float, int, bool, str, None, and lists and dicts of them"
     )
 
 
@@ -81,6 +84,11 @@ def dumps(value: Json) -> str:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     except ValueError:  # only a non-finite float pays for the second walk
         return json.dumps(tagged(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def dumps_ordered(value: Json) -> str:
+    """Write a plain value as JSON that keeps the order of keys, where order means something (a space, objectives)."""
+    return json.dumps(tagged(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def loads(text: str | bytes) -> Json:

@@ -41,7 +41,7 @@ class GridProposer:
         return self._space.validate_config(config)
 
     def _choose(self, place: int, config: Config, rest: int) -> int:
-        """Give the parameter at ``place`` the value under which combination ``rest`` lies; return its number under that value."""
+        """Give the parameter at ``place`` the value that combination ``rest`` has; return its number under that value."""
         name, parameter = self._parameter(place)
         if name not in self._referred:
             index, rest = divmod(rest, self._count(place + 1, config))

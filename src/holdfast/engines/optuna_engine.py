@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 
 from holdfast.core.budget import has_conditions, values_of
-from holdfast.core.objective import Objective, scores
+from holdfast.core.objective import Direction, Objective, scores
 from holdfast.core.seeding import proposal_seed
 from holdfast.core.space import CategoricalParameter, ConstantParameter, FloatParameter, IntParameter, Parameter, Space
 from holdfast.core.trial import ACTIVE, SCORED, Trial
@@ -97,7 +97,8 @@ class _Study:
         self._distributions = distributions
         self._space = space
         self._count = 0
-        directions = ["minimize" if objective.direction == "min" else "maximize" for objective in objectives]
+        minimize, maximize = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
+        directions = [minimize if objective.direction is Direction.MIN else maximize for objective in objectives]
         optuna.create_study(storage=self._storage, study_name="trials", directions=directions)
         self._id = self._storage.get_study_id_from_name("trials")
         optuna.create_study(storage=self._storage, study_name="scratch")
@@ -144,10 +145,7 @@ class _Study:
             if name not in distributions:
                 config[name] = nth_value(parameter, 0)
                 continue
-            if name in relative:
-                raw = relative[name]
-            else:
-                raw = sampler.sample_independent(study, trial, name, distributions[name])
+            raw = relative[name] if name in relative else sampler.sample_independent(study, trial, name, distributions[name])
             config[name] = decode(parameter, raw)
         return config
 

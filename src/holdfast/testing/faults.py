@@ -19,6 +19,8 @@ def parse(fault: str) -> tuple[str, int]:
     name, _, count = fault.partition(":")
     if name not in faults.POINTS:
         raise SpecError(f"there is no crash point {name!r}; there are {', '.join(faults.POINTS)}")
+    if count and not (count.isdecimal() and int(count)):
+        raise SpecError(f"crash point {fault!r}: the pass is {count!r}; it must be a whole number from 1")
     return name, int(count or 1)
 
 

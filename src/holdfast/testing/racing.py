@@ -1,0 +1,135 @@
+"""Processes that do the same thing at the same moment: for tests of what only one of them may win."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from holdfast.core.errors import HoldfastError
+from holdfast.storage.database.attempts import AttemptWriter
+from holdfast.storage.database.driver import Driver
+from holdfast.storage.database.engine import Database, connect
+from holdfast.storage.folder import Folder
+from holdfast.storage.leasing import Claimant, take
+
+Run = Callable[[], Any]
+
+
+class Racers:
+    """``count`` processes, started once and used again for each race; to be closed, or used as a context manager."""
+
+    def __init__(self, count: int = 8) -> None:
+        command = [sys.executable, "-m", "holdfast.testing.racing"]
+        self._processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.communicate()
+
+    def race(self, action: Callable[..., Run], jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Let one process a job run ``action``, all at once; return what each returned, or its error as text.
+
+        ``action`` is a function of a module: called with a job it prepares, and what it returns is run.
+        """
+        name = f"{action.__module__}:{action.__name__}"
+        running = self._processes[: len(jobs)]
+        for process, job in zip(running, jobs, strict=True):
+            _send(process, {"action": name, "job": job, "path": sys.path})
+        for process in running:
+            _receive(process)  # it has opened what it needs
+        for process in running:
+            _send(process, "go")
+        return [_receive(process) for process in running]
+
+
+def _send(process: subprocess.Popen[str], message: object) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(message) + "\n")
+    process.stdin.flush()
+
+
+def _receive(process: subprocess.Popen[str]) -> Any:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise AssertionError(f"a racer ended with exit code {process.wait()}")
+    return json.loads(line)
+
+
+def url_of(database: Database) -> str:
+    """Return the URL by which another process opens ``database``, its password included."""
+    return database.engine.url.render_as_string(hide_password=False)
+
+
+def propose(url: str, experiment: int, epoch: int, configs: list[dict[str, Any]]) -> Run:
+    """Propose every config."""
+    driver = Driver(connect(url), experiment, epoch, seed=1)
+    return lambda: [driver.propose(config) for config in configs]
+
+
+def claim(url: str, experiment: int, epoch: int, attempts: list[int], token: str) -> Run:
+    """Claim every attempt; return those that were won."""
+    database = connect(url)
+
+    def run() -> list[int]:
+        won = []
+        for attempt in attempts:
+            try:
+                AttemptWriter.claim(database, experiment, epoch, attempt, token=token)
+                won.append(attempt)
+            except HoldfastError as error:
+                if type(error).__name__ != "AlreadyClaimed":
+                    raise
+        return won
+
+    return run
+
+
+def take_lease(url: str, experiment: int, folder: str) -> Run:
+    """Take the lease; return the epoch."""
+    database = connect(url)
+
+    def pause(_: float) -> None:
+        raise AssertionError("nobody held the lease: there is nothing to wait for")
+
+    claimant = Claimant(holder={"hostname": "here", "pid": 1}, liveness=lambda _: True, say=lambda _: None, pause=pause)
+    return lambda: take(database, experiment, Folder(Path(folder)), claimant, action="raced", detail={}).epoch
+
+
+def main() -> None:
+    """Run races, one JSON line each way at a time, until the input ends."""
+    for line in sys.stdin:
+        message = json.loads(line)
+        sys.path[:] = message["path"]
+        module, _, name = message["action"].partition(":")
+        run = getattr(importlib.import_module(module), name)(**message["job"])
+        _answer("ready")
+        if not sys.stdin.readline():
+            return
+        try:
+            _answer(run())
+        except HoldfastError as error:
+            _answer(f"{type(error).__name__}: {error}")
+
+
+def _answer(message: object) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What tests share: one real Prefect server, and laboratories in which real searches run and die."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import Lab, holdfast_environment
+
+from holdfast.flows.server import EmbeddedServer
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefect-home")
+
+
+@pytest.fixture(scope="session")
+def prefect_url(prefect_home: Path) -> Iterator[str]:
+    """A Prefect server in a process and on a database of its own; it ends with the tests, even with killed ones."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(holdfast_environment(PREFECT_HOME=str(prefect_home)))
+    server = EmbeddedServer()
+    try:
+        server.begin()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    yield server.url()
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def server_environment(prefect_home: Path, prefect_url: str) -> dict[str, str]:
+    """The environment of processes that use the tests' Prefect server."""
+    return holdfast_environment(
+        PREFECT_HOME=str(prefect_home), PREFECT_API_URL=prefect_url, XDG_CACHE_HOME=str(prefect_home / "cache")
+    )
+
+
+@pytest.fixture
+def make_lab(tmp_path: Path, server_environment: dict[str, str]) -> Iterator[Callable[..., Lab]]:
+    """A function that makes laboratories on the tests' Prefect server."""
+    labs: list[Lab] = []
+
+    def make(name: str = "lab", **options: int) -> Lab:
+        labs.append(Lab(tmp_path / name, server_environment, **options))
+        return labs[-1]
+
+    yield make
+    for lab in labs:
+        lab.close()
+
+
+@pytest.fixture
+def lab(make_lab: Callable[..., Lab]) -> Lab:
+    """A laboratory on the tests' Prefect server."""
+    return make_lab()

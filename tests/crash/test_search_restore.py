@@ -1,0 +1,544 @@
+"""Searches that are killed, stopped, damaged and restored, with real processes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Lab, executed, starts, tree
+
+import holdfast
+from holdfast.flows.server import EmbeddedServer
+
+DIED = 128 + signal.SIGKILL
+MakeLab = Callable[..., Lab]
+
+
+def steps_of(lab: Lab, number: int) -> list[int]:
+    """Return the canonical steps of a trial."""
+    return [step for step, _ in lab.outcome()[number][3]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, server_environment: dict[str, str]) -> Iterator[Lab]:
+    """A laboratory with a finished search, which tests leave as they found it."""
+    lab = Lab(tmp_path_factory.mktemp("finished") / "lab", server_environment)
+    lab.run("run", lab.spec())
+    yield lab
+    lab.close()
+
+
+class TestNothingLeftToDo:
+    def test_a_finished_search_is_left_alone(self, finished: Lab) -> None:
+        lab = finished
+        rows, files, log, audit = lab.dump(audit=False), lab.tree(), lab.log(), len(lab.dump())
+        for count in (1, 2):
+            ended = lab.light("restore", lab.path())
+            assert ended.code == 0, ended.output
+            assert "nothing is left to do" in ended.output
+            assert lab.dump(audit=False) == rows
+            assert lab.tree() == files
+            assert lab.log() == log
+            assert len(lab.dump()) == audit + count
+
+    def test_a_taken_name_is_refused_with_the_restore_command(self, finished: Lab) -> None:
+        lab = finished
+        rows, files = lab.dump(), lab.tree()
+        ended = lab.light("run", lab.folder / "exp.yaml")
+        assert ended.code == 2
+        assert f"holdfast restore {lab.path()}" in ended.output
+        assert (lab.dump(), lab.tree()) == (rows, files)
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ({"resume_errored": True, "restart_errored": True}, ["resume_errored", "restart_errored"]),
+            ({"trainable": "other.py:fit"}, ["train:train", "other:fit"]),
+            ({"space": {"y": {"type": "float", "low": 0.0, "high": 4.0}}}, ["x", "y"]),
+            ({"space": {"x": {"type": "float", "low": 0.0, "high": 5.0}}}, ["4.0", "5.0"]),
+            ({"changes": {"search.engine": "grid"}}, ["search.engine", "search.num_trials"]),
+            ({"changes": {"search.num_trials": "many"}}, ["search.num_trials", "many"]),
+        ],
+    )
+    def test_what_contradicts_itself_or_the_experiment_is_refused(
+        self, finished: Lab, arguments: dict[str, Any], words: list[str]
+    ) -> None:
+        lab = finished
+        rows, files, raw = lab.dump(), lab.tree(), lab.database.read_bytes()
+        with pytest.raises(holdfast.SpecError) as caught:
+            holdfast.restore(lab.path(), **arguments)
+        for word in words:
+            assert word in str(caught.value)
+        assert (lab.dump(), lab.tree(), lab.database.read_bytes()) == (rows, files, raw)
+
+    def test_an_unknown_policy_is_refused(self) -> None:
+        with pytest.raises(holdfast.SpecError, match=r"maybe.*resume, restart, skip"):
+            holdfast.ResumePolicy(errored="maybe")  # type: ignore[arg-type]
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "experiment.json missing": ("exp/experiment.json", Path.unlink),
+    "experiment.json empty": ("exp/experiment.json", lambda file: file.write_bytes(b"")),
+    "experiment.json truncated": ("exp/experiment.json", lambda file: file.write_bytes(file.read_bytes()[:200])),
+    "lease.json truncated": ("exp/lease.json", lambda file: file.write_bytes(file.read_bytes()[:20])),
+    "database missing": ("holdfast.db", Path.unlink),
+    "database empty": ("holdfast.db", lambda file: file.write_bytes(b"")),
+    "database truncated": ("holdfast.db", lambda file: file.write_bytes(file.read_bytes()[:9000])),
+    "database garbage": ("holdfast.db", lambda file: file.write_bytes(b"no database" * 1000)),
+}
+
+
+class TestDamage:
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_damaged_state_is_an_error_and_never_a_new_experiment(self, finished: Lab, damage: str) -> None:
+        runs = finished.folder / "runs"
+        kept = finished.folder / "kept"
+        shutil.copytree(runs, kept)
+        try:
+            for rest in runs.glob("holdfast.db-*"):
+                rest.unlink()  # with them SQLite would mend some of the damages
+            name, do = DAMAGES[damage]
+            do(runs / name)
+            files = {name: digest for name, digest in tree(runs).items() if not name.startswith("holdfast.db-")}
+            errors = (holdfast.Corrupt, holdfast.ExperimentNotFound, holdfast.core.errors.DatabaseError)
+            with pytest.raises(errors) as caught:
+                holdfast.restore(runs / "exp", changes={"search.num_trials": 5})
+            assert str(runs) in str(caught.value)
+            assert not holdfast.can_restore(runs / "exp")
+            if "lease" not in damage:  # nothing is left to do, so nobody needs the lease
+                with pytest.raises(holdfast.HoldfastError):
+                    holdfast.search(finished.spec(if_exists="restore"))
+            after = {name: digest for name, digest in tree(runs).items() if not name.startswith("holdfast.db-")}
+            assert after == files
+        finally:
+            finished.spec()
+            shutil.rmtree(runs)
+            kept.rename(runs)
+
+    def test_a_damaged_checkpoint_means_the_one_before(self, make_lab: MakeLab) -> None:
+        """Deleted, truncated, a flipped bit; in the last trial no checkpoint is left intact."""
+        lab = make_lab(steps=4)
+        for number in range(4):
+            lab.order("hold", number, 3)
+        run = lab.start("run", lab.spec(search={"max_concurrent": 4}))
+        for number in range(4):
+            lab.until_logged("hold", number, 3, run)
+        run.kill()
+        for number, harm in enumerate((self.delete, self.truncate, self.flip, self.flip)):
+            checkpoints = lab.checkpoints(number)
+            assert [one.step for one in checkpoints][-2:] == [1, 2]
+            for one in checkpoints if number == 3 else checkpoints[-1:]:
+                harm(lab.path() / one.path)
+            (lab.folder / "orders" / f"hold-{number}-3").unlink()
+        plan = {line["trial"]: line for line in lab.json("restore", lab.path(), "--plan")}
+        assert [plan[number]["step"] for number in range(4)] == [1, 1, 1, None]
+        lab.clear_log()
+        ended = lab.run("restore", lab.path())
+        for number in range(4):
+            assert "the checkpoint at step 2 is not used" in plan[number]["reason"]
+            assert f"trial {number}: interrupted; the checkpoint at step 2 is not used" in ended.output
+            assert starts(lab.log(), number) == [(2, 0 if number == 3 else 2)]
+            assert steps_of(lab, number) == [0, 1, 2, 3]
+        assert lab.statuses() == ["COMPLETED"] * 4
+        with holdfast.open(lab.path()) as experiment:
+            assert all("step 2 is not used" in trial.attempt.note for trial in experiment.trials)
+
+    @staticmethod
+    def data(folder: Path) -> Path:
+        return max(file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json")
+
+    def delete(self, folder: Path) -> None:
+        shutil.rmtree(folder)
+
+    def truncate(self, folder: Path) -> None:
+        file = self.data(folder)
+        file.write_bytes(file.read_bytes()[:-1])
+
+    def flip(self, folder: Path) -> None:
+        file = self.data(folder)
+        body = bytearray(file.read_bytes())
+        body[len(body) // 2] ^= 1
+        file.write_bytes(bytes(body))
+
+
+class TestFlags:
+    def test_each_trial_goes_on_as_planned(self, lab: Lab) -> None:
+        """One trial has finished, one failed, one runs, one waits; then the failed one is resumed, and restarted."""
+        for order in (("hold", 1, 1), ("fail", 1, 2), ("hold", 2, 2)):
+            lab.order(*order)
+        run = lab.start("run", lab.spec(search={"max_concurrent": 2}), fault="proposal.committed:4")
+        lab.until_logged("hold", 1, 1, run)
+        lab.until_logged("hold", 2, 2, run)
+        (lab.folder / "orders/hold-1-1").unlink()
+        assert run.wait().code == DIED
+        (lab.folder / "orders/hold-2-2").unlink()
+        assert lab.statuses() == ["COMPLETED", "FAILED", "RUNNING", "PENDING"]
+        with holdfast.open(lab.path()) as experiment:
+            error = experiment.trial(1).error
+        assert error is not None
+        assert "no luck in step 2" in error.traceback
+
+        rows, files = lab.dump(), lab.tree()
+        plan = lab.json("restore", lab.path(), "--plan")
+        assert (lab.dump(), lab.tree()) == (rows, files)
+        assert [(line["status"], line["action"], line["step"]) for line in plan] == [
+            ("COMPLETED", "keep", None),
+            ("FAILED", "keep", None),
+            ("RUNNING", "resume", 1),
+            ("PENDING", "run", None),
+        ]
+        assert all(line["reason"] for line in plan)
+
+        lab.clear_log()
+        lab.run("restore", lab.path(), code=1)
+        assert [starts(lab.log(), number) for number in range(4)] == [[], [], [(2, 2)], [(1, 0)]]
+        assert lab.statuses() == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED"]
+        with holdfast.open(lab.path()) as experiment:
+            assert experiment.trial(1).error == error
+        first = lab.trials()
+
+        lab.clear_log()
+        lab.run("restore", lab.path(), "--resume-errored", code=1)
+        assert [starts(lab.log(), number) for number in range(4)] == [[], [(2, 2)], [], []]
+
+        (lab.folder / "orders/fail-1-2").unlink()
+        lab.clear_log()
+        lab.run("restore", lab.path(), "--restart-errored")
+        assert [starts(lab.log(), number) for number in range(4)] == [[], [(3, 0)], [], []]
+        assert [trial["config"] for trial in lab.trials()] == [trial["config"] for trial in first]
+        assert steps_of(lab, 1) == [0, 1, 2]
+        with holdfast.open(lab.path()) as experiment:
+            assert [(row.attempt, row.step, row.canonical) for row in experiment.history() if row.trial == 1] == [
+                (1, 0, False),
+                (3, 0, True),
+                (1, 1, False),
+                (3, 1, True),
+                (3, 2, True),
+            ]
+
+    def test_unfinished_trials_can_be_left_out_for_now(self, lab: Lab) -> None:
+        hold = lab.order("hold", 1, 2)
+        run = lab.start("run", lab.spec(search={"num_trials": 3}))
+        lab.until_logged("hold", 1, 2, run)
+        run.kill()
+        hold.unlink()
+        lab.run("restore", lab.path(), "--no-resume-unfinished")
+        assert lab.statuses() == ["COMPLETED", "SKIPPED", "COMPLETED"]
+        shown = lab.json("show", lab.path())
+        assert shown["trials"] == {"COMPLETED": 2, "SKIPPED": 1}
+        assert shown["best"]["number"] != 1
+        lab.clear_log()
+        lab.run("restore", lab.path())
+        assert [starts(lab.log(), number) for number in range(3)] == [[], [(2, 2)], []]
+        assert lab.statuses() == ["COMPLETED"] * 3
+
+    def test_a_restarted_trial_does_not_fall_back_to_the_old_checkpoints(self, lab: Lab) -> None:
+        fail = lab.order("fail", 0, 2)
+        lab.run("run", lab.spec(search={"num_trials": 1}), code=1)
+        assert lab.checkpoints(0)
+        fail.unlink()
+        hold = lab.order("hold", 0, 0)
+        lab.clear_log()
+        run = lab.start("restore", lab.path(), "--restart-errored")
+        lab.until_logged("hold", 0, 0, run)
+        run.kill()
+        hold.unlink()
+        lab.run("restore", lab.path())
+        assert starts(lab.log(), 0) == [(2, 0), (3, 0)]
+        assert lab.statuses() == ["COMPLETED"]
+        assert steps_of(lab, 0) == [0, 1, 2]
+
+    def test_the_same_run_started_again_goes_on(self, lab: Lab) -> None:
+        spec = lab.spec(if_exists="restore", search={"num_trials": 2})
+        lab.run("run", spec, fault="checkpoint.committed:5", code=DIED)
+        lab.clear_log()
+        lab.run("run", spec)
+        assert [starts(lab.log(), number) for number in range(2)] == [[], [(2, 2)]]
+        rows = lab.dump(audit=False)
+        ended = lab.light("run", spec)
+        assert ended.code == 0, ended.output
+        assert lab.dump(audit=False) == rows
+        for changes in ({"objectives": {"loss": "max"}}, {"space": {"x": {"type": "float", "low": 0.0, "high": 9.0}}}):
+            ended = lab.light("run", lab.spec(if_exists="restore", **changes))
+            assert ended.code == 2, ended.output
+            assert lab.dump(audit=False) == rows
+        lab.clear_log()
+        lab.run("run", lab.spec(if_exists="restore", search={"num_trials": 3}))
+        assert lab.statuses() == ["COMPLETED"] * 3
+        assert {entry.trial for entry in lab.log()} == {2}
+
+
+class TestSameAnswer:
+    def test_a_grid_has_each_combination_as_often_as_asked(self, make_lab: MakeLab) -> None:
+        lab = make_lab(steps=1)
+        space = {
+            "x": {"type": "categorical", "choices": [1.0, 2.0, 3.0]},
+            "y": {"type": "categorical", "choices": ["a", "b", "c"]},
+        }
+        search = {"engine": "grid", "samples": 3, "num_trials": None, "max_concurrent": 2}
+        lab.run("run", lab.spec(space=space, search=search), fault="proposal.committed:20", code=DIED)
+        assert len(lab.trials()) == 20
+        lab.run("restore", lab.path())
+        configs = [trial["config"] for trial in lab.trials()]
+        assert len(configs) == 27
+        assert set(Counter((config["x"], config["y"]) for config in configs).values()) == {3}
+        assert set(lab.statuses()) == {"COMPLETED"}
+
+    @pytest.mark.parametrize(("engine", "trials", "killed"), [("random", 6, 3), ("tpe", 14, 12), ("grid", 6, 4)])
+    def test_killed_after_k_of_n_the_configs_are_the_same(
+        self, make_lab: MakeLab, engine: str, trials: int, killed: int
+    ) -> None:
+        space = {"x": {"type": "float", "low": 0.0, "high": 4.0, **({"step": 0.5} if engine == "grid" else {})}}
+        whole, lab = make_lab("whole", steps=1), make_lab("killed", steps=1)
+        changes = {"space": space, "search": {"engine": engine, "num_trials": trials}}
+        beside = whole.start("run", whole.spec(**changes))
+        lab.run("run", lab.spec(**changes), fault=f"trial.completed:{killed}", code=DIED)
+        lab.run("restore", lab.path())
+        assert beside.wait().code == 0
+        assert lab.outcome() == whole.outcome()
+        assert len(lab.trials()) == trials
+
+    def test_killed_at_random_moments_until_done(self, make_lab: MakeLab) -> None:
+        """Nothing is lost, nothing acknowledged is executed again, and never do more trials run than allowed."""
+        lab, moments = make_lab(steps=6), random.Random(7)
+        command: tuple[object, ...] = ("run", lab.spec(search={"num_trials": 6, "max_concurrent": 2}))
+        finished: set[int] = set()
+        for kill in range(6):
+            newest = {t["number"]: max((one.step for one in lab.checkpoints(t["number"])), default=-1) for t in self.made(lab)}
+            lab.clear_log()
+            run = lab.start(*command)
+            if kill < 5:
+                count = moments.randint(1, 6)
+                lab.until(lambda: sum(entry.event == "step" for entry in lab.log()) >= count, run)  # noqa: B023  # within the loop
+                run.kill()
+            else:
+                assert run.wait().code == 0
+            self.judge(lab, finished, newest)
+            finished = {trial["number"] for trial in self.made(lab) if trial["status"] == "COMPLETED"}
+            command = ("restore", lab.path())
+        assert lab.statuses() == ["COMPLETED"] * 6
+        assert all(steps_of(lab, number) == list(range(6)) for number in range(6))
+
+    @staticmethod
+    def made(lab: Lab) -> list[dict[str, Any]]:
+        return lab.trials() if (lab.path() / "experiment.json").exists() else []
+
+    @staticmethod
+    def judge(lab: Lab, finished: set[int], newest: dict[int, int]) -> None:
+        """Check what one process executed: it began after the newest checkpoints, two trials at once at most."""
+        log = lab.log()
+        active: set[int] = set()
+        for entry in log:
+            if entry.event == "start":
+                active.add(entry.trial)
+                assert entry.trial not in finished
+                assert entry.step == newest.get(entry.trial, -1) + 1
+            elif entry.event == "done":
+                active.discard(entry.trial)
+            assert len(active) <= 2
+        for number in {entry.trial for entry in log}:
+            assert len(starts(log, number)) == 1
+            done = executed(log, number)
+            assert done == list(range(starts(log, number)[0][1], starts(log, number)[0][1] + len(done)))
+
+
+class TestOneOwner:
+    def test_a_live_experiment_is_refused_and_a_dead_one_is_not(self, lab: Lab) -> None:
+        """Two restores at once, three times over: one drives, the other one is told who."""
+        lab.order("hold", 0, 1)
+        spec = lab.spec(search={"num_trials": 1})
+        run = lab.start("run", spec)
+        lab.until_logged("hold", 0, 1, run)
+        lab.spec(search={"num_trials": 1}, if_exists="restore")
+        for command in (("restore", lab.path()), ("run", spec), ("run", spec, "--set", "if_exists=fail")):
+            ended = lab.light(*command)
+            assert ended.code == 3, ended.output
+            assert f"process {run.process.pid} on" in ended.output
+            assert " s unless renewed" in ended.output
+        assert not holdfast.can_restore(lab.path())
+        run.kill()
+        for attempt in (2, 3, 4):
+            lab.clear_log()
+            both = [lab.start("restore", lab.path()), lab.start("restore", lab.path())]
+            lab.until(lambda: any(one.process.poll() is not None for one in both))  # noqa: B023  # within the loop
+            loser, winner = sorted(both, key=lambda one: one.process.poll() is None)
+            assert loser.wait().code == 3, loser.output
+            lab.until_logged("hold", 0, 1, winner)
+            assert starts(lab.log(), 0) == [(attempt, 1)]
+            winner.kill()
+
+    def test_a_suspended_driver_that_was_taken_over_writes_nothing_more(self, lab: Lab) -> None:
+        holds = [lab.order("hold", number, 1) for number in (0, 1)]
+        run = lab.start("run", lab.spec(search={"num_trials": 3, "max_concurrent": 2}))
+        for number in (0, 1):
+            lab.until_logged("hold", number, 1, run)
+        # With nothing to write: suspended within a transaction, it would keep SQLite's lock and nobody could take over.
+        run.signal(signal.SIGSTOP)
+        assert lab.light("restore", lab.path()).code == 3
+        for hold in holds:
+            hold.unlink()
+        lab.run("restore", lab.path(), "--force")
+        assert lab.statuses() == ["COMPLETED"] * 3
+        rows, files, log = lab.dump(), lab.tree(), lab.log()
+        run.signal(signal.SIGCONT)
+        zombie = run.wait()
+        assert zombie.code == 3, zombie.output
+        assert (lab.dump(), lab.tree(), lab.log()) == (rows, files, log)
+
+
+class TestStopping:
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_a_signal_lets_trials_save_and_stop(self, make_lab: MakeLab, number: int, code: int) -> None:
+        lab = make_lab(steps=150)
+        slow = lab.order("slow", 0, 0)
+        # Steps between two checkpoints are saved all the same when the trial has to stop.
+        run = lab.start("run", lab.spec(search={"num_trials": 2}, checkpoints={"save_period": 100}))
+        lab.until_logged("step", 0, 10, run)
+        run.signal(number)
+        ended = run.wait()
+        assert ended.code == code, ended.output
+        assert "holdfast restore" in ended.output
+        assert lab.statuses() == ["PENDING"]
+        last = executed(lab.log(), 0)[-1]
+        assert lab.checkpoints(0)[-1].step == last < 149
+        with holdfast.open(lab.path()) as experiment:
+            assert experiment.status == "interrupted"
+            assert [row.outcome for row in experiment._reader.attempts()[0].values()] == ["preempted", None]
+        slow.unlink()
+        lab.clear_log()
+        lab.run("restore", lab.path())
+        assert starts(lab.log(), 0) == [(2, last + 1)]
+        assert lab.statuses() == ["COMPLETED"] * 2
+
+    def test_a_second_interrupt_ends_at_once(self, lab: Lab) -> None:
+        lab.order("hold", 0, 1)
+        run = lab.start("run", lab.spec(), HOLDFAST_GRACE_SECONDS="3600")
+        lab.until_logged("hold", 0, 1, run)
+        run.signal(signal.SIGINT)
+        lab.until(lambda: "running trials have 3600 s" in run.output, run)
+        run.signal(signal.SIGINT)
+        assert run.wait().code == 130
+
+    def test_cancelled_and_stopped_on_request(self, make_lab: MakeLab) -> None:
+        lab = make_lab(steps=150)
+        lab.order("slow", 0, 0)
+        slow = lab.order("slow", 1, 0)
+        run = lab.start("run", lab.spec(search={"num_trials": 3}))
+        lab.until_logged("step", 0, 5, run)
+        lab.run("cancel", lab.path(), "--trial", 0)
+        lab.until_logged("step", 1, 5, run)
+        lab.run("stop", lab.path())
+        assert run.wait().code == 0
+        assert lab.statuses() == ["CANCELLED", "PENDING"]
+        assert lab.json("show", lab.path())["status"] == "stopped"
+        last = executed(lab.log(), 1)[-1]
+        slow.unlink()
+        lab.clear_log()
+        lab.run("restore", lab.path())
+        assert lab.statuses() == ["CANCELLED", "COMPLETED", "COMPLETED"]
+        assert starts(lab.log(), 0) == []
+        assert starts(lab.log(), 1) == [(2, last + 1)]
+
+    def test_cancelled_while_nobody_drives(self, lab: Lab) -> None:
+        lab.run("run", lab.spec(search={"num_trials": 3}), fault="proposal.committed:2", code=DIED)
+        lab.light("cancel", lab.path(), "--trial", 1)
+        plan = lab.json("restore", lab.path(), "--plan")
+        assert [line["action"] for line in plan] == ["keep", "adopt"]
+        lab.run("restore", lab.path())
+        assert lab.statuses() == ["COMPLETED", "CANCELLED", "COMPLETED"]
+        assert starts(lab.log(), 1) == []
+
+
+class TestSurroundings:
+    def test_a_storage_that_breaks_interrupts_the_search_and_a_restore_goes_on(self, make_lab: MakeLab) -> None:
+        lab = make_lab(steps=4)
+        hold = lab.order("hold", 1, 2)
+        run = lab.start("run", lab.spec(search={"num_trials": 3}))
+        lab.until_logged("hold", 1, 2, run)
+        folder, aside = lab.path() / "trials/000001/checkpoints", lab.path() / "aside"
+        folder.rename(aside)
+        folder.write_text("in the way")
+        hold.unlink()
+        ended = run.wait()
+        assert ended.code == 4, ended.output
+        assert "000001/checkpoints" in ended.output
+        assert "Traceback" not in ended.output
+        assert lab.statuses() == ["COMPLETED", "RUNNING"]
+        folder.unlink()
+        aside.rename(folder)
+        lab.clear_log()
+        lab.run("restore", lab.path())
+        assert lab.statuses() == ["COMPLETED"] * 3
+        assert starts(lab.log(), 1) == [(2, 2)]
+
+    def test_prefect_that_dies_meanwhile_loses_nothing(self, make_lab: MakeLab) -> None:
+        lab = make_lab()
+        hold = lab.order("hold", 0, 1)
+        server = EmbeddedServer()
+        server.begin()
+        try:
+            patience = {"PREFECT_API_URL": server.url(), "PREFECT_CLIENT_MAX_RETRIES": "0"}
+            run = lab.start("run", lab.spec(search={"num_trials": 2}), **patience)
+            lab.until_logged("hold", 0, 1, run)
+        finally:
+            server.stop()
+        hold.unlink()
+        ended = run.wait()
+        assert ended.code == 0, ended.output
+        assert "Traceback" not in ended.output
+        assert "Prefect could not record that" in ended.output
+        assert lab.statuses() == ["COMPLETED"] * 2
+        assert steps_of(lab, 0) == steps_of(lab, 1) == [0, 1, 2]
+
+
+class TestUserCode:
+    def test_nothing_that_user_code_does_takes_the_search_down(self, lab: Lab) -> None:
+        for order in (("segv", 0, 1), ("exit", 1, 1), ("noise", 2, 1), ("hang", 3, 1), ("nan", 4, 2), ("mute", 5, 0)):
+            lab.order(*order)
+        spec = lab.spec(search={"num_trials": 7, "max_concurrent": 2}, failure={"trial_timeout": 5})
+        lab.run("run", spec, code=1)
+        trials = lab.trials()
+        assert [trial["status"] for trial in trials] == [
+            *("FAILED", "FAILED", "COMPLETED", "TIMED_OUT", "COMPLETED", "FAILED", "COMPLETED")
+        ]
+        for number, word in ((0, "SIGSEGV"), (1, "3"), (3, "trial_timeout of 5 s"), (5, "'loss'")):
+            assert word in trials[number]["error"], trials[number]
+        assert trials[4]["metrics"]["loss"] == "NaN"
+        assert lab.json("show", lab.path())["best"]["number"] in (2, 6)
+        assert lab.checkpoints(0)
+        assert lab.checkpoints(3)
+        log = lab.path() / "trials/000002/log-a1.txt"
+        assert "noise 99999" in log.read_text()
+
+    def test_failures_are_retried_and_a_restore_gives_a_fresh_budget(self, lab: Lab) -> None:
+        fail = lab.order("fail", 0, 1)
+        lab.run("run", lab.spec(search={"num_trials": 2}, failure={"max_failures": 2}), code=1)
+        assert lab.statuses() == ["FAILED", "COMPLETED"]
+        assert starts(lab.log(), 0) == [(1, 0), (2, 1), (3, 1)]
+        lab.run("restore", lab.path(), "--resume-errored", code=1)
+        assert starts(lab.log(), 0)[3:] == [(4, 1), (5, 1), (6, 1)]
+        fail.unlink()
+        lab.run("restore", lab.path(), "--resume-errored")
+        assert lab.statuses() == ["COMPLETED"] * 2
+        assert steps_of(lab, 0) == [0, 1, 2]
+
+    def test_the_first_failure_can_end_the_search(self, lab: Lab) -> None:
+        """And once its cause is removed, the failed trial and the ones that were stopped with it go on."""
+        lab.order("hold", 0, 1)
+        fail = lab.order("fail", 1, 1)
+        run = lab.start("run", lab.spec(search={"max_concurrent": 2}, failure={"fail_fast": True}))
+        lab.until_logged("hold", 0, 1, run)
+        lab.until(lambda: "FAILED" in lab.statuses(), run)
+        (lab.folder / "orders/hold-0-1").unlink()
+        assert run.wait().code == 1
+        assert lab.statuses()[1:] == ["FAILED"]
+        fail.unlink()
+        lab.run("restore", lab.path(), "--resume-errored")
+        assert lab.statuses() == ["COMPLETED"] * 4
+        assert starts(lab.log(), 1) == [(1, 0), (2, 1)]

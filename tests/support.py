@@ -1,0 +1,339 @@
+"""A place to run real searches in: specs, a trainable that keeps a log of what it executes, processes that can be killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import holdfast
+from holdfast.report.tables import trial_json
+
+HOLDFAST = Path(sys.executable).with_name("holdfast")
+PATIENCE = 90.0
+"""Seconds after which something that should happen counts as not happening."""
+
+TRAINABLE = '''\
+"""Does STEPS steps, one report and checkpoint each. A file orders/ACTION-TRIAL-STEP says what goes wrong there."""
+import json, os, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+STEPS = {steps}
+
+
+def log(*entry):
+    line = (json.dumps(entry) + "\\n").encode()
+    descriptor = os.open(HERE / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(descriptor, line)
+    os.close(descriptor)
+
+
+def ordered(action, trial, step):
+    return (HERE / "orders" / f"{{action}}-{{trial}}-{{step}}").exists()
+
+
+def train(trial):
+    start, w = 0, 0.0
+    if trial.checkpoint:
+        start, w = trial.checkpoint.step + 1, trial.checkpoint.load()["w"]
+    log("start", trial.number, trial.attempt, start, os.getpid())
+    for step in range(start, STEPS):
+        loss = None
+        if ordered("fail", trial.number, step):
+            raise RuntimeError(f"no luck in step {{step}}")
+        if ordered("segv", trial.number, step):
+            os.kill(os.getpid(), 11)
+        if ordered("exit", trial.number, step):
+            os._exit(3)
+        if ordered("noise", trial.number, step):
+            for line in range(100_000):
+                print("noise", line)
+        if ordered("nan", trial.number, step):
+            loss = float("nan")
+        if ordered("slow", trial.number, 0):
+            time.sleep(0.02)
+        if ordered("hang", trial.number, step):
+            time.sleep(3600)
+        if ordered("hold", trial.number, step):
+            log("hold", trial.number, trial.attempt, step, os.getpid())
+            while ordered("hold", trial.number, step):
+                time.sleep(0.02)
+        if ordered("mute", trial.number, step):
+            return None
+        w = 0.5 * w + trial.config["x"] + step
+        log("step", trial.number, trial.attempt, step, os.getpid())
+        trial.report({{"loss": (w - 2.0) ** 2 if loss is None else loss}}, step=step, state=lambda: {{"w": w}})
+    log("done", trial.number, trial.attempt, STEPS, os.getpid())
+'''
+
+LIGHT = """
+import sys
+from holdfast.cli import main
+code = main(sys.argv[1:])
+sys.stdout.flush()
+print("Prefect was imported:", "prefect" in sys.modules, flush=True)
+sys.exit(code)
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the execution log."""
+
+    event: str
+    trial: int
+    attempt: int
+    step: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended: 128 + the signal's number when a signal ended it, as in a shell."""
+
+    code: int
+    output: str
+
+
+@dataclass
+class Running:
+    """A ``holdfast`` process in a group of its own."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> Ended:
+        """End the whole group by SIGKILL."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        return self.wait()
+
+    def wait(self, timeout: float = PATIENCE) -> Ended:
+        """Wait for its end; one that does not come is killed, with what it said in the error."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            raise AssertionError(f"still running after {timeout:g} s:\n{self.output}") from None
+        return Ended(code if code >= 0 else 128 - code, self.output)
+
+
+@dataclass
+class Lab:
+    """A folder with a trainable and specs, and the environment of the processes that run there."""
+
+    folder: Path
+    environment: Mapping[str, str]
+    steps: int = 3
+    running: list[Running] = field(default_factory=list)
+    _runs: int = 0
+
+    def __post_init__(self) -> None:
+        (self.folder / "orders").mkdir(parents=True)
+        (self.folder / "train.py").write_text(TRAINABLE.format(steps=self.steps))
+
+    # Files
+
+    def spec(self, **changes: Any) -> Path:
+        """Write a spec: four trials of three parameters, one at a time; keywords replace or (some mappings) update sections."""
+        data: dict[str, Any] = {
+            "name": "exp",
+            "trainable": "train.py:train",
+            "objectives": {"loss": "min"},
+            "space": {  # in an order of its own: what a sampler draws depends on it
+                "x": {"type": "float", "low": 0.0, "high": 4.0},
+                "b": {"type": "int", "low": 1, "high": 9},
+                "a": {"type": "categorical", "choices": ["r", "t"]},
+            },
+            "search": {"engine": "random", "num_trials": 4, "seed": 7, "max_concurrent": 1},
+        }
+        for key, value in changes.items():
+            merge = key in ("search", "failure", "checkpoints") and isinstance(value, Mapping)
+            data[key] = {**data.get(key, {}), **value} if merge else value
+        file = self.folder / f"{data['name']}.yaml"
+        file.write_text(yaml.safe_dump(data, sort_keys=False))
+        return file
+
+    def path(self, name: str = "exp") -> Path:
+        return self.folder / "runs" / name
+
+    @property
+    def database(self) -> Path:
+        return self.folder / "runs" / "holdfast.db"
+
+    def order(self, action: str, trial: int, step: int) -> Path:
+        """Let the trainable do ``action`` whenever it comes to that step of that trial; return the file that says so."""
+        file = self.folder / "orders" / f"{action}-{trial}-{step}"
+        file.touch()
+        return file
+
+    def log(self) -> list[Entry]:
+        """Return what the trainable executed, in order."""
+        file = self.folder / "log.txt"
+        return [Entry(*json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def clear_log(self) -> None:
+        (self.folder / "log.txt").unlink(missing_ok=True)
+
+    # Processes
+
+    def start(self, *arguments: object, fault: str | None = None, **environment: str) -> Running:
+        """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies."""
+        self._runs += 1
+        log = self.folder / f"output-{self._runs}.txt"
+        changes = {**environment, **({} if fault is None else {"HOLDFAST_FAULT": fault})}
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [str(HOLDFAST), *map(str, arguments)],
+                cwd=self.folder,
+                env={**self.environment, **changes},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started = Running(process, log)
+        self.running.append(started)
+        return started
+
+    def run(self, *arguments: object, code: int | None = 0, fault: str | None = None, **environment: str) -> Ended:
+        """Run ``holdfast`` to its end, which must have the exit code ``code`` (None: any)."""
+        ended = self.start(*arguments, fault=fault, **environment).wait()
+        assert code is None or ended.code == code, f"exit code {ended.code}, not {code}:\n{ended.output}"
+        return ended
+
+    def json(self, *arguments: object) -> Any:
+        """Run ``holdfast`` with ``--json`` and return what it prints."""
+        return json.loads(self.run(*arguments, "--json").output)
+
+    def until(self, condition: Callable[[], object], process: Running | None = None, *, seconds: float = PATIENCE) -> None:
+        """Wait for a condition; AssertionError when it does not come about, or ``process`` ends before."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            ended = process is not None and process.process.poll() is not None
+            said = process.output if process is not None else ""
+            assert not ended or condition(), f"it ended, with {process and process.process.returncode}:\n{said}"
+            assert time.monotonic() < deadline, f"waited {seconds:g} s in vain:\n{said}"
+            time.sleep(0.02)
+
+    def until_logged(self, event: str, trial: int, step: int, process: Running) -> None:
+        """Wait until the trainable has logged an event."""
+        self.until(lambda: any((e.event, e.trial, e.step) == (event, trial, step) for e in self.log()), process)
+
+    def close(self) -> None:
+        """End every process that is left."""
+        for started in self.running:
+            if started.process.poll() is None:
+                os.killpg(started.process.pid, signal.SIGKILL)
+                started.process.wait()
+
+    def python(self, code: str, *arguments: object) -> Ended:
+        """Run Python code in the environment of the laboratory."""
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            cwd=self.folder,
+            env=dict(self.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE,
+        )
+        return Ended(done.returncode, done.stdout)
+
+    def light(self, *arguments: object) -> Ended:
+        """Run ``holdfast`` where it must do without Prefect: AssertionError when Prefect was imported."""
+        ended = self.python(LIGHT, *arguments)
+        *lines, imported = ended.output.splitlines()
+        assert imported == "Prefect was imported: False", ended.output
+        return Ended(ended.code, "\n".join(lines))
+
+    # Stored state
+
+    def trials(self, name: str = "exp") -> list[dict[str, Any]]:
+        """Return the trials as ``trials --json`` prints them."""
+        with holdfast.open(self.path(name)) as experiment:
+            return [trial_json(trial) for trial in experiment.trials]
+
+    def statuses(self, name: str = "exp") -> list[str]:
+        return [trial["status"] for trial in self.trials(name)]
+
+    def outcome(self, name: str = "exp") -> dict[int, Any]:
+        """Return what an interruption must not change: status, config, metrics and canonical reports of each trial."""
+        with holdfast.open(self.path(name)) as experiment:
+            steps: dict[int, list[Any]] = {}
+            for row in experiment.history():
+                if row.canonical and row.step >= 0:
+                    steps.setdefault(row.trial, []).append((row.step, row.metrics))
+            return {
+                trial.number: (trial.status.value, dict(trial.config), repr(trial.metrics), steps.get(trial.number, []))
+                for trial in experiment.trials
+            }
+
+    def checkpoints(self, trial: int, name: str = "exp") -> list[Any]:
+        """Return the valid checkpoints of a trial, oldest first."""
+        with holdfast.open(self.path(name)) as experiment:
+            return [one for one in experiment.checkpoints() if one.trial == trial and one.status == "valid"]
+
+    def dump(self, *, audit: bool = True) -> list[str]:
+        """Return every row of the database as text; without ``audit`` also without what an audit row counts up."""
+        with closing(sqlite3.connect(self.database)) as connection:
+            tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+            rows = []
+            for table in tables:
+                if not audit and table in ("audit", "sqlite_sequence"):
+                    continue
+                columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+                if not audit and table == "experiment":
+                    columns.remove("seq")
+                rows += [f"{table} {row}" for row in connection.execute(f"SELECT {', '.join(columns)} FROM {table}")]
+            return rows
+
+    def tree(self, folder: Path | None = None) -> dict[str, str]:
+        """Return the digest of each file below a folder (that of the experiment), by its path."""
+        return tree(self.path() if folder is None else folder)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Return the digest of each file below ``folder``, and an entry for each folder."""
+    found = {}
+    for entry in sorted(folder.rglob("*")):
+        name = str(entry.relative_to(folder))
+        found[name] = hashlib.sha256(entry.read_bytes()).hexdigest() if entry.is_file() else "folder"
+    return found
+
+
+def executed(log: Sequence[Entry], trial: int) -> list[int]:
+    """Return the steps that the trainable executed of a trial, in order, repetitions included."""
+    return [entry.step for entry in log if entry.event == "step" and entry.trial == trial]
+
+
+def starts(log: Sequence[Entry], trial: int) -> list[tuple[int, int]]:
+    """Return (attempt, first step) of each start of a trial."""
+    return [(entry.attempt, entry.step) for entry in log if entry.event == "start" and entry.trial == trial]
+
+
+def holdfast_environment(**changes: str) -> dict[str, str]:
+    """Return this process's environment without what configures holdfast or Prefect, with ``changes``."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HOLDFAST_", "PREFECT_"))}
+    return {**kept, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", **changes}

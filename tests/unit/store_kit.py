@@ -1,0 +1,52 @@
+"""What the tests of the store share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from holdfast import locate
+from holdfast.locate import Opened
+from holdfast.testing.samples import sample_spec
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    """Return every file below ``folder`` with its bytes, and every folder."""
+    return {
+        str(entry.relative_to(folder)): entry.read_bytes() if entry.is_file() else None for entry in sorted(folder.rglob("*"))
+    }
+
+
+def create(storage: Path, name: str = "sample", **changes: object) -> Opened:
+    """Create an experiment."""
+    return locate.create(sample_spec(name=name, storage=str(storage), **changes), seed=1, workdir=".")
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Run the body without root's right to write everywhere."""
+    if os.getuid() != 0:
+        yield
+        return
+    if not hasattr(os, "setresuid"):
+        pytest.skip("cannot give up root's rights for a while")
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def creation(storage: str, name: str) -> Callable[[], str]:
+    """Create an experiment, for a race; return its UUID."""
+
+    def run() -> str:
+        opened = create(Path(storage), name)
+        opened.close()
+        return opened.record.uuid
+
+    return run

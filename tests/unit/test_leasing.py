@@ -1,0 +1,501 @@
+"""One owner: who may take the lease, and how its keeper notices that it is lost. Clocks and pauses are given."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_kit import content, create
+
+from holdfast.core.errors import Corrupt, DatabaseError, Fenced, HoldfastError, LeaseHeld, StorageError
+from holdfast.core.values import dumps
+from holdfast.flows.session import holder, liveness
+from holdfast.locate import Opened
+from holdfast.storage import leasing
+from holdfast.storage.database import experiments
+from holdfast.storage.database.driver import Driver
+from holdfast.storage.database.engine import Statement
+from holdfast.storage.database.leases import TERMS, Leases, Terms
+from holdfast.storage.folder import Folder, PathLease
+from holdfast.storage.leasing import Claimant, Keeper
+from holdfast.testing import racing
+from holdfast.testing.lab import dump
+from holdfast.testing.racing import Racers, url_of
+
+FAST = Terms(duration=0.3, renewal=0.02)
+FOREIGN = {"hostname": "elsewhere", "host": "elsewhere/boot", "pid": 4, "started": "then"}
+
+
+def never(_: float) -> None:
+    raise AssertionError("nobody is to be waited for")
+
+
+@dataclass
+class Waiter:
+    """A pause that passes at once, by its own clock, and lets something happen meanwhile."""
+
+    meanwhile: Callable[[float], object] = lambda _: None
+    now: float = 0.0
+    said: list[str] = field(default_factory=list)
+
+    def pause(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now > 120:
+            raise AssertionError("waited for two minutes")
+        self.meanwhile(self.now)
+
+    def claimant(self, **changes: Any) -> Claimant:
+        defaults = {"holder": holder(), "liveness": liveness, "say": self.said.append, "pause": self.pause}
+        return Claimant(**{**defaults, "clock": lambda: self.now, **changes})
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Opened]:
+    with closing(create(tmp_path / "runs")) as opened:
+        yield opened
+
+
+def take(opened: Opened, **changes: Any) -> Keeper:
+    claimant = Waiter().claimant(**{"pause": never, **changes})
+    return leasing.take(opened.database, opened.record.id, opened.folder, claimant, action="taken", detail={})
+
+
+def set_lease(opened: Opened, other: Mapping[str, Any] | None, *, seconds: float = 20.0, path: bool = True) -> None:
+    """Write the lease that ``other`` would have, ending in ``seconds``."""
+    from sqlalchemy import text
+
+    body = "UPDATE experiment SET holder = :holder, epoch = 4, lease_expires = {0} + :seconds, lease_renewed = {0} + :seconds"
+    with opened.database.write() as tx:
+        statement = Statement(text(body.format(opened.database.clock)))
+        tx.run(statement, holder=None if other is None else dumps(dict(other)), seconds=seconds)
+    if path:
+        set_path(opened, other, seconds=seconds)
+
+
+def set_path(opened: Opened, other: Mapping[str, Any] | None, *, seconds: float = 20.0, epoch: int = 4) -> None:
+    now = time.time()
+    lease = PathLease(
+        epoch=epoch,
+        holder=None if other is None else dict(other),
+        expires=now + seconds,
+        renewed=now + seconds - TERMS.duration,
+        database="sqlite:////another/host.db",
+    )
+    with opened.folder.locked():
+        opened.folder.write_lease(lease)
+
+
+def state(opened: Opened) -> tuple[Any, ...]:
+    return dump(opened.database), {name: body for name, body in content(opened.folder.path).items() if name != ".lock"}
+
+
+def test_a_free_lease_is_taken_in_both_places(opened: Opened) -> None:
+    keeper = take(opened)
+    look = Leases(opened.database, opened.record.id).look()
+    path = opened.folder.lease()
+    assert path is not None
+    assert look.epoch == path.epoch == keeper.epoch == 1
+    assert look.is_held
+    assert look.holder == path.holder == holder()
+    keeper.release("done")
+    path = opened.folder.lease()
+    assert path is not None
+    assert (path.holder, path.epoch) == (None, 1)
+    assert not Leases(opened.database, opened.record.id).look().is_held
+    assert take(opened).epoch == 2
+
+
+def test_a_live_holder_of_this_host_is_refused_at_once(opened: Opened) -> None:
+    keeper = take(opened)
+    before = state(opened)
+    with pytest.raises(LeaseHeld) as caught:
+        take(opened)
+    assert f"process {os.getpid()}" in str(caught.value)
+    assert holder()["hostname"] in str(caught.value)
+    assert "runs 30 s" in str(caught.value)
+    assert "--force" in str(caught.value)
+    assert state(opened) == before
+    keeper.release("done")
+
+
+@pytest.fixture
+def dead() -> dict[str, Any]:
+    """A process of this host that is gone."""
+    program = "import json; from holdfast.flows.session import holder; print(json.dumps(holder()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def test_a_dead_process_of_this_host_is_dead_at_once(opened: Opened, dead: dict[str, Any]) -> None:
+    set_lease(opened, dead)
+    assert take(opened).epoch == 5
+
+
+def test_a_recycled_pid_is_another_process(opened: Opened) -> None:
+    set_lease(opened, {**holder(), "started": f"{str(holder()['started']).rpartition('/')[0]}/1"})
+    assert take(opened).epoch == 5
+
+
+def test_a_process_of_this_host_whose_lease_ran_out_is_not_waited_for(opened: Opened) -> None:
+    set_lease(opened, holder(), seconds=-1)  # suspended
+    assert take(opened).epoch == 5
+
+
+@pytest.mark.parametrize("places", ["database", "path", "both"])
+def test_a_silent_holder_elsewhere_is_waited_out(opened: Opened, places: str) -> None:
+    def elapse(now: float) -> None:
+        set_lease_end(20.0 - now)
+
+    def set_lease_end(seconds: float) -> None:
+        # As time passes the lease comes nearer to its end, and is not renewed.
+        if places != "path":
+            move_end(opened, seconds)
+        if places != "database":
+            path = opened.folder.lease()
+            assert path is not None
+            opened.folder.write_lease(PathLease(**{**vars(path), "expires": time.time() + seconds}))
+
+    if places != "path":
+        set_lease(opened, FOREIGN, path=False)
+    if places != "database":
+        set_path(opened, FOREIGN)
+    waiter = Waiter(elapse)
+    keeper = take(opened, pause=waiter.pause, clock=lambda: waiter.now, say=waiter.said.append)
+    assert keeper.epoch == 5
+    assert 19 <= waiter.now <= 21
+    assert len(waiter.said) == 1
+    assert "process 4 on elsewhere held the experiment; waiting up to 20 s" in waiter.said[0]
+
+
+def move_end(opened: Opened, seconds: float) -> None:
+    from sqlalchemy import text
+
+    with opened.database.write() as tx:
+        tx.run(Statement(text(f"UPDATE experiment SET lease_expires = {opened.database.clock} + :seconds")), seconds=seconds)
+
+
+def test_a_holder_elsewhere_that_renews_is_refused(opened: Opened) -> None:
+    set_lease(opened, FOREIGN)
+    waiter = Waiter(lambda now: now > 3 and Leases(opened.database, opened.record.id).renew(epoch=4, active=0.0))
+    with pytest.raises(LeaseHeld, match="process 4 on elsewhere drives"):
+        take(opened, pause=waiter.pause, clock=lambda: waiter.now)
+    assert 3 < waiter.now < 5
+    assert Leases(opened.database, opened.record.id).look().epoch == 4
+
+
+@pytest.mark.parametrize("clock", [-7200.0, -60.0, 0.0, 7200.0], ids=["2 h behind", "1 min behind", "right", "2 h ahead"])
+def test_a_holder_elsewhere_with_another_database_that_renews_is_refused(opened: Opened, clock: float) -> None:
+    set_path(opened, FOREIGN, seconds=20 + clock, epoch=9)
+    waiter = Waiter(lambda now: now > 4 and set_path(opened, FOREIGN, seconds=30 + clock, epoch=9))
+    before = dump(opened.database)
+    with pytest.raises(LeaseHeld, match="elsewhere"):
+        take(opened, pause=waiter.pause, clock=lambda: waiter.now)
+    assert dump(opened.database) == before
+
+
+@pytest.mark.parametrize("clock", [-60.0, 7200.0], ids=["1 min behind", "2 h ahead"])
+def test_a_dead_holder_elsewhere_is_waited_out_whatever_its_clock_said(opened: Opened, clock: float) -> None:
+    set_path(opened, FOREIGN, seconds=20 + clock, epoch=9)
+    waiter = Waiter()
+    assert take(opened, pause=waiter.pause, clock=lambda: waiter.now).epoch == 10
+    assert 10 <= waiter.now <= 36
+
+
+def test_a_holder_elsewhere_that_is_long_gone_is_not_waited_for(opened: Opened) -> None:
+    set_path(opened, FOREIGN, seconds=-3 * 86400, epoch=9)
+    assert take(opened).epoch == 10
+
+
+def test_a_path_that_another_database_drives_is_refused(opened: Opened) -> None:
+    set_path(opened, holder(), epoch=9)
+    with pytest.raises(LeaseHeld):
+        take(opened)
+
+
+def test_force_waits_for_nobody(opened: Opened) -> None:
+    set_lease(opened, holder())
+    set_path(opened, FOREIGN, epoch=11)
+    keeper = take(opened, force=True)
+    assert keeper.epoch == 12
+    path = opened.folder.lease()
+    assert path is not None
+    assert path.epoch == 12
+
+
+@pytest.mark.parametrize("torn", ["", "{", "null", '{"epoch": 1}'])
+def test_a_torn_path_lease_is_said_and_nothing_is_changed(opened: Opened, torn: str) -> None:
+    opened.folder.lease_file.write_text(torn)
+    before = state(opened)
+    with pytest.raises(Corrupt, match=r"lease\.json is damaged"):
+        take(opened)
+    assert state(opened) == before
+
+
+def test_a_path_that_cannot_be_written_leaves_no_lease_behind(opened: Opened) -> None:
+    opened.folder.lease_file.mkdir()
+    (opened.folder.lease_file / "x").touch()
+    with pytest.raises(StorageError):
+        take(opened)
+    (opened.folder.lease_file / "x").unlink()
+    opened.folder.lease_file.rmdir()
+
+    class Unwritable(Folder):
+        def write_lease(self, lease: PathLease) -> None:
+            Folder(self.path / "gone").write_lease(lease)
+
+    claimant = Waiter().claimant(pause=never)
+    with pytest.raises(StorageError):
+        leasing.take(opened.database, opened.record.id, Unwritable(opened.folder.path), claimant, action="taken", detail={})
+    assert not Leases(opened.database, opened.record.id).look().is_held
+    assert take(opened).epoch == 2
+
+
+# Keeping
+
+
+@dataclass
+class Kept:
+    """A keeper at work, with events instead of sleeps."""
+
+    keeper: Keeper
+    lost: threading.Event = field(default_factory=threading.Event)
+    calls: int = 0
+
+    def start(self) -> None:
+        self.keeper.start(self._on_lost)
+
+    def _on_lost(self) -> None:
+        self.calls += 1
+        self.lost.set()
+
+
+@pytest.fixture
+def kept(opened: Opened) -> Iterator[Kept]:
+    kept = Kept(take(opened, terms=FAST))
+    kept.start()
+    yield kept
+    kept.keeper.abandon()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to do."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.005)
+
+
+def test_a_keeper_renews_in_both_places_and_counts_active_time(opened: Opened, kept: Kept) -> None:
+    leases = Leases(opened.database, opened.record.id)
+    first, path = leases.look().renewed, opened.folder.lease()
+    assert path is not None
+    until(lambda: leases.look().renewed > first + 0.1)
+    until(lambda: (opened.folder.lease() or path).renewed > path.renewed + 0.1)
+    assert 0.1 < kept.keeper.active_seconds_now() < 10
+    kept.keeper.release("done")
+    record = experiments.by_uuid(opened.database, opened.record.uuid)
+    assert record is not None
+    assert record.active_seconds > 0.1
+    assert record.ended == "done"
+    assert not kept.keeper.is_lost
+    assert kept.calls == 0
+
+
+def test_a_lease_is_given_back_once(opened: Opened, kept: Kept) -> None:
+    kept.keeper.release("done")
+    before = state(opened)
+    kept.keeper.release("interrupted: too late")
+    kept.keeper.release_quietly("interrupted: too late")
+    kept.keeper.check()
+    assert state(opened) == before
+
+
+def test_a_stop_request_is_seen(opened: Opened, kept: Kept) -> None:
+    from holdfast.storage.database import requests
+
+    requests.request_stop(opened.database, opened.record.id)
+    until(lambda: kept.keeper.stop_requested)
+
+
+def test_a_takeover_is_noticed(opened: Opened, kept: Kept) -> None:
+    successor = take(opened, force=True)
+    assert kept.lost.wait(20)
+    before = state(opened)
+    assert kept.keeper.is_lost
+    for work in (kept.keeper.check, lambda: kept.keeper.release("done")):
+        with pytest.raises(Fenced):
+            work()
+    kept.keeper.release_quietly("done")
+    assert kept.calls == 1
+    assert state(opened) == before
+    successor.release("done")
+
+
+def test_a_takeover_by_the_path_alone_is_noticed(opened: Opened, kept: Kept) -> None:
+    set_path(opened, FOREIGN, epoch=7)
+    assert kept.lost.wait(20)
+    with pytest.raises(Fenced, match="epoch 7"):
+        kept.keeper.check()
+    assert (opened.folder.lease() or set_path(opened, None)).epoch == 7  # type: ignore[union-attr]  # it is there
+
+
+def break_database(opened: Opened) -> None:
+    file = opened.database.file
+    assert file is not None
+    file.rename(file.with_name("away.db"))
+
+
+def break_folder(opened: Opened) -> None:
+    opened.folder.path.rename(opened.folder.path.with_name("away"))
+
+
+def tear_lease(opened: Opened) -> None:
+    opened.folder.lease_file.write_text("{")
+
+
+BREAK: dict[str, tuple[Callable[[Opened], object], type[HoldfastError]]] = {
+    "database gone": (break_database, DatabaseError),
+    "folder gone": (break_folder, StorageError),
+    "lease torn": (tear_lease, Corrupt),
+    "experiment deleted": (lambda opened: experiments.delete(opened.database, opened.record.id), Fenced),
+}
+
+
+@pytest.mark.parametrize("kind", BREAK)
+def test_what_cannot_be_renewed_is_lost_before_it_runs_out(opened: Opened, kind: str) -> None:
+    kept = Kept(take(opened, terms=Terms(duration=1.0, renewal=0.02)))
+    kept.start()
+    renewed = kept.keeper._renewed
+    spoil, expected = BREAK[kind]
+    spoil(opened)
+    assert kept.lost.wait(20)
+    assert time.monotonic() - kept.keeper._renewed < 1.0 or renewed == kept.keeper._renewed
+    with pytest.raises(expected):
+        kept.keeper.check()
+    assert kept.calls == 1
+
+
+def test_a_short_absence_of_the_database_is_survived(opened: Opened) -> None:
+    kept = Kept(take(opened, terms=Terms(duration=60.0, renewal=0.01)))
+    kept.start()
+    file = opened.database.file
+    assert file is not None
+    failed = threading.Event()
+    renew = kept.keeper._leases.renew
+
+    def watched(**values: Any) -> Any:
+        try:
+            return renew(**values)
+        except DatabaseError:
+            failed.set()
+            raise
+
+    kept.keeper._leases.renew = watched  # type: ignore[method-assign]  # looks on
+    file.rename(file.with_name("away.db"))
+    assert failed.wait(20)
+    file.with_name("away.db").rename(file)
+    before = kept.keeper._renewed
+    until(lambda: kept.keeper._renewed > before)
+    kept.keeper.check()
+    kept.keeper.release("done")
+    assert not kept.keeper.is_lost
+
+
+# Several processes
+
+
+def test_of_several_processes_one_takes_the_lease(opened: Opened) -> None:
+    job = {"url": url_of(opened.database), "experiment": opened.record.id, "folder": str(opened.folder.path)}
+    with Racers(2) as racers:
+        for epoch in range(1, 21):
+            answers = racers.race(racing.take_lease, [job] * 2)
+            assert answers.count(epoch) == 1, answers
+            (refused,) = (answer for answer in answers if answer != epoch)
+            assert refused.startswith("LeaseHeld")
+            Leases(opened.database, opened.record.id).release(epoch=epoch, active=0.0, ended="done")
+            set_path(opened, None, epoch=epoch)
+
+
+SUSPENDED = """
+import sys
+from pathlib import Path
+from holdfast.core.errors import Fenced
+from holdfast.flows.session import holder, liveness
+from holdfast.locate import open_path
+from holdfast.storage.database.driver import Driver
+from holdfast.storage.database.leases import Terms
+from holdfast.storage.leasing import Claimant, take
+import threading
+
+opened = open_path(sys.argv[1])
+claimant = Claimant(holder=holder(), liveness=liveness, say=print, terms=Terms(duration=0.5, renewal=0.01))
+keeper = take(opened.database, opened.record.id, opened.folder, claimant, action="taken", detail={})
+lost = threading.Event()
+keeper.start(lost.set)
+driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=1)
+driver.propose({"x": 0.1})
+print("driving", flush=True)
+sys.stdin.readline()
+try:
+    driver.propose({"x": 0.2})
+except Fenced:
+    print("refused", flush=True)
+assert lost.wait(20)
+for work in (keeper.check, lambda: keeper.release("done")):
+    try:
+        work()
+    except Fenced:
+        print("refused", flush=True)
+"""
+
+
+def suspend(process: subprocess.Popen[str], opened: Opened) -> None:
+    """Suspend a driver outside of a renewal: within one it holds locks, and whoever comes is told so."""
+    file = opened.database.file
+    assert file is not None
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        try:
+            with opened.folder.locked(patience=0.0), closing(sqlite3.connect(file, timeout=0.0)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.rollback()
+            return
+        except (StorageError, sqlite3.OperationalError):
+            process.send_signal(signal.SIGCONT)
+            os.waitid(os.P_PID, process.pid, os.WCONTINUED)
+
+
+def test_a_suspended_driver_that_goes_on_after_a_takeover_writes_nothing(opened: Opened) -> None:
+    command = [sys.executable, "-c", SUSPENDED, str(opened.folder.path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "driving\n"
+    suspend(process, opened)
+    leases = Leases(opened.database, opened.record.id)
+    until(lambda: leases.look().remaining <= 0)
+    waiter = Waiter()
+    path = opened.folder.lease()
+    assert path is not None
+    until(lambda: path.expires < time.time())
+    keeper = take(opened, pause=waiter.pause)
+    Driver(opened.database, opened.record.id, keeper.epoch, seed=1).propose({"x": 0.3})
+    before = state(opened)
+    process.send_signal(signal.SIGCONT)
+    answer, _ = process.communicate("\n", timeout=60)
+    assert answer == "refused\n" * 3
+    assert process.returncode == 0
+    assert state(opened) == before
+    keeper.release("done")

@@ -1,0 +1,144 @@
+import math
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holdfast.core.budget import Budget
+from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, actions, decide
+from holdfast.core.objective import Objective
+from holdfast.core.trial import ACTIVE, TrialStatus
+from holdfast.testing.samples import sample_spec, sample_trial
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+LOSS = Objective(name="loss")
+
+
+def ledger(num_trials=3, max_concurrent=1, fail_fast=False, **budget):
+    limits = Budget(num_trials=num_trials, objective=LOSS, **budget)
+    return Ledger(budget=limits, max_concurrent=max_concurrent, fail_fast=fail_fast)
+
+
+def test_a_search_of_two():
+    book = ledger(2)
+    assert decide(book, NOW) == Propose(0)
+    book.update(sample_trial(0))
+    assert decide(book, NOW) == Submit(0)
+    book.submitted(0)
+    assert decide(book, NOW) == Wait()
+    book.update(sample_trial(0, TrialStatus.RUNNING))
+    assert decide(book, NOW) == Wait()
+    book.update(sample_trial(0, TrialStatus.COMPLETED, metrics={"loss": 1.0}))
+    assert decide(book, NOW) == Propose(1)
+    book.update(sample_trial(1, TrialStatus.FAILED))
+    assert decide(book, NOW) == Done("every trial of the budget was proposed")
+    assert (book.total, book.unfinished, book.best) == (2, 0, 1.0)
+
+
+def test_waiting_trials_come_first_and_by_number():
+    book = ledger(10, 3)
+    for number in (2, 0, 1):
+        book.update(sample_trial(number))
+    assert decide(book, NOW) == Submit(0)
+
+
+def test_a_trial_that_is_due_later_is_waited_for_even_while_another_runs():
+    book = ledger(2, 2)
+    later = NOW + timedelta(hours=1)
+    book.update(sample_trial(0, ts_start=later))
+    book.update(sample_trial(1, TrialStatus.RUNNING))
+    assert decide(book, NOW) == Wait(until=later)
+    book.update(sample_trial(1, TrialStatus.COMPLETED))
+    assert decide(book, NOW) == Wait(until=later)
+    assert decide(book, later) == Submit(0)
+
+
+def test_fail_fast_lets_the_running_ones_end_and_ignores_old_errors():
+    book = ledger(5, 2, fail_fast=True)
+    book.update(sample_trial(0, TrialStatus.FAILED), fresh=False)
+    assert decide(book, NOW) == Propose(1)
+    book.update(sample_trial(1, TrialStatus.RUNNING))
+    book.update(sample_trial(2, TrialStatus.TIMED_OUT))
+    assert decide(book, NOW) == Wait()
+    book.update(sample_trial(1, TrialStatus.COMPLETED))
+    assert decide(book, NOW) == Done("trial 2 errored and fail_fast is set")
+
+
+def test_a_target_ends_proposing_but_not_what_waits():
+    book = ledger(9, 1, target=0.5)
+    book.update(sample_trial(0, TrialStatus.COMPLETED, metrics={"loss": math.nan}))
+    assert decide(book, NOW) == Propose(1)
+    book.update(sample_trial(0, TrialStatus.COMPLETED, metrics={"loss": 0.5}))
+    book.update(sample_trial(1))
+    assert decide(book, NOW) == Submit(1)
+    book.update(sample_trial(1, TrialStatus.COMPLETED))
+    assert decide(book, NOW) == Done("the target 0.5 is reached")
+
+
+def test_a_time_budget_starts_nothing_more():
+    book = ledger(9, 1, time_budget=60.0)
+    book.update(sample_trial(0))
+    book.active_seconds = 60.0
+    assert decide(book, NOW) == Done("the time budget of 60 s is used up")
+
+
+def test_skipped_trials_count_and_no_trials_is_a_budget():
+    book = ledger(1)
+    book.update(sample_trial(0, TrialStatus.SKIPPED))
+    assert isinstance(decide(book, NOW), Done)
+    assert isinstance(decide(ledger(0), NOW), Done)
+    exhausted = ledger(None)
+    exhausted.exhausted = True
+    assert decide(exhausted, NOW) == Done("nothing is left to do")
+
+
+def test_actions_end_with_done():
+    assert [*actions(ledger(0), lambda: NOW)] == [Done("every trial of the budget was proposed")]
+
+
+def test_a_grid_never_has_more_trials_than_points():
+    grid = sample_spec(space={}, search={"engine": "grid"})
+    assert Budget.of(grid, grid_size=4).num_trials == 4
+    assert Budget.of(sample_spec(), grid_size=4).num_trials == 4
+    assert Budget.of(sample_spec()).num_trials == 20
+
+
+@settings(max_examples=200)
+@given(
+    num_trials=st.integers(0, 12),
+    max_concurrent=st.integers(1, 4),
+    old=st.lists(st.sampled_from(TrialStatus), max_size=8),
+    choices=st.lists(st.tuples(st.integers(0, 100), st.sampled_from(TrialStatus)), max_size=200),
+)
+def test_neither_the_budget_nor_the_concurrency_is_ever_exceeded(num_trials, max_concurrent, old, choices):
+    """Whatever ends whenever, retries included, from any stored state: the search ends, and nothing is left over."""
+    book = ledger(num_trials, max_concurrent)
+    for number, status in enumerate(old):
+        restored = TrialStatus.PENDING if status is TrialStatus.RUNNING else status
+        book.update(sample_trial(number, restored), fresh=False)
+    picks = iter(choices)
+    for _ in range(2000):
+        action = decide(book, NOW)
+        if isinstance(action, Done):
+            break
+        if isinstance(action, Propose):
+            assert action.number == book.total < num_trials
+            book.update(sample_trial(action.number))
+        elif isinstance(action, Submit):
+            assert len(book.running) < max_concurrent
+            assert book.statuses[action.trial] is TrialStatus.PENDING
+            book.submitted(action.trial)
+        else:
+            assert book.running
+            place, status = next(picks, (0, TrialStatus.COMPLETED))
+            number = sorted(book.running)[place % len(book.running)]
+            book.update(sample_trial(number, status))
+            if status is TrialStatus.SKIPPED:
+                continue
+        assert len(book.running) <= max_concurrent
+    else:
+        pytest.fail("the search never ends")
+    assert book.total == max(len(old), num_trials)
+    assert not book.unfinished
+    assert not any(status in ACTIVE for status in book.statuses.values())
