@@ -11,7 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from holdfast.callables import keep
+from holdfast import specfile
+from holdfast.callables import dump, keep
 from holdfast.core import faults
 from holdfast.core.budget import Budget
 from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, LeaseHeld, SpecError
@@ -24,7 +25,18 @@ from holdfast.core.values import Json, strict
 from holdfast.engines.grid import GridProposer
 from holdfast.flows import reconcile
 from holdfast.flows.session import Session, begin, liveness, make_pool, runnable
-from holdfast.locate import Opened, check_free, check_storage, code_digest, create, dated, experiment_path, free_name, open_path
+from holdfast.locate import (
+    Opened,
+    check_free,
+    check_storage,
+    code_digest,
+    create,
+    dated,
+    experiment_path,
+    free_name,
+    git_commit,
+    open_path,
+)
 from holdfast.report.observer import Observer
 from holdfast.storage.database import experiments, requests
 from holdfast.storage.database.leases import Leases
@@ -70,6 +82,36 @@ def probe(spec: ExperimentSpec, pool: WorkerPool | None, workdir: str) -> None:
         raise
 
 
+def checked_spec(
+    spec: ExperimentSpec | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
+) -> tuple[specfile.ExperimentSpec, Origin]:
+    """Return a spec from whatever names one, and where it came from; ``overrides`` change one from a file."""
+    if isinstance(spec, (str, Path)):
+        folder = Path(spec).absolute().parent
+        checked = specfile.ExperimentSpec.from_file(spec, overrides)
+        return checked, Origin(source=Path(spec).read_text(), commit=git_commit(folder), workdir=str(folder))
+    if overrides:
+        raise SpecError("overrides change a spec that is read from a file; change the spec itself")
+    if isinstance(spec, ExperimentSpec) and not isinstance(spec, specfile.ExperimentSpec):
+        spec = {**spec.stored(), "storage": spec.storage, "database": spec.database}
+    checked = spec if isinstance(spec, specfile.ExperimentSpec) else specfile.ExperimentSpec.parse(spec)
+    pickled = None if checked.function is None else dump(checked.function)
+    return checked, Origin(commit=git_commit(Path.cwd()), pickled=pickled)
+
+
+def make_experiment(spec: ExperimentSpec, origin: Origin) -> Opened:
+    """Create the experiment of a checked spec; a seed is drawn where it names none."""
+    seed = spec.search.seed if spec.search.seed is not None else secrets.randbits(31)
+    return create(
+        spec.model_copy(update={"search": spec.search.model_copy(update={"seed": seed})}),
+        seed=seed,
+        workdir=origin.workdir,
+        source=origin.source,
+        commit=origin.commit,
+        pickled=origin.pickled,
+    )
+
+
 def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | None = None) -> Restored:
     """Create the experiment of ``spec`` and take its lease; with ``if_exists: restore`` go on with the one that is there.
 
@@ -77,6 +119,7 @@ def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | No
     """
     origin = origin or Origin()
     spec = spec.model_copy(update={"name": dated(spec.name, datetime.now().astimezone())})
+    check_storage(spec)
     path = experiment_path(spec)
     if (path / "experiment.json").exists() and spec.if_exists == "restore":
         return prepare_restore(_going_on(spec, path), observer)
@@ -84,20 +127,10 @@ def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | No
         spec = spec.model_copy(update={"name": free_name(spec)})
     _refuse_live(spec)
     check_free(spec)
-    check_storage(spec)
     observer.preparing()
     pool = _checked_pool(spec, origin)
     try:
-        seed = spec.search.seed if spec.search.seed is not None else secrets.randbits(31)
-        spec = spec.model_copy(update={"search": spec.search.model_copy(update={"seed": seed})})
-        opened = create(
-            spec,
-            seed=seed,
-            workdir=origin.workdir,
-            source=origin.source,
-            commit=origin.commit,
-            pickled=origin.pickled,
-        )
+        opened = make_experiment(spec, origin)
         observer.opened(opened, restored=False)
         session = begin(opened, pool, observer, action="started", detail={})
     except BaseException:

@@ -8,13 +8,11 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas import State
 from prefect.runtime import flow_run
-from prefect.states import Completed
 
 from holdfast.core.resume import ResumePolicy
 from holdfast.flows.prepare import RestoreRequest, prepare_restore
-from holdfast.flows.search import drive
+from holdfast.flows.search import drive, nothing_left, watcher_here
 from holdfast.flows.session import prepared
-from holdfast.report.observer import observer
 
 
 def _run_name() -> str:
@@ -40,11 +38,15 @@ def restore(
         new_trials: Propose new trials up to the budget.
         force: Take over from a holder that seems alive.
     """
+    watcher = watcher_here()
     session = prepared.get()
     if session is None:
         policy = ResumePolicy.from_flags(
             resume_unfinished=resume_unfinished, resume_errored=resume_errored, restart_errored=restart_errored
         )
         request = RestoreRequest(path=path, policy=policy, new_trials=new_trials, force=force)
-        session = prepare_restore(request, observer()).session
-    return Completed(message="nothing is left to do") if session is None else drive(session)
+        restored = prepare_restore(request, watcher)
+        if restored.session is None:
+            return nothing_left(restored)
+        session = restored.session
+    return drive(session, watcher)

@@ -9,17 +9,18 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas import State
 from prefect.exceptions import TerminationSignal
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from holdfast.core.errors import HoldfastError, SpecError
+from holdfast.core.errors import HoldfastError
 from holdfast.core.trial import ERRORED
 from holdfast.experiment import SearchResult, result_of
 from holdfast.flows.driver import Drive
 from holdfast.flows.prefect_runs import close_dead_runs
-from holdfast.flows.prepare import prepare_search
+from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared
-from holdfast.report.observer import observer
+from holdfast.report.observer import Observer, RunLog, watching
 from holdfast.specfile import ExperimentSpec
 
 
@@ -37,28 +38,37 @@ def search(spec: ExperimentSpec | str, overrides: list[str] | None = None) -> St
         spec: A spec, or the path of its file.
         overrides: Changes to a spec from a file, such as search.seed=1.
     """
+    watcher = watcher_here()
     session = prepared.get()
     if session is None:
-        if isinstance(spec, str):
-            spec = ExperimentSpec.from_file(spec, overrides or ())
-        elif overrides:
-            raise SpecError("overrides change a spec that is read from a file; change the spec itself")
-        session = prepare_search(spec, observer()).session
-    if session is None:
-        return Completed(message="nothing is left to do")
-    return drive(session)
+        checked, origin = checked_spec(spec, overrides or ())
+        restored = prepare_search(checked, watcher, origin)
+        if restored.session is None:
+            return nothing_left(restored)
+        session = restored.session
+    return drive(session, watcher)
 
 
-def drive(session: Session) -> State[Any]:
+def nothing_left(restored: Restored) -> State[Any]:
+    """Return the final state of a flow run that found nothing to do."""
+    restored.opened.close()
+    return Completed(message="nothing is left to do")
+
+
+def watcher_here() -> Observer:
+    """Return who watches this process's search, else the flow run's own log."""
+    return watching.get() or RunLog(get_run_logger())
+
+
+def drive(session: Session, watcher: Observer) -> State[Any]:
     """Drive a prepared session inside a flow run; return the flow's final state."""
-    watcher = observer()
     try:
         close_dead_runs(session.dead)
         reason = Drive(session, watcher).run()
         session.keeper.release(_ended(reason))
     except BaseException as error:
         session.error = error
-        _interrupted(session, error)
+        _interrupted(session, error, watcher)
         raise
     fast = reason.endswith("fail_fast is set")
     result = result_of(session.opened, reason, fast_failed=fast)
@@ -71,7 +81,7 @@ def _ended(reason: str) -> str:
     return reason if reason.startswith("stopped") else f"completed: {reason}"
 
 
-def _interrupted(session: Session, error: BaseException) -> None:
+def _interrupted(session: Session, error: BaseException, watcher: Observer) -> None:
     """Leave everything so that a restore goes on from here, and say so; nothing after the flow call may run any more."""
     why = _describe(error)
     try:
@@ -81,7 +91,7 @@ def _interrupted(session: Session, error: BaseException) -> None:
         return  # somebody else holds it now, or the database is gone: there is nothing that we may write
     finally:
         session.close()
-    observer().ended(result)
+    watcher.ended(result)
 
 
 def _describe(error: BaseException) -> str:

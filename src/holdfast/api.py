@@ -8,18 +8,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.callables import dump
+from pydantic import ValidationError
+
 from holdfast.core.errors import EngineError, HoldfastError, SpecError
 from holdfast.core.resume import Planned, ResumePolicy
 from holdfast.core.space import Space
+from holdfast.core.spec import explain
 from holdfast.core.values import Json
 from holdfast.experiment import Experiment, SearchResult, result_of
-from holdfast.flows.prepare import Origin, Restored, RestoreRequest, plan_restore, prepare_restore, prepare_search
+from holdfast.flows.prepare import (
+    Restored,
+    RestoreRequest,
+    checked_spec,
+    make_experiment,
+    plan_restore,
+    prepare_restore,
+    prepare_search,
+)
 from holdfast.flows.server import EmbeddedServer
 from holdfast.flows.session import Session, prepared
-from holdfast.locate import create as _create
-from holdfast.locate import find, git_commit
-from holdfast.report.observer import Observer, watching
+from holdfast.locate import find
+from holdfast.report.observer import Observer, restore_command, watching
 from holdfast.settings import names_api
 from holdfast.specfile import ExperimentSpec
 
@@ -64,7 +73,7 @@ def search(
     Raises SpecError and ExperimentExists (nothing was created), LeaseHeld or Fenced when somebody else drives the experiment,
     EngineError when Prefect cannot be reached, and what interrupted the search.
     """
-    checked, origin = _checked(spec, overrides)
+    checked, origin = checked_spec(spec, overrides)
     server = EmbeddedServer()
     watcher = _Recorder(observer or Observer(), server)
     try:
@@ -73,34 +82,10 @@ def search(
         server.stop()
 
 
-def _checked(spec: ExperimentSpec | Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> tuple[ExperimentSpec, Origin]:
-    if isinstance(spec, (str, Path)):
-        folder = Path(spec).absolute().parent
-        checked = ExperimentSpec.from_file(spec, overrides)
-        return checked, Origin(source=Path(spec).read_text(), commit=git_commit(folder), workdir=str(folder))
-    if overrides:
-        raise SpecError("overrides change a spec that is read from a file; change the spec itself")
-    checked = spec if isinstance(spec, ExperimentSpec) else ExperimentSpec.parse(spec)
-    pickled = None if checked.function is None else dump(checked.function)
-    return checked, Origin(commit=git_commit(Path.cwd()), pickled=pickled)
-
-
 def create(spec: ExperimentSpec | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = ()) -> Experiment:
     """Create an experiment without running it; ``restore`` runs it."""
-    import secrets
-
-    checked, origin = _checked(spec, overrides)
-    seed = checked.search.seed if checked.search.seed is not None else secrets.randbits(31)
-    seeded = checked.model_copy(update={"search": checked.search.model_copy(update={"seed": seed})})
-    opened = _create(
-        seeded,
-        seed=seed,
-        workdir=origin.workdir,
-        source=origin.source,
-        commit=origin.commit,
-        pickled=origin.pickled,
-    )
-    return Experiment(opened)
+    checked, origin = checked_spec(spec, overrides)
+    return Experiment(make_experiment(checked, origin))
 
 
 def restore(
@@ -173,7 +158,10 @@ def request_of(
     if trainable is not None and trainable.rpartition(":")[0].endswith(".py"):
         trainable = os.path.abspath(trainable.rpartition(":")[0]) + ":" + trainable.rpartition(":")[2]
     if space is not None and not isinstance(space, Space):
-        space = Space.model_validate(dict(space))
+        try:
+            space = Space.model_validate(dict(space))
+        except ValidationError as error:
+            raise SpecError(explain(error, Space, source="space")) from None
     return RestoreRequest(
         path=path,
         policy=policy or flags,
@@ -257,7 +245,7 @@ def _called(flow: Flow[..., Any], arguments: dict[str, Any], session: Session, w
             watcher.say(f"the search is done; Prefect could not record that ({words})")
             return None
         raise EngineError(
-            f"Prefect failed ({words}); nothing is lost: see to its API, then `holdfast restore {session.opened.folder.path}`"
+            f"Prefect failed ({words}); nothing is lost: see to its API, then `{restore_command(session.opened)}`"
         ) from error
 
 

@@ -106,7 +106,7 @@ class ExperimentSpec(Section):
     name: str = Field(description="names the folder in the storage; may hold {date}")
     trainable: str = Field(description="file.py:function, package.module:function, or a class in either")
     storage: str = Field(default="./runs", description="the folder that experiments live in")
-    database: str | None = Field(default=None, description="SQLAlchemy URL; null: holdfast.db in the storage")
+    database: str | None = Field(default=None, repr=False, description="SQLAlchemy URL; null: holdfast.db in the storage")
     description: str = Field(default="", description="for people")
     if_exists: Literal["fail", "restore", "new"] = Field(
         default="fail", description="when the name is taken: refuse, go on with it, or take name-2, name-3 ..."

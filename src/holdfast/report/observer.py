@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from collections.abc import Sequence
 from contextvars import ContextVar
+from typing import Any
 
-from holdfast.core.resume import Planned
-from holdfast.core.trial import Trial
+from holdfast.core.resume import Action, Planned
+from holdfast.core.trial import ACTIVE, Trial
 from holdfast.experiment import SearchResult
-from holdfast.locate import Opened
+from holdfast.locate import DATABASE_FILE, Opened
 
 
 class Observer:
@@ -36,9 +39,39 @@ class Observer:
         """The search ended, on its own accord or interrupted."""
 
 
+class RunLog(Observer):
+    """Writes what happens to a logger: what a flow run shows that nobody else watches."""
+
+    def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
+        self._logger = logger
+
+    def say(self, text: str) -> None:
+        self._logger.info("%s", text)
+
+    def opened(self, opened: Opened, *, restored: bool) -> None:
+        self._logger.info("experiment %s: %s", opened.record.name, opened.folder.path)
+        self._logger.info("after a crash: %s", restore_command(opened))
+
+    def planned(self, plan: Sequence[Planned]) -> None:
+        for planned in plan:
+            if planned.action is not Action.KEEP:
+                self._logger.info("trial %d: %s (%s)", planned.trial, planned.action.value, planned.reason)
+
+    def trial(self, trial: Trial) -> None:
+        if trial.status not in ACTIVE:
+            self._logger.info("trial %d %s %s", trial.number, trial.status.value, trial.metrics)
+
+    def ended(self, result: SearchResult) -> None:
+        self._logger.info("%s: %d trials, %d errored", result.reason, len(result.trials), len(result.errors))
+
+
+def restore_command(opened: Opened) -> str:
+    """Return the command that continues an experiment; of a database elsewhere it shows all but the password."""
+    words = ["holdfast", "restore", shlex.quote(str(opened.folder.path))]
+    file = opened.database.file
+    if file is None or file.parent != opened.folder.path.parent or file.name != DATABASE_FILE:
+        words += ["--database", shlex.quote(opened.database.label)]
+    return " ".join(words)
+
+
 watching: ContextVar[Observer | None] = ContextVar("holdfast_observer", default=None)
-
-
-def observer() -> Observer:
-    """Return the observer of the running search."""
-    return watching.get() or Observer()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from holdfast.core.resume import Planned
 from holdfast.core.trial import ACTIVE, SCORED, Trial, TrialStatus
 from holdfast.experiment import SearchResult
 from holdfast.locate import Opened
-from holdfast.report.observer import Observer
+from holdfast.report.observer import Observer, restore_command
 from holdfast.report.tables import brief, config_words, leaderboard, plan_words
 
 
@@ -133,8 +132,3 @@ class Progress(Observer):
             if value is not None and (best is None or goal.better(value, best[0])):
                 best = (value, trial.number)
         return None if best is None else f"best {goal.name} {brief(best[0])} (trial {best[1]})"
-
-
-def restore_command(opened: Opened) -> str:
-    """Return the command that continues an experiment."""
-    return f"holdfast restore {shlex.quote(str(opened.folder.path))}"
