@@ -20,7 +20,7 @@ from holdfast.flows.driver import Drive
 from holdfast.flows.prefect_runs import close_dead_runs
 from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared
-from holdfast.report.observer import Observer, RunLog, watching
+from holdfast.report.observer import Observer, RunLog, Together, watching
 from holdfast.specfile import ExperimentSpec
 
 
@@ -56,8 +56,12 @@ def nothing_left(restored: Restored) -> State[Any]:
 
 
 def watcher_here() -> Observer:
-    """Return who watches this process's search, else the flow run's own log."""
-    return watching.get() or RunLog(get_run_logger())
+    """Return the flow run's own log, together with whoever watches from this process."""
+    log, caller, session = RunLog(get_run_logger()), watching.get(), prepared.get()
+    if session is not None:  # what came before the flow belongs into its log, too
+        log.opened(session.opened, restored=bool(session.plan))
+        log.planned(session.plan)
+    return log if caller is None else Together(caller, log)
 
 
 def drive(session: Session, watcher: Observer) -> State[Any]:

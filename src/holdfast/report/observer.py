@@ -39,11 +39,47 @@ class Observer:
         """The search ended, on its own accord or interrupted."""
 
 
+class Together(Observer):
+    """Tells two observers."""
+
+    def __init__(self, first: Observer, second: Observer) -> None:
+        self._both = (first, second)
+
+    def say(self, text: str) -> None:
+        for one in self._both:
+            one.say(text)
+
+    def preparing(self) -> None:
+        for one in self._both:
+            one.preparing()
+
+    def opened(self, opened: Opened, *, restored: bool) -> None:
+        for one in self._both:
+            one.opened(opened, restored=restored)
+
+    def planned(self, plan: Sequence[Planned]) -> None:
+        for one in self._both:
+            one.planned(plan)
+
+    def running(self, api_url: str | None) -> None:
+        for one in self._both:
+            one.running(api_url)
+
+    def trial(self, trial: Trial) -> None:
+        for one in self._both:
+            one.trial(trial)
+
+    def ended(self, result: SearchResult) -> None:
+        for one in self._both:
+            one.ended(result)
+
+
 class RunLog(Observer):
-    """Writes what happens to a logger: what a flow run shows that nobody else watches."""
+    """Writes what happens to a logger: the log of a flow run, in Prefect's UI."""
 
     def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
         self._logger = logger
+        self._open: set[int] = set()
 
     def say(self, text: str) -> None:
         self._logger.info("%s", text)
@@ -58,8 +94,13 @@ class RunLog(Observer):
                 self._logger.info("trial %d: %s (%s)", planned.trial, planned.action.value, planned.reason)
 
     def trial(self, trial: Trial) -> None:
-        if trial.status not in ACTIVE:
-            self._logger.info("trial %d %s %s", trial.number, trial.status.value, trial.metrics)
+        seen = trial.number in self._open
+        if trial.status in ACTIVE:
+            self._open.add(trial.number)
+        elif seen:  # else it had ended before this run
+            self._open.remove(trial.number)
+            words = trial.metrics if trial.error is None else f"{trial.error.kind}: {trial.error.message}"
+            self._logger.info("trial %d %s %s", trial.number, trial.status.value, words)
 
     def ended(self, result: SearchResult) -> None:
         self._logger.info("%s: %d trials, %d errored", result.reason, len(result.trials), len(result.errors))
