@@ -22,6 +22,8 @@ import holdfast
 from holdfast.report.tables import trial_json
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
+DIED = 128 + signal.SIGKILL
+"""The exit code of a process that died at a crash point."""
 PATIENCE = 90.0
 """Seconds after which something that should happen counts as not happening."""
 
@@ -321,6 +323,14 @@ def tree(folder: Path) -> dict[str, str]:
         name = str(entry.relative_to(folder))
         found[name] = hashlib.sha256(entry.read_bytes()).hexdigest() if entry.is_file() else "folder"
     return found
+
+
+MakeLab = Callable[..., Lab]
+
+
+def steps_of(lab: Lab, number: int) -> list[int]:
+    """Return the canonical steps of a trial."""
+    return [step for step, _ in lab.outcome()[number][3]]
 
 
 def executed(log: Sequence[Entry], trial: int) -> list[int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_kit import content, create
+from store_kit import content, create, until
 
 from holdfast.core.errors import Corrupt, DatabaseError, Fenced, HoldfastError, LeaseHeld, StorageError
 from holdfast.core.values import dumps
@@ -287,14 +287,6 @@ def kept(opened: Opened) -> Iterator[Kept]:
     kept.start()
     yield kept
     kept.keeper.abandon()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread is about to do."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.005)
 
 
 def test_a_keeper_renews_in_both_places_and_counts_active_time(opened: Opened, kept: Kept) -> None:
