@@ -152,4 +152,6 @@ def _commit_failure(runtime: Runtime, writer: AttemptWriter, failure: TrialFailu
     error = ErrorInfo(kind=kind, message=str(failure), traceback=trace)
     writer.fail(Ending(outcome=outcome, error=error), max_failures=runtime.spec.failure.max_failures)
     faults.point("attempt.failed")
+    # Prefect sends the message on as UTF-8, which an undecodable file name in it would break.
+    failure.args = (str(failure).encode("utf-8", "backslashreplace").decode(),)
     raise failure
