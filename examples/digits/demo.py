@@ -83,9 +83,10 @@ def report(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> bool:
     say("5. what became of the trials")
     print(f"kept      {len(kept)} of {len(finished)} finished trials, none of them ran again")
     for trial in running:
-        step = "no step" if trial["step"] is None else f"step {trial['step']}"
+        reported = "nothing yet" if trial["step"] is None else f"step {trial['step']}"
+        then = "began at step 0" if trial["step"] is None else "went on from its checkpoint"
         attempts = now[trial["number"]]["attempts"]
-        print(f"resumed   trial {trial['number']}: it had reported {step}; attempt {attempts} went on from its checkpoint")
+        print(f"resumed   trial {trial['number']}: it had reported {reported}; attempt {attempts} {then}")
     lost = [trial["number"] for trial in before if trial["number"] not in now]
     print(f"lost      {len(lost)} trials")
     print(f"finished  {sum(trial['status'] == 'COMPLETED' for trial in after)} of 20")
