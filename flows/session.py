@@ -72,10 +72,11 @@ def holder() -> dict[str, Json]:
 
 
 def liveness(other: Mapping[str, Any]) -> bool | None:
-    """Tell whether a lease's holder lives on this host; None when it is another host's."""
-    if other.get("host") != processes.same_host():
-        return None
-    return processes.identity(int(other["pid"])) == other.get("started")
+    """Tell whether a lease's holder lives on this host; None when it is another host's.
+
+    A process that was killed and that nobody has waited for yet is dead.
+    """
+    return processes.is_alive(str(other.get("host")), int(other.get("pid") or 0), str(other.get("started")))
 
 
 def make_pool(spec: ExperimentSpec) -> WorkerPool | None:

@@ -37,8 +37,8 @@ class Checkpoint:
 
 def check_step(step: object) -> int:
     """Return ``step`` if it is a whole number from 0; InvalidStep otherwise (True and 2.0 are refused)."""
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise InvalidStep(f"step is {step!r}; it must be a whole number from 0")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
+        raise InvalidStep(f"step is {step!r}; it must be a whole number from 0, below 2^63")
     return step
 
 

@@ -38,7 +38,9 @@ class SearchSection(Section):
     engine: Literal["random", "grid", "tpe"] = Field(default="tpe", description="where proposals come from")
     num_trials: Whole | None = Field(default=None, ge=0, description="trials in all; a grid's default is its size")
     samples: Whole = Field(default=1, ge=1, description="trials per point of a grid")
-    seed: Whole | None = Field(default=None, ge=0, description="gives every other seed; drawn once and stored when absent")
+    seed: Whole | None = Field(
+        default=None, ge=0, lt=2**63, description="gives every other seed; drawn once and stored when absent"
+    )
     max_concurrent: Whole = Field(default=1, ge=1, le=1000, description="trials that run at once")
     time_budget: Number | None = Field(default=None, gt=0, description="seconds of active time; no trial is started after it")
     target: Number | None = Field(default=None, description="stop proposing once the first objective is at least this good")
