@@ -14,7 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from holdfast.core import faults
 from holdfast.core.budget import Budget
-from holdfast.core.errors import Contention, EngineError, Fenced, HoldfastError
+from holdfast.core.errors import Contention, EngineError, HoldfastError
 from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, actions
 from holdfast.core.ports import Proposer
 from holdfast.core.trial import ErrorInfo, Outcome, Trial, TrialStatus
@@ -228,8 +228,3 @@ class Drive:
         while self._inflight and not expired():
             with suppress(queue.Empty, HoldfastError):
                 self._finish(self._done.get(timeout=0.2))
-
-
-def is_fenced(error: BaseException) -> bool:
-    """Tell whether somebody else drives the experiment now."""
-    return isinstance(error, Fenced)

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,3 @@ def begin(
     keeper.start(lambda: runtime.order(Decision.KILL))
     driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=opened.record.seed)
     return Session(opened=opened, keeper=keeper, driver=driver, reader=reader, runtime=runtime)
-
-
-def with_spec(opened: Opened, spec: ExperimentSpec) -> Opened:
-    """Return ``opened`` under a changed spec."""
-    return replace(opened, spec=spec)
