@@ -1,0 +1,56 @@
+"""What the commands share: their parsers, output, and how they open an experiment."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+EXIT_CODES = (
+    "exit codes: 0 done; 1 some trials errored; 2 bad input; 3 somebody else holds the experiment; "
+    "4 database, storage or Prefect failed; 130/143 on a signal"
+)
+
+Commands = Any  # argparse gives its type no public name
+
+
+def fail(message: str, code: int) -> int:
+    """Say why on stderr; return the exit code."""
+    sys.stdout.flush()
+    print(f"holdfast: {message}", file=sys.stderr)
+    return code
+
+
+def command(commands: Commands, name: str, run: Any, text: str, *, as_json: bool = True) -> argparse.ArgumentParser:
+    """Add a command that calls ``run`` with the parsed options."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
+    parser.set_defaults(run=run)
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def database_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--database``."""
+    parser.add_argument("--database", metavar="URL", help="the experiment's database, if it is not beside it")
+
+
+def terminal() -> Console:
+    """Return the console for people; with a pipe it is wide, so that no line is cut."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def print_json(value: object) -> None:
+    """Print strict JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def open_experiment(options: argparse.Namespace, *, readonly: bool = True) -> Any:
+    """Open the experiment that the options name."""
+    from holdfast.experiment import Experiment
+    from holdfast.locate import find
+
+    return Experiment(find(options.path, database=options.database, readonly=readonly))

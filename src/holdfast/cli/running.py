@@ -1,0 +1,126 @@
+"""The commands that run something: run, restore, validate."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from holdfast.cli.common import Commands, command, database_option, print_json, terminal
+from holdfast.core.trial import ERRORED
+
+
+def add_running(commands: Commands) -> None:
+    run = command(commands, "run", _run, "run a search as a spec says")
+    run.add_argument("spec", metavar="SPEC", help="a YAML file")
+    run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change the spec, such as search.seed=1")
+    restore = command(commands, "restore", _restore, "go on with an experiment that was interrupted")
+    restore.add_argument("path", metavar="PATH")
+    restore.add_argument("--resume-errored", action="store_true", help="errored trials go on from their newest checkpoints")
+    restore.add_argument("--restart-errored", action="store_true", help="errored trials begin again at step 0")
+    restore.add_argument("--no-resume-unfinished", action="store_true", help="leave unfinished trials out (SKIPPED)")
+    restore.add_argument("--no-new-trials", action="store_true", help="propose nothing new")
+    restore.add_argument("--plan", action="store_true", help="show what would be done with each trial, and change nothing")
+    restore.add_argument("--force", action="store_true", help="take over from a holder that seems alive")
+    restore.add_argument("--trainable", metavar="T", help="where the same trainable is now")
+    restore.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="such as search.num_trials=40")
+    database_option(restore)
+    validate = command(commands, "validate", _validate, "check a spec, and load its trainable")
+    validate.add_argument("spec", metavar="SPEC")
+    validate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
+
+
+def _changes(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``--set`` of a restore: new values by dotted key."""
+    from holdfast.specfile import apply_overrides
+
+    found: dict[str, Any] = {}
+
+    def flatten(value: Any, key: str) -> None:
+        if isinstance(value, dict) and key.count(".") == 0:
+            for name, below in value.items():
+                flatten(below, f"{key}.{name}" if key else name)
+        else:
+            found[key] = value
+
+    flatten(apply_overrides({}, pairs, "restore"), "")
+    return found
+
+
+def _run(options: argparse.Namespace) -> int:
+    from holdfast import api
+
+    return _driven(options, lambda observer: api.search(options.spec, overrides=options.set, observer=observer))
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from holdfast import api
+
+    arguments: dict[str, Any] = {
+        "resume_unfinished": not options.no_resume_unfinished,
+        "resume_errored": options.resume_errored,
+        "restart_errored": options.restart_errored,
+        "changes": _changes(options.set),
+        "new_trials": not options.no_new_trials,
+        "force": options.force,
+        "database": options.database,
+    }
+    if options.plan:
+        return _plan(options, api.plan(api.request_of(options.path, options.trainable, **arguments)))
+    return _driven(options, lambda observer: api.restore(options.path, options.trainable, observer=observer, **arguments))
+
+
+def _plan(options: argparse.Namespace, plan: Sequence[Any]) -> int:
+    from holdfast.report.tables import plan_table, plan_words, planned_json
+
+    if options.json:
+        print_json([planned_json(planned) for planned in plan])
+    else:
+        console = terminal()
+        console.print(plan_table(plan))
+        console.print(f"{plan_words(plan)}; nothing was changed", markup=False)
+    return 0
+
+
+def _driven(options: argparse.Namespace, call: Any) -> int:
+    from holdfast.report.progress import Progress
+    from holdfast.settings import hush_prefect
+
+    hush_prefect()
+    console = Console(stderr=True, highlight=False) if options.json else terminal()
+    progress = Progress(console)
+    try:
+        result = call(progress)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        progress.close()
+    if options.json:
+        from holdfast.report.tables import trial_json
+
+        best = None if result.best is None else trial_json(result.best)
+        trials = [trial_json(trial) for trial in result.trials]
+        print_json({"name": result.name, "path": str(result.path), "reason": result.reason, "best": best, "trials": trials})
+    return 1 if any(trial.status in ERRORED for trial in result.trials) else 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from holdfast.flows.prepare import check_spec
+    from holdfast.locate import check_free
+    from holdfast.specfile import ExperimentSpec
+
+    spec = ExperimentSpec.from_file(options.spec, options.set)
+    if spec.if_exists == "fail":
+        check_free(spec)
+    pool = check_spec(spec, workdir=str(Path(options.spec).absolute().parent))
+    if pool is not None:
+        pool.close()
+    if options.json:
+        print_json(spec.stored())
+    else:
+        print(f"{options.spec}: {spec.name} is a good spec; run it with `holdfast run {options.spec}`")
+    return 0
