@@ -19,7 +19,7 @@ from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, Lea
 from holdfast.core.objective import score
 from holdfast.core.resume import Action, Planned, ResumePolicy
 from holdfast.core.space import Space
-from holdfast.core.spec import CHANGEABLE, ExperimentSpec
+from holdfast.core.spec import CHANGEABLE, LOCATION_FIELDS, ExperimentSpec
 from holdfast.core.trial import SCORED, Trial
 from holdfast.core.values import Json, strict
 from holdfast.engines.grid import GridProposer
@@ -33,6 +33,7 @@ from holdfast.locate import (
     create,
     dated,
     experiment_path,
+    folder_at,
     free_name,
     git_commit,
     open_path,
@@ -93,7 +94,7 @@ def checked_spec(
     if overrides:
         raise SpecError("overrides change a spec that is read from a file; change the spec itself")
     if isinstance(spec, ExperimentSpec) and not isinstance(spec, specfile.ExperimentSpec):
-        spec = {**spec.stored(), "storage": spec.storage, "database": spec.database}
+        spec = {**spec.stored(), **{name: getattr(spec, name) for name in LOCATION_FIELDS}}
     checked = spec if isinstance(spec, specfile.ExperimentSpec) else specfile.ExperimentSpec.parse(spec)
     pickled = None if checked.function is None else dump(checked.function)
     return checked, Origin(commit=git_commit(Path.cwd()), pickled=pickled)
@@ -120,9 +121,8 @@ def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | No
     origin = origin or Origin()
     spec = spec.model_copy(update={"name": dated(spec.name, datetime.now().astimezone())})
     check_storage(spec)
-    path = experiment_path(spec)
-    if (path / "experiment.json").exists() and spec.if_exists == "restore":
-        return prepare_restore(_going_on(spec, path), observer)
+    if spec.if_exists == "restore" and folder_at(experiment_path(spec), spec.storage_options).exists():
+        return prepare_restore(_going_on(spec), observer)
     if spec.if_exists == "new":
         spec = spec.model_copy(update={"name": free_name(spec)})
     _refuse_live(spec)
@@ -140,10 +140,11 @@ def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | No
     return Restored(opened=session.opened, plan=(), session=session)
 
 
-def _going_on(spec: ExperimentSpec, path: Path) -> RestoreRequest:
+def _going_on(spec: ExperimentSpec) -> RestoreRequest:
     """Return the restore that a spec with ``if_exists: restore`` asks for."""
     return RestoreRequest(
-        path=path,
+        path=experiment_path(spec),
+        storage_options=spec.storage_options,
         trainable=None if spec.trainable.startswith("pickle:") else spec.trainable,
         changes={key: getattr(getattr(spec, key.partition(".")[0]), key.partition(".")[2]) for key in CHANGEABLE},
         space=spec.space,
@@ -175,6 +176,7 @@ class RestoreRequest:
     objectives: Mapping[str, str] | None = None
     references: Mapping[str, Any] | None = None
     database: str | None = None
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     new_trials: bool = True
     force: bool = False
 
@@ -191,7 +193,7 @@ class Restored:
 def changed_spec(opened: Opened, request: RestoreRequest) -> tuple[ExperimentSpec, dict[str, Json]]:
     """Return the spec under the request, and what changes; SpecError for what a restore may not change."""
     stored = opened.spec
-    data = {**stored.stored(), "storage": stored.storage}
+    data = {**stored.stored(), "storage": stored.storage, "storage_options": stored.storage_options}
     changes: dict[str, Json] = {}
     for key, value in request.changes.items():
         if key not in CHANGEABLE:
@@ -228,7 +230,7 @@ def _goals(objectives: Mapping[str, str]) -> str:
 
 def plan_restore(request: RestoreRequest) -> tuple[Opened, list[Planned]]:
     """Return what a restore would do; changes nothing, whoever drives the experiment."""
-    opened = open_path(request.path, database=request.database, readonly=True)
+    opened = open_path(request.path, database=request.database, options=request.storage_options, readonly=True)
     spec, _ = changed_spec(opened, request)
     survey = reconcile.Survey(Reader(opened.database, opened.record.id), opened.folder, request.policy)
     return replace(opened, spec=spec), survey.plan()
@@ -239,7 +241,7 @@ def prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
 
     Raises SpecError before anything is changed, LeaseHeld when a live process drives the experiment.
     """
-    opened = open_path(request.path, database=request.database)
+    opened = open_path(request.path, database=request.database, options=request.storage_options)
     spec, changes = changed_spec(opened, request)
     opened = replace(opened, spec=spec)
     reader = Reader(opened.database, opened.record.id)
@@ -279,10 +281,10 @@ def _take_over(
         survey = reconcile.Survey(reader, opened.folder, request.policy)
         plan = survey.plan()
         session.driver.set_code(
-            trainable_digest=code_digest(opened.spec), workdir=opened.record.workdir, location=str(opened.folder.path)
+            trainable_digest=code_digest(opened.spec), workdir=opened.record.workdir, location=opened.folder.location
         )
-        if opened.record.location != str(opened.folder.path):
-            opened.folder.relocate(str(opened.folder.path))
+        if opened.record.location != opened.folder.location:
+            opened.folder.relocate(opened.folder.location)
         if changes:
             session.driver.change_spec(opened.spec.stored(), strict(changes))
         reconcile.close_attempts(session, survey, {planned.trial: planned for planned in plan})
@@ -319,7 +321,7 @@ def work_left(spec: ExperimentSpec, trials: Sequence[Trial], plan: Sequence[Plan
 def _refuse_live(spec: ExperimentSpec) -> None:
     """Raise LeaseHeld when the spec's name is taken by an experiment that is driven right now: no name helps then."""
     try:
-        opened = open_path(experiment_path(spec), database=spec.database, readonly=True)
+        opened = open_path(experiment_path(spec), database=spec.database, options=spec.storage_options, readonly=True)
     except (ExperimentNotFound, Corrupt, DatabaseError):
         return  # whether the name is free is for check_free to say
     try:

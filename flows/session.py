@@ -99,7 +99,8 @@ def begin(
 ) -> Session:
     """Take the lease of an opened experiment and start to renew it."""
     claimant = Claimant(holder=holder(), liveness=liveness, say=observer.say, force=force)
-    keeper = take(opened.database, opened.record.id, opened.folder, claimant, action=action, detail=detail)
+    uuid = opened.record.uuid
+    keeper = take(opened.database, opened.record.id, opened.folder, claimant, action=action, detail=detail, uuid=uuid)
     reader = Reader(opened.database, opened.record.id)
     runtime = Runtime(
         uuid=opened.record.uuid,

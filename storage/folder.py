@@ -1,25 +1,28 @@
-"""The experiment's folder: ``experiment.json``, ``lease.json``, trials, results and logs. The path is enough."""
+"""The experiment's folder, or its prefix on an object store: identity, lease, trials, results and logs. The path is enough."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from holdfast.core.errors import Corrupt, ExperimentNotFound, StorageError
+from holdfast.core.errors import Corrupt, ExperimentExists, ExperimentNotFound, LeaseHeld, StorageError
 from holdfast.core.values import Json, dumps, loads
-from holdfast.storage.atomic import is_draft, make_folder, storage_error, write_file
+from holdfast.storage.atomic import is_draft
+from holdfast.storage.root import DAMAGE, LOCK, LocalRoot, Root, checked, damaged, join, open_root
 
 FORMAT = 1
-_BY_THE_WAY = (".lock", ".probe", "trainable.pkl")
+IDENTITY = "experiment.json"
+LEASE = "lease.json"
+JOURNAL = "journal"
+TRAINABLE = "trainable.pkl"
+_PROBE = ".probe"
+_BY_THE_WAY = (LOCK, _PROBE, TRAINABLE)
 _OWN_IN_TRIAL = re.compile(r"(result-a\d+\.json|log-a\d+\.txt)(\.\d+)?")
 _OWN_CHECKPOINT = re.compile(r"(\.staging-|\.trash-)?step_\d{8,}-a\d+-[0-9a-f]{4,32}")
 _TRIAL_FOLDER = re.compile(r"\d{6,}")
@@ -35,6 +38,10 @@ class Identity:
     spec: dict[str, Any]
     workdir: str
     seed: int
+    spec_source: str | None = None
+    git_commit: str | None = None
+    ancestors: list[str] = field(default_factory=list)
+    """UUIDs of the experiments that this one was copied from, the first one last"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,104 +54,105 @@ class PathLease:
     """seconds since 1970 by the clock of the holder's host"""
     renewed: float
     database: str
+    uuid: str = ""
+    """the experiment's: the lease of an original means nothing in its copy"""
+    token: str = ""
+    """of the epoch: two databases may count alike, but never draw alike"""
+
+
+@dataclass
+class LeaseFile:
+    """``lease.json`` while it is being changed."""
+
+    root: Root
+    found: PathLease | None
+    _version: str | None
+
+    def write(self, lease: PathLease) -> None:
+        """Replace it durably; LeaseHeld when another host was faster."""
+        if not self.root.replace(LEASE, (json.dumps(vars(lease)) + "\n").encode(), self._version):
+            raise LeaseHeld(f"another host changed {join(self.root.location, LEASE)} at the same moment; nothing was changed")
 
 
 class Folder:
-    """One experiment's folder."""
+    """One experiment's files. ``path`` is where processes of this host work: the folder itself, or a remote one's stand-in."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, root: Root | Path, work: Path | None = None) -> None:
+        self.root: Root = LocalRoot(root) if isinstance(root, Path) else root
+        self.location = self.root.location
+        self.path = work if work is not None else Path(self.location)
+
+    @classmethod
+    def at(cls, location: str, *, options: Mapping[str, Any] | None = None, work: Path | None = None) -> Folder:
+        """Return the folder at a location; an object store's needs ``work``, a local folder to work in."""
+        root = open_root(location, options)
+        return cls(root, None if isinstance(root, LocalRoot) else work)
 
     @property
-    def experiment_file(self) -> Path:
-        return self.path / "experiment.json"
+    def is_local(self) -> bool:
+        return isinstance(self.root, LocalRoot)
 
-    @property
-    def lease_file(self) -> Path:
-        return self.path / "lease.json"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.path / ".lock"
-
-    def leftovers(self) -> list[Path]:
+    def leftovers(self) -> list[str]:
         """Return what a creation that was cut off leaves without ``experiment.json``: the lock, the trainable, drafts."""
-        return sorted(entry for entry in self.path.iterdir() if entry.name in _BY_THE_WAY or is_draft(entry.name))
+        return [name for name in self.root.names() if name in _BY_THE_WAY or is_draft(name)]
+
+    def exists(self) -> bool:
+        """Tell whether there is an experiment."""
+        return self.root.read(IDENTITY) is not None
 
     def create(self, identity: Identity) -> None:
-        """Write ``experiment.json``; the folder becomes an experiment by it."""
-        make_folder(self.path)
-        body = {"format": FORMAT, **vars(identity)}
-        write_file(self.experiment_file, (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode())
+        """Write ``experiment.json``, by which the folder becomes an experiment; ExperimentExists when it is one already."""
+        _, version = self.root.versioned(IDENTITY)
+        if self.exists() or not self.root.replace(IDENTITY, _body(identity), version):
+            raise ExperimentExists(f"{self.location} holds an experiment already; choose another name")
+
+    def rewrite(self, identity: Identity) -> None:
+        """Replace ``experiment.json``."""
+        self.root.write(IDENTITY, _body(identity))
 
     def identity(self) -> Identity:
         """Read ``experiment.json``; ExperimentNotFound when there is none, Corrupt when it is torn or newer."""
-        body = _read(self.experiment_file)
+        body = self.root.read(IDENTITY)
         if body is None:
             raise ExperimentNotFound(
-                f"{self.path} is no experiment: it holds no experiment.json; `holdfast list` shows the experiments of a storage"
+                f"{self.location} is no experiment: it holds no {IDENTITY}; `holdfast list` shows the experiments of a storage"
             )
         try:
-            found = _checked(json.loads(body), {"format": int, **_IDENTITY})
-        except _DAMAGE as error:
-            raise Corrupt(
-                f"{self.experiment_file} is damaged ({type(error).__name__}: {error}); put an intact copy back"
-            ) from None
-        if found["format"] > FORMAT:
-            raise Corrupt(f"{self.experiment_file} has format {found['format']}, this program reads {FORMAT}; update holdfast")
-        return Identity(**{name: found[name] for name in _IDENTITY})
+            found = json.loads(body)
+            if checked(found, {"format": int})["format"] > FORMAT:
+                file = join(self.location, IDENTITY)
+                raise Corrupt(f"{file} has format {found['format']}, this program reads {FORMAT}; update holdfast")
+            known = {name: found[name] for name in _OPTIONAL if name in found}
+            return Identity(**checked(found, _IDENTITY), **checked(known, {name: _OPTIONAL[name] for name in known}))
+        except DAMAGE as error:
+            raise damaged(self.location, IDENTITY, error) from None
 
     def relocate(self, location: str) -> None:
         """Note the folder's new place in ``experiment.json``."""
-        identity = self.identity()
-        self.create(Identity(**{**vars(identity), "location": location}))
+        self.rewrite(Identity(**{**vars(self.identity()), "location": location}))
 
     def lease(self) -> PathLease | None:
         """Read ``lease.json``, or None when nobody ever drove the experiment; Corrupt when it is damaged."""
-        body = _read(self.lease_file)
+        return self._lease(self.root.read(LEASE))
+
+    def _lease(self, body: bytes | None) -> PathLease | None:
         if body is None:
             return None
         try:
-            return PathLease(**_checked(json.loads(body), _LEASE))
-        except _DAMAGE:
+            found = json.loads(body)
+            known = {name: found[name] for name in ("uuid", "token") if name in found}
+            return PathLease(**checked(found, _LEASE), **checked(known, dict.fromkeys(known, str)))
+        except DAMAGE:
             raise Corrupt(
-                f"{self.lease_file} is damaged; delete it if you are sure that nobody drives the experiment"
+                f"{join(self.location, LEASE)} is damaged; delete it if you are sure that nobody drives the experiment"
             ) from None
 
-    def write_lease(self, lease: PathLease) -> None:
-        """Replace ``lease.json``, durably: after a power failure it must not be empty. Call it under :meth:`locked`."""
-        write_file(self.lease_file, (json.dumps(vars(lease)) + "\n").encode())
-
     @contextmanager
-    def locked(self, *, patience: float = 30.0) -> Iterator[None]:
-        """Hold the folder's lock, for the moment of one read and write; a process that dies lets it go.
-
-        StorageError when another process, suspended perhaps, holds it for ``patience`` seconds.
-        """
-        try:
-            stream = self._lock(time.monotonic() + patience)
-        except StorageError:
-            raise
-        except OSError as error:
-            raise storage_error(error, self.lock_file) from error
-        with stream:
-            yield
-
-    def _lock(self, deadline: float) -> IO[str]:
-        while True:
-            stream = self.lock_file.open("a")
-            try:
-                with suppress(BlockingIOError, FileNotFoundError):
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if os.path.samestat(os.fstat(stream.fileno()), os.stat(self.lock_file)):
-                        return stream  # not one that was deleted while we waited for it
-            except BaseException:
-                stream.close()
-                raise
-            stream.close()
-            if time.monotonic() > deadline:
-                raise StorageError(f"{self.lock_file} is held by another process, suspended perhaps; end that process")
-            time.sleep(0.005)
+    def changing_lease(self) -> Iterator[LeaseFile]:
+        """Read ``lease.json`` to change it; of several hosts at once one succeeds."""
+        with self.root.exclusive():
+            body, version = self.root.versioned(LEASE)
+            yield LeaseFile(self.root, self._lease(body), version)
 
     @staticmethod
     def trial_name(number: int) -> str:
@@ -160,39 +168,64 @@ class Folder:
 
     def result(self, number: int, attempt: int) -> Mapping[str, Json] | None:
         """Return the persisted result of an attempt, or None when there is none or it is torn."""
-        text = _read(self.path / self.result_name(number, attempt))
+        text = self.root.read(self.result_name(number, attempt))
         if text is None:
             return None
         try:
             body = loads(json.loads(text)["result"])
-        except _DAMAGE:
+        except DAMAGE:
             return None
         matches = isinstance(body, dict) and body.get("trial") == number and body.get("attempt") == attempt
         return body if matches else None
 
     def write_probe(self) -> None:
         """Raise StorageError unless the folder can be written."""
-        write_file(self.path / ".probe", dumps({}).encode(), durable=False)
-        (self.path / ".probe").unlink()
+        self.root.write(_PROBE, dumps({}).encode(), durable=False)
+        self.root.delete(_PROBE)
 
-    def delete(self) -> list[Path]:
+    def delete(self) -> list[str]:
         """Delete what holdfast wrote, ``experiment.json`` first; return what is left because it is foreign."""
         self.identity()
+        self.root.delete(IDENTITY)
+        if not self.is_local:
+            return self._delete_remote()
         try:
-            self.experiment_file.unlink()
             for trial in _entries(self.path / "trials", _TRIAL_FOLDER):
                 _delete_trial(trial)
-            for name in ("journal", ".prefect"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            for file in (self.lease_file, *self.leftovers()):
-                file.unlink(missing_ok=True)
+            for name in (JOURNAL, ".prefect"):
+                self.root.delete_folder(name)
+            for name in (LEASE, *self.leftovers()):
+                self.root.delete(name)
             for folder in (self.path / "trials", self.path):
                 _remove_empty(folder)
         except OSError as error:
-            raise StorageError(f"{self.path}: {error.strerror or error}; delete the rest by hand") from error
-        return sorted(self.path.rglob("*")) if self.path.exists() else []
+            raise StorageError(f"{self.location}: {error.strerror or error}; delete the rest by hand") from error
+        return sorted(map(str, self.path.rglob("*"))) if self.path.exists() else []
+
+    def _delete_remote(self) -> list[str]:
+        for number in self.root.names("trials"):
+            if _TRIAL_FOLDER.fullmatch(number):
+                for name in self.root.names(f"trials/{number}"):
+                    if _OWN_IN_TRIAL.fullmatch(name):
+                        self.root.delete(f"trials/{number}/{name}")
+                for name in self.root.names(f"trials/{number}/checkpoints"):
+                    if _OWN_CHECKPOINT.fullmatch(name):
+                        self.root.delete_folder(f"trials/{number}/checkpoints/{name}")
+        self.root.delete_folder(JOURNAL)
+        for name in (LEASE, *self.leftovers()):
+            self.root.delete(name)
+        return [join(self.location, name) for name in self.root.names()]
 
 
+def _body(identity: Identity) -> bytes:
+    return (json.dumps({"format": FORMAT, **vars(identity)}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    "spec_source": (str, type(None)),
+    "git_commit": (str, type(None)),
+    "ancestors": list,
+}
 _IDENTITY: dict[str, type | tuple[type, ...]] = {
     "uuid": str,
     "name": str,
@@ -208,26 +241,6 @@ _LEASE: dict[str, type | tuple[type, ...]] = {
     "renewed": (int, float),
     "database": str,
 }
-_DAMAGE = (ValueError, KeyError, TypeError, RecursionError)
-"""What reading a torn or altered JSON file raises."""
-
-
-def _read(file: Path) -> bytes | None:
-    """Return the content of ``file``, or None when there is none; StorageError when it cannot be read."""
-    try:
-        return file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise storage_error(error, file) from error
-
-
-def _checked(body: Any, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
-    """Return the named values of ``body``; TypeError for one of another type."""
-    for name, kind in kinds.items():
-        if not isinstance(body[name], kind) or isinstance(body[name], bool):
-            raise TypeError(f"{name} is {body[name]!r}")
-    return {name: body[name] for name in kinds}
 
 
 def _entries(folder: Path, own: re.Pattern[str]) -> list[Path]:

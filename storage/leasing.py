@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.core import faults
@@ -52,23 +53,23 @@ def describe(holder: Mapping[str, Any]) -> str:
     return f"process {holder.get('pid')} on {holder.get('hostname')}"
 
 
-def _look(leases: Leases, folder: Folder) -> tuple[int, int, list[_Sight]]:
+def _look(leases: Leases, folder: Folder, uuid: str) -> tuple[int, int, list[_Sight]]:
     """Return the epochs of the database and the path, and both leases."""
     stored = leases.look()
     sights = [_Sight("database", stored.epoch, stored.holder, stored.remaining, stored.renewed)]
-    path = folder.lease()
+    path = _own(folder.lease(), uuid)
     if path is not None:
         sights.append(_Sight("path", path.epoch, path.holder, path.expires - time.time(), path.renewed))
     return stored.epoch, path.epoch if path is not None else 0, sights
 
 
-def _await_silence(leases: Leases, folder: Folder, claimant: Claimant) -> tuple[int, int]:
+def _await_silence(leases: Leases, folder: Folder, claimant: Claimant, uuid: str) -> tuple[int, int]:
     """Return the epochs once nobody holds either lease; LeaseHeld as soon as a holder is seen alive."""
     first: dict[str, _Sight] = {}
     began = claimant.clock()
     said = False
     while True:
-        database_epoch, path_epoch, sights = _look(leases, folder)
+        database_epoch, path_epoch, sights = _look(leases, folder, uuid)
         if claimant.force or not any(_blocks(sight, first, claimant, claimant.clock() - began) for sight in sights):
             return database_epoch, path_epoch
         for sight in sights:
@@ -107,17 +108,15 @@ def _blocks(sight: _Sight, first: Mapping[str, _Sight], claimant: Claimant, wait
 class Keeper:
     """A lease that is held: renewed in a thread of its own until it is released or lost."""
 
-    def __init__(
-        self, database: Database, experiment: int, folder: Folder, epoch: int, holder: dict[str, Json], terms: Terms = TERMS
-    ) -> None:
-        self.epoch = epoch
+    def __init__(self, database: Database, experiment: int, folder: Folder, lease: PathLease, terms: Terms = TERMS) -> None:
+        self.epoch = lease.epoch
+        self.token = lease.token
         self.stop_requested = False
         self.active_seconds = 0.0
         self._terms = terms
         self._leases = Leases(database, experiment, terms)
         self._folder = folder
-        self._holder = holder
-        self._label = database.label
+        self._lease = lease
         self._lost: HoldfastError | None = None
         self._released = False
         self._on_lost: Callable[[], None] = lambda: None
@@ -173,16 +172,20 @@ class Keeper:
             except BaseException:
                 self._counted -= active
                 raise
-            self._write(self._holder)
+            self._write(self._lease)
             self.stop_requested = self.stop_requested or stop
             self._renewed = moment
 
-    def _write(self, holder: dict[str, Json] | None) -> None:
-        with self._folder.locked():
-            found = self._folder.lease()
-            if found is not None and found.epoch > self.epoch:
-                raise Fenced(f"epoch {self.epoch} is over: {self._folder.lease_file} is at epoch {found.epoch}")
-            self._folder.write_lease(_path_lease(self.epoch, holder, self._label, self._terms))
+    def _write(self, lease: PathLease) -> None:
+        with self._folder.changing_lease() as file:
+            found = _own(file.found, lease.uuid)
+            later = found is not None and (
+                found.epoch > self.epoch or (found.epoch == self.epoch and found.token != self.token)
+            )
+            if found is not None and later:
+                raise Fenced(f"epoch {self.epoch} is over: the lease in {self._folder.location} is of epoch {found.epoch}")
+            now = time.time()
+            file.write(replace(lease, expires=now + self._terms.duration, renewed=now))
 
     def release(self, ended: str) -> None:
         """Give the lease back, noting why the drive ended; Fenced when it was lost meanwhile. Once is enough."""
@@ -194,7 +197,7 @@ class Keeper:
                 return
             self._leases.release(epoch=self.epoch, active=self._active(), ended=ended)
             self._released = True
-            self._write(None)
+            self._write(replace(self._lease, holder=None))
 
     def release_quietly(self, ended: str) -> None:
         """Give the lease back if it still is ours to give."""
@@ -215,7 +218,14 @@ class Keeper:
 
 
 def take(
-    database: Database, experiment: int, folder: Folder, claimant: Claimant, *, action: str, detail: Mapping[str, Json]
+    database: Database,
+    experiment: int,
+    folder: Folder,
+    claimant: Claimant,
+    *,
+    action: str,
+    detail: Mapping[str, Json],
+    uuid: str = "",
 ) -> Keeper:
     """Take the lease of an experiment, in the database and in its path.
 
@@ -223,23 +233,37 @@ def take(
     elsewhere is waited out. The new epoch is one more than the greater of both. With ``claimant.force`` nobody is waited for.
     """
     leases = Leases(database, experiment, claimant.terms)
-    database_epoch, path_epoch = _await_silence(leases, folder, claimant)
-    epoch = max(database_epoch, path_epoch) + 1
-    keeper = Keeper(database, experiment, folder, epoch, claimant.holder, claimant.terms)
-    with folder.locked():
-        found = folder.lease()
+    database_epoch, path_epoch = _await_silence(leases, folder, claimant, uuid)
+    now = time.time()
+    lease = PathLease(
+        epoch=max(database_epoch, path_epoch) + 1,
+        holder=claimant.holder,
+        expires=now + claimant.terms.duration,
+        renewed=now,
+        database=database.label,
+        uuid=uuid,
+        token=secrets.token_hex(8),
+    )
+    with folder.changing_lease() as file:
+        found = _own(file.found, uuid)
         if found is not None and found.epoch > path_epoch:
             raise LeaseHeld("another process took the experiment at the same moment; nothing was changed")
-        leases.take(seen=database_epoch, epoch=epoch, holder=claimant.holder, action=action, detail=detail)
+        leases.take(
+            seen=database_epoch,
+            epoch=lease.epoch,
+            holder=claimant.holder,
+            action=action,
+            detail={**detail, "token": lease.token},
+        )
         faults.point("lease.database-taken")
         try:
-            folder.write_lease(_path_lease(epoch, claimant.holder, database.label, claimant.terms))
+            file.write(lease)
         except HoldfastError as error:
-            leases.release(epoch=epoch, active=0.0, ended=f"interrupted: {error}")
+            leases.release(epoch=lease.epoch, active=0.0, ended=f"interrupted: {error}")
             raise
-    return keeper
+    return Keeper(database, experiment, folder, lease, claimant.terms)
 
 
-def _path_lease(epoch: int, holder: dict[str, Json] | None, database: str, terms: Terms) -> PathLease:
-    now = time.time()
-    return PathLease(epoch=epoch, holder=holder, expires=now + terms.duration, renewed=now, database=database)
+def _own(lease: PathLease | None, uuid: str) -> PathLease | None:
+    """Return a lease in the path if it is this experiment's; a copy still has its original's."""
+    return lease if lease is not None and lease.uuid in ("", uuid) else None

@@ -253,7 +253,7 @@ def _flow(session: Session, *, restoring: bool) -> tuple[Flow[..., Any], dict[st
     if restoring:
         from holdfast.flows.restore import restore as restore_flow
 
-        return restore_flow, {"path": str(session.opened.folder.path)}
+        return restore_flow, {"path": session.opened.folder.location}
     from holdfast.flows.search import search as search_flow
 
     # Prefect stores parameters: no locations, no references.

@@ -8,9 +8,7 @@ from typing import Any
 
 from holdfast.core.errors import TrainableError
 from holdfast.storage.atomic import write_file
-
-FILE = "trainable.pkl"
-"""Where a pickled trainable lies in the experiment's folder."""
+from holdfast.storage.folder import TRAINABLE as FILE
 
 Function = Callable[..., Any]
 
@@ -35,5 +33,5 @@ def dump(function: Function) -> bytes:
 
 
 def keep(pickled: bytes, folder: Path) -> None:
-    """Write a pickled trainable into the experiment's folder."""
+    """Write a pickled trainable into a folder where workers find it."""
     write_file(folder / FILE, pickled)

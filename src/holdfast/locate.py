@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import uuid as uuids
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from holdfast.callables import keep
 from holdfast.core import faults
 from holdfast.core.errors import (
     Corrupt,
@@ -27,7 +27,8 @@ from holdfast.storage.atomic import make_folder
 from holdfast.storage.database import experiments
 from holdfast.storage.database.engine import Database, Location, connect, sqlite_url
 from holdfast.storage.database.experiments import Record, open_database
-from holdfast.storage.folder import Folder, Identity
+from holdfast.storage.folder import TRAINABLE, Folder, Identity
+from holdfast.storage.root import absolute, is_url, join, parent_of
 
 DATABASE_FILE = "holdfast.db"
 
@@ -46,41 +47,60 @@ class Opened:
         self.database.close()
 
 
-def database_url(storage: Path, given: str | None) -> Location:
-    """Return the database of a storage: the one given, else the environment's, else a SQLite file in it."""
-    return given or settings().database_url or sqlite_url(storage / DATABASE_FILE)
+def folder_at(location: str | Path, options: Mapping[str, Any] | None = None) -> Folder:
+    """Return the folder at a location; SpecError for one that cannot be used."""
+    place = absolute(location)
+    return Folder.at(place, options=options, work=settings().cache_folder / "work" / digest(place)[:16])
 
 
-def stored_spec(record: Record, storage: Path) -> ExperimentSpec:
+def database_url(storage: str, given: str | None) -> Location:
+    """Return the database of a storage: the one given, else the environment's, else a SQLite file.
+
+    That of a local storage lies in it, that of an object store in the user's data folder on this host.
+    """
+    if given or settings().database_url:
+        return given or str(settings().database_url)
+    if not is_url(storage):
+        return sqlite_url(Path(storage) / DATABASE_FILE)
+    return sqlite_url(settings().data_folder / f"{digest(storage)[:16]}.db")
+
+
+def stored_spec(record: Record, storage: str, options: Mapping[str, Any] | None = None) -> ExperimentSpec:
     """Return the spec of a row, with the storage that it is in now."""
+    place = {"storage": storage, **({"storage_options": dict(options)} if options else {})}
     try:
-        return ExperimentSpec.parse({**record.spec, "storage": str(storage)}, source=f"stored spec of {record.name}")
+        return ExperimentSpec.parse({**record.spec, **place}, source=f"stored spec of {record.name}")
     except SpecError as error:
         raise Corrupt(f"{error}; it is damaged, or a newer holdfast wrote it: update holdfast") from error
 
 
-def open_path(path: str | Path, *, database: str | None = None, readonly: bool = False) -> Opened:
-    """Open the experiment in a folder.
+def open_path(
+    path: str | Path,
+    *,
+    database: str | None = None,
+    readonly: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Opened:
+    """Open the experiment at a location.
 
-    Raises ExperimentNotFound when the folder is no experiment, Corrupt when its files or rows are damaged or do not belong
-    together, DatabaseError when the database is missing. Nothing is changed.
+    Raises ExperimentNotFound when there is none, Corrupt when its files or rows are damaged or do not belong together,
+    DatabaseError when the database is missing. Nothing is changed.
     """
-    if "://" in str(path):
-        raise SpecError(f"{path} is an object store; this version keeps experiments in local folders only")
     if "\0" in str(path):
         raise ExperimentNotFound("a path has no NUL character; `holdfast list` shows the experiments of a storage")
-    folder = Folder(Path(os.path.abspath(path)))
+    folder = folder_at(path, options)
     identity = folder.identity()
-    opened = open_database(database_url(folder.path.parent, database), readonly=readonly)
+    storage = parent_of(folder.location)
+    opened = open_database(database_url(storage, database), readonly=readonly)
     try:
         record = experiments.by_uuid(opened, identity.uuid)
         if record is None:
             raise Corrupt(
-                f"database {opened.label} does not know the experiment in {folder.path} ({identity.uuid}); "
+                f"database {opened.label} does not know the experiment in {folder.location} ({identity.uuid}); "
                 "name the database that it was made with by --database"
             )
         _refuse_copy(folder, identity, opened)
-        spec = stored_spec(record, folder.path.parent)
+        spec = stored_spec(record, storage, options)
     except BaseException:
         opened.close()
         raise
@@ -89,6 +109,8 @@ def open_path(path: str | Path, *, database: str | None = None, readonly: bool =
 
 def _refuse_copy(folder: Folder, identity: Identity, database: Database) -> None:
     """Raise Corrupt for a second folder of one experiment on one database: both would drive the same rows."""
+    if is_url(identity.location) or not folder.is_local:
+        return
     original = Path(identity.location)
     if original == folder.path or not (original / "experiment.json").exists() or os.path.samefile(original, folder.path):
         return
@@ -121,38 +143,43 @@ def dated(name: str, now: datetime) -> str:
 
 
 def free_name(spec: ExperimentSpec) -> str:
-    """Return the spec's name, or name-2, name-3 ... : the first that has no folder in the storage."""
+    """Return the spec's name, or name-2, name-3 ... : the first that has nothing of its name in the storage."""
     name, count = spec.name, 1
-    while (Path(spec.storage) / name).exists():
+    taken = set(folder_at(spec.storage, spec.storage_options).root.names())
+    while name in taken:
         count += 1
         name = f"{spec.name}-{count}"
     return name
 
 
-def experiment_path(spec: ExperimentSpec) -> Path:
-    """Return the folder that an experiment of ``spec`` has."""
-    return Path(os.path.abspath(spec.storage)) / spec.name
+def experiment_path(spec: ExperimentSpec) -> str:
+    """Return the location that an experiment of ``spec`` has."""
+    return join(absolute(spec.storage), spec.name)
 
 
 def check_free(spec: ExperimentSpec) -> None:
     """Raise ExperimentExists when the spec's folder is taken."""
-    path = experiment_path(spec)
-    if os.path.exists(path / "experiment.json"):
-        raise ExperimentExists(
-            f"the name {spec.name!r} is taken: {path} holds an experiment; continue it with `holdfast restore {path}`, "
-            "choose another name, or set if_exists: restore or new"
-        )
+    folder = folder_at(experiment_path(spec), spec.storage_options)
     try:
-        taken = path.exists() and (not path.is_dir() or len(Folder(path).leftovers()) < len(list(path.iterdir())))
+        exists, names = folder.exists(), folder.root.names()
+        is_file = folder.is_local and not names and Path(folder.location).exists() and not Path(folder.location).is_dir()
     except OSError as error:
-        raise SpecError(f"storage {path.parent}: {error.strerror}; name another") from error
-    if taken:
-        raise ExperimentExists(f"{path} exists and is no experiment; choose another name or storage")
+        raise SpecError(f"storage {parent_of(folder.location)}: {error.strerror or error}; name another") from error
+    if exists:
+        raise ExperimentExists(
+            f"the name {spec.name!r} is taken: {folder.location} holds an experiment; continue it with "
+            f"`holdfast restore {folder.location}`, choose another name, or set if_exists: restore or new"
+        )
+    if is_file or len(folder.leftovers()) < len(names):
+        raise ExperimentExists(f"{folder.location} exists and is no experiment; choose another name or storage")
 
 
 def check_storage(spec: ExperimentSpec) -> None:
-    """Raise SpecError unless the storage can be written; creates nothing."""
-    folder = Path(os.path.abspath(spec.storage))
+    """Raise SpecError unless the storage can be written; a local one is not touched."""
+    if is_url(spec.storage):
+        _check_object_store(spec)
+        return
+    folder = Path(absolute(spec.storage))
     try:
         existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     except OSError as error:
@@ -161,6 +188,20 @@ def check_storage(spec: ExperimentSpec) -> None:
         raise SpecError(f"storage {folder}: {existing} is no folder; name another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise SpecError(f"storage {folder}: {existing} cannot be written; fix its permissions or name another")
+
+
+def _check_object_store(spec: ExperimentSpec) -> None:
+    """Raise SpecError unless a probe can be written, and the lease can be held between hosts or by one database."""
+    storage = folder_at(spec.storage, spec.storage_options)
+    try:
+        storage.write_probe()
+    except StorageError as error:
+        raise SpecError(f"storage {error}") from error
+    if not storage.root.conditional and not (spec.database or settings().database_url):
+        raise SpecError(
+            f"storage {storage.location} has no conditional writes: two hosts with a database each could both drive an "
+            "experiment; name one database that all of them share (database: postgresql+psycopg://...)"
+        )
 
 
 def create(
@@ -179,59 +220,75 @@ def create(
     """
     check_free(spec)
     check_storage(spec)
-    path = experiment_path(spec)
-    folder = Folder(path)
-    url = database_url(path.parent, spec.database)
+    location = experiment_path(spec)
+    folder = folder_at(location, spec.storage_options)
+    url = database_url(parent_of(location), spec.database)
     connect(url).close()  # a wrong URL is refused before anything is made
-    made = [part for part in (path, *path.parents) if not part.exists()]
+    made = [part for part in (folder.path, *folder.path.parents) if not part.exists()]
     try:
-        make_folder(path)
+        make_folder(folder.path)
         faults.point("experiment.path-made")
-        with folder.locked():
+        with folder.root.exclusive():
             check_free(spec)
             database = open_database(url, create_missing=True)
             try:
-                record = _add_rows(database, spec, path, seed=seed, workdir=workdir, source=source, commit=commit)
+                record = _add_rows(database, spec, location, seed=seed, workdir=workdir, source=source, commit=commit)
                 faults.point("experiment.rows-made")
                 if pickled is not None:
-                    keep(pickled, path)
+                    folder.root.write(TRAINABLE, pickled)
                 identity = Identity(
-                    uuid=record.uuid, name=spec.name, location=str(path), spec=spec.stored(), workdir=workdir, seed=seed
+                    uuid=record.uuid,
+                    name=spec.name,
+                    location=location,
+                    spec=spec.stored(),
+                    workdir=workdir,
+                    seed=seed,
+                    spec_source=source,
+                    git_commit=commit,
                 )
-                folder.create(identity)
+                _publish(folder, identity, database, record)
             except BaseException:
                 database.close()
                 raise
     except BaseException as error:
         _remove_made(folder, made)
-        if isinstance(error, StorageError) and not os.path.exists(path):
-            raise SpecError(f"storage {path.parent}: {error}") from error
+        if isinstance(error, StorageError) and folder.is_local and not os.path.exists(location):
+            raise SpecError(f"storage {parent_of(location)}: {error}") from error
         raise
     return Opened(folder=folder, database=database, record=record, spec=spec)
+
+
+def _publish(folder: Folder, identity: Identity, database: Database, record: Record) -> None:
+    """Write ``experiment.json``; rows whose folder another host was faster to take are deleted."""
+    try:
+        folder.create(identity)
+    except ExperimentExists:
+        experiments.delete(database, record.id)
+        raise
 
 
 def _remove_made(folder: Folder, made: Sequence[Path]) -> None:
     """Remove the folders that a refused creation made, unless somebody else uses them meanwhile."""
     with suppress(OSError):
-        if folder.path in made and folder.leftovers() == sorted(folder.path.iterdir()):
-            for file in folder.leftovers():
-                file.unlink(missing_ok=True)
+        if folder.is_local and folder.path in made and folder.leftovers() == folder.root.names():
+            for name in folder.leftovers():
+                folder.root.delete(name)
     for part in made:
         with suppress(OSError):
             part.rmdir()
 
 
 def _add_rows(
-    database: Database, spec: ExperimentSpec, path: Path, *, seed: int, workdir: str, source: str | None, commit: str | None
+    database: Database, spec: ExperimentSpec, location: str, *, seed: int, workdir: str, source: str | None, commit: str | None
 ) -> Record:
     found = experiments.by_name(database, spec.name)
-    if found is not None and found.epoch == 0 and found.location == str(path):
+    if found is not None and found.epoch == 0 and found.location == location:
         experiments.delete(database, found.id)  # a crash cut its creation off: nobody ever drove it, and we hold its lock
     return experiments.create(
         database,
         spec,
         uuid=str(uuids.uuid4()),
-        location=str(path),
+        location=location,
         seed=seed,
         workdir=workdir,
         spec_source=source,

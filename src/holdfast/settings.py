@@ -22,6 +22,10 @@ class Settings(BaseSettings):
         default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast",
         description="what can be made again",
     )
+    data_folder: Path = Field(
+        default_factory=lambda: Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "holdfast",
+        description="databases of experiments on object stores that name none",
+    )
 
 
 @lru_cache(maxsize=1)

@@ -31,8 +31,8 @@ def test_what_is_written_comes_back(folder: Folder) -> None:
     assert folder.identity() == IDENTITY
     assert folder.lease() is None
     for lease in (LEASE, replace(LEASE, holder=None)):
-        with folder.locked():
-            folder.write_lease(lease)
+        with folder.changing_lease() as file:
+            file.write(lease)
         assert folder.lease() == lease
     folder.relocate("/new")
     assert folder.identity() == replace(IDENTITY, location="/new")
@@ -52,7 +52,7 @@ TORN = {
 
 @pytest.mark.parametrize("kind", TORN)
 def test_torn_files_are_typed_errors_and_stay_as_they_are(folder: Folder, kind: str) -> None:
-    for file in (folder.experiment_file, folder.lease_file):
+    for file in ((folder.path / "experiment.json"), (folder.path / "lease.json")):
         file.write_text(TORN[kind])
     before = content(folder.path)
     for read in (folder.identity, folder.lease, folder.delete):
@@ -62,35 +62,48 @@ def test_torn_files_are_typed_errors_and_stay_as_they_are(folder: Folder, kind: 
 
 
 def test_undecodable_files_are_typed_errors(folder: Folder) -> None:
-    for file in (folder.experiment_file, folder.lease_file):
+    for file in ((folder.path / "experiment.json"), (folder.path / "lease.json")):
         file.write_bytes(b"\xff\xfe{}")
     for read in (folder.identity, folder.lease):
         with pytest.raises(Corrupt, match="damaged"):
             read()
 
 
-@pytest.mark.parametrize("name", ["format", *Identity.__dataclass_fields__])
+OPTIONAL = ["spec_source", "git_commit", "ancestors"]
+
+
+@pytest.mark.parametrize("name", ["format", *(name for name in Identity.__dataclass_fields__ if name not in OPTIONAL)])
 @pytest.mark.parametrize("value", [None, True, 1.5, ["x"]])
 def test_altered_fields_are_noticed(folder: Folder, name: str, value: object) -> None:
-    body = json.loads(folder.experiment_file.read_text())
-    folder.experiment_file.write_text(json.dumps({**body, name: value}))
+    body = json.loads((folder.path / "experiment.json").read_text())
+    (folder.path / "experiment.json").write_text(json.dumps({**body, name: value}))
+    with pytest.raises(Corrupt, match=name):
+        folder.identity()
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_altered_optional_fields_are_noticed_and_missing_ones_are_not(folder: Folder, name: str) -> None:
+    body = json.loads((folder.path / "experiment.json").read_text())
+    (folder.path / "experiment.json").write_text(json.dumps({key: value for key, value in body.items() if key != name}))
+    assert folder.identity() == IDENTITY
+    (folder.path / "experiment.json").write_text(json.dumps({**body, name: 1.5}))
     with pytest.raises(Corrupt, match=name):
         folder.identity()
 
 
 @pytest.mark.parametrize("name", list(PathLease.__dataclass_fields__))
 def test_altered_fields_of_the_lease_are_noticed(folder: Folder, name: str) -> None:
-    folder.lease_file.write_text(json.dumps({**vars(LEASE), name: ["x"]}))
+    (folder.path / "lease.json").write_text(json.dumps({**vars(LEASE), name: ["x"]}))
     with pytest.raises(Corrupt, match="damaged"):
         folder.lease()
 
 
 def test_a_newer_format_is_refused(folder: Folder) -> None:
-    body = json.loads(folder.experiment_file.read_text())
-    folder.experiment_file.write_text(json.dumps({**body, "format": FORMAT + 1, "more": {}}))
+    body = json.loads((folder.path / "experiment.json").read_text())
+    (folder.path / "experiment.json").write_text(json.dumps({**body, "format": FORMAT + 1, "more": {}}))
     with pytest.raises(Corrupt, match="update holdfast"):
         folder.identity()
-    folder.experiment_file.write_text(json.dumps({**body, "more": {}}))
+    (folder.path / "experiment.json").write_text(json.dumps({**body, "more": {}}))
     assert folder.identity() == IDENTITY
 
 
@@ -108,7 +121,7 @@ def test_what_is_no_experiment_is_said(tmp_path: Path, kind: str) -> None:
 
 
 def test_files_that_cannot_be_read_are_storage_errors(folder: Folder) -> None:
-    for file in (folder.experiment_file, folder.lease_file, folder.path / folder.result_name(0, 1)):
+    for file in ((folder.path / "experiment.json"), (folder.path / "lease.json"), folder.path / folder.result_name(0, 1)):
         file.unlink(missing_ok=True)
         file.mkdir(parents=True)
     for read in (folder.identity, folder.lease, lambda: folder.result(0, 1)):
@@ -136,8 +149,8 @@ def test_names_of_any_kind(tmp_path: Path, name: str) -> None:
     (tmp_path / "z").mkdir()
     folder = Folder(tmp_path / name)
     folder.create(IDENTITY)
-    with folder.locked():
-        folder.write_lease(LEASE)
+    with folder.changing_lease() as file:
+        file.write(LEASE)
     assert (folder.identity(), folder.lease()) == (IDENTITY, LEASE)
     fill(folder)
     assert folder.delete() == []
@@ -146,8 +159,8 @@ def test_names_of_any_kind(tmp_path: Path, name: str) -> None:
 
 def fill(folder: Folder) -> None:
     """Write what holdfast writes."""
-    with folder.locked():
-        folder.write_lease(LEASE)
+    with folder.changing_lease() as file:
+        file.write(LEASE)
     for number in (0, 7, 1_234_567):
         (folder.path / folder.result_name(number, 1)).parent.mkdir(parents=True)
         (folder.path / folder.result_name(number, 1)).write_text(result())
@@ -180,7 +193,7 @@ def test_delete_leaves_foreign_files(folder: Folder) -> None:
         (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
         (folder.path / name).write_text("mine")
     left = folder.delete()
-    assert {str(path.relative_to(folder.path)) for path in left if path.is_file()} == set(FOREIGN)
+    assert {str(Path(path).relative_to(folder.path)) for path in left if Path(path).is_file()} == set(FOREIGN)
     with pytest.raises(ExperimentNotFound):
         folder.identity()
 
@@ -200,7 +213,7 @@ def test_leftovers_are_told_from_foreign_files(folder: Folder) -> None:
     assert folder.leftovers() == []
     fill(folder)
     (folder.path / ".tmp-mine").touch()
-    assert [path.name for path in folder.leftovers()] == [f".holdfast-draft-{1:016x}", ".lock"]
+    assert folder.leftovers() == [f".holdfast-draft-{1:016x}", ".lock"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -269,28 +282,28 @@ def test_a_lock_that_was_deleted_while_one_waited_for_it_does_not_count(folder: 
         "import sys; from pathlib import Path; from holdfast.storage.folder import Folder\n"
         "folder = Folder(Path(sys.argv[1]))\n"
         "print('waiting', flush=True)\n"
-        "with folder.locked(): print(folder.lock_file.stat().st_ino, flush=True); sys.stdin.readline()\n"
+        "with folder.root.exclusive(): print((folder.path / '.lock').stat().st_ino, flush=True); sys.stdin.readline()\n"
     )
     command = [sys.executable, "-c", program, str(folder.path)]
-    with folder.locked():
+    with folder.root.exclusive():
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
-        folder.lock_file.rename(folder.path / "kept, so that its inode is not used again")
+        (folder.path / ".lock").rename(folder.path / "kept, so that its inode is not used again")
     inode = int(process.stdout.readline())
-    assert inode == folder.lock_file.stat().st_ino
+    assert inode == (folder.path / ".lock").stat().st_ino
     process.communicate("\n")
 
 
 def test_errors_are_ours(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "gone")
-    for work in (lambda: folder.locked().__enter__(), folder.write_probe, lambda: folder.write_lease(LEASE)):
+    for work in (lambda: folder.root.exclusive().__enter__(), lambda: folder.changing_lease().__enter__()):
         with pytest.raises(HoldfastError):
             work()
 
 
 def test_a_lock_that_nobody_lets_go_is_said(folder: Folder) -> None:
-    with folder.locked(), pytest.raises(StorageError, match="held by another process"):
-        Folder(folder.path).locked(patience=0.0).__enter__()
-    with folder.locked(patience=0.0):
+    with folder.root.exclusive(), pytest.raises(StorageError, match="held by another process"):
+        Folder(folder.path).root.exclusive(patience=0.0).__enter__()
+    with folder.root.exclusive(patience=0.0):
         pass

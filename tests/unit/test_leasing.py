@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from holdfast.storage.database import experiments
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.engine import Statement
 from holdfast.storage.database.leases import TERMS, Leases, Terms
-from holdfast.storage.folder import Folder, PathLease
+from holdfast.storage.folder import Folder, LeaseFile, PathLease
 from holdfast.storage.leasing import Claimant, Keeper
+from holdfast.storage.root import LocalRoot
 from holdfast.testing import racing
 from holdfast.testing.lab import dump
 from holdfast.testing.racing import Racers, url_of
@@ -93,8 +94,8 @@ def set_path(opened: Opened, other: Mapping[str, Any] | None, *, seconds: float 
         renewed=now + seconds - TERMS.duration,
         database="sqlite:////another/host.db",
     )
-    with opened.folder.locked():
-        opened.folder.write_lease(lease)
+    with opened.folder.changing_lease() as file:
+        file.write(lease)
 
 
 def state(opened: Opened) -> tuple[Any, ...]:
@@ -165,7 +166,8 @@ def test_a_silent_holder_elsewhere_is_waited_out(opened: Opened, places: str) ->
         if places != "database":
             path = opened.folder.lease()
             assert path is not None
-            opened.folder.write_lease(PathLease(**{**vars(path), "expires": time.time() + seconds}))
+            with opened.folder.changing_lease() as file:
+                file.write(replace(path, expires=time.time() + seconds))
 
     if places != "path":
         set_lease(opened, FOREIGN, path=False)
@@ -236,7 +238,7 @@ def test_force_waits_for_nobody(opened: Opened) -> None:
 
 @pytest.mark.parametrize("torn", ["", "{", "null", '{"epoch": 1}'])
 def test_a_torn_path_lease_is_said_and_nothing_is_changed(opened: Opened, torn: str) -> None:
-    opened.folder.lease_file.write_text(torn)
+    (opened.folder.path / "lease.json").write_text(torn)
     before = state(opened)
     with pytest.raises(Corrupt, match=r"lease\.json is damaged"):
         take(opened)
@@ -244,16 +246,19 @@ def test_a_torn_path_lease_is_said_and_nothing_is_changed(opened: Opened, torn: 
 
 
 def test_a_path_that_cannot_be_written_leaves_no_lease_behind(opened: Opened) -> None:
-    opened.folder.lease_file.mkdir()
-    (opened.folder.lease_file / "x").touch()
+    (opened.folder.path / "lease.json").mkdir()
+    ((opened.folder.path / "lease.json") / "x").touch()
     with pytest.raises(StorageError):
         take(opened)
-    (opened.folder.lease_file / "x").unlink()
-    opened.folder.lease_file.rmdir()
+    ((opened.folder.path / "lease.json") / "x").unlink()
+    (opened.folder.path / "lease.json").rmdir()
 
     class Unwritable(Folder):
-        def write_lease(self, lease: PathLease) -> None:
-            Folder(self.path / "gone").write_lease(lease)
+        @contextmanager
+        def changing_lease(self) -> Iterator[LeaseFile]:
+            with super().changing_lease() as file:
+                (self.path / "file").touch()
+                yield replace(file, root=LocalRoot(self.path / "file" / "below"))
 
     claimant = Waiter().claimant(pause=never)
     with pytest.raises(StorageError):
@@ -354,7 +359,7 @@ def break_folder(opened: Opened) -> None:
 
 
 def tear_lease(opened: Opened) -> None:
-    opened.folder.lease_file.write_text("{")
+    (opened.folder.path / "lease.json").write_text("{")
 
 
 BREAK: dict[str, tuple[Callable[[Opened], object], type[HoldfastError]]] = {
@@ -461,7 +466,7 @@ def suspend(process: subprocess.Popen[str], opened: Opened) -> None:
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         try:
-            with opened.folder.locked(patience=0.0), closing(sqlite3.connect(file, timeout=0.0)) as connection:
+            with opened.folder.root.exclusive(patience=0.0), closing(sqlite3.connect(file, timeout=0.0)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.rollback()
             return

@@ -31,7 +31,7 @@ def _list(options: argparse.Namespace) -> int:
     from holdfast.storage.database.experiments import every, open_database
 
     storage = Path(options.storage).absolute()
-    url = database_url(storage, options.database)
+    url = database_url(str(storage), options.database)
     if options.database is None and not storage.is_dir():
         raise SpecError(f"storage {storage} does not exist; name one: `holdfast list STORAGE`")
     if not isinstance(url, str) and not Path(str(url.database)).exists():

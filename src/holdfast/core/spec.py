@@ -17,7 +17,7 @@ from holdfast.core.errors import SpecError
 from holdfast.core.objective import Direction, Objective
 from holdfast.core.space import Number, Section, Space, Whole
 
-LOCATION_FIELDS = {"storage", "database"}
+LOCATION_FIELDS = {"storage", "storage_options", "database"}
 """Where an experiment lives is no part of what it is; a database URL, which may hold a password, is stored nowhere."""
 
 CHANGEABLE = (
@@ -107,7 +107,10 @@ class ExperimentSpec(Section):
 
     name: str = Field(description="names the folder in the storage; may hold {date}")
     trainable: str = Field(description="file.py:function, package.module:function, or a class in either")
-    storage: str = Field(default="./runs", description="the folder that experiments live in")
+    storage: str = Field(default="./runs", description="the folder that experiments live in, or s3://bucket/prefix")
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, repr=False, description="of an object store: what fsspec takes; stored nowhere"
+    )
     database: str | None = Field(default=None, repr=False, description="SQLAlchemy URL; null: holdfast.db in the storage")
     description: str = Field(default="", description="for people")
     if_exists: Literal["fail", "restore", "new"] = Field(
@@ -143,11 +146,9 @@ class ExperimentSpec(Section):
 
     @field_validator("storage")
     @classmethod
-    def _local_storage(cls, storage: str) -> str:
+    def _some_storage(cls, storage: str) -> str:
         if not storage.strip():
             raise ValueError("the storage is empty; name a folder")
-        if "://" in storage:
-            raise ValueError(f"{storage!r} is an object store; this version keeps experiments in local folders only")
         return storage
 
     @model_validator(mode="after")

@@ -85,7 +85,7 @@ class RunLog(Observer):
         self._logger.info("%s", text)
 
     def opened(self, opened: Opened, *, restored: bool) -> None:
-        self._logger.info("experiment %s: %s", opened.record.name, opened.folder.path)
+        self._logger.info("experiment %s: %s", opened.record.name, opened.folder.location)
         self._logger.info("after a crash: %s", restore_command(opened))
 
     def planned(self, plan: Sequence[Planned]) -> None:
@@ -108,7 +108,7 @@ class RunLog(Observer):
 
 def restore_command(opened: Opened) -> str:
     """Return the command that continues an experiment; of a database elsewhere it shows all but the password."""
-    words = ["holdfast", "restore", shlex.quote(str(opened.folder.path))]
+    words = ["holdfast", "restore", shlex.quote(opened.folder.location)]
     file = opened.database.file
     if file is None or file.parent != opened.folder.path.parent or file.name != DATABASE_FILE:
         words += ["--database", shlex.quote(opened.database.label)]

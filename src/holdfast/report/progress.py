@@ -35,7 +35,7 @@ class Progress(Observer):
 
     def opened(self, opened: Opened, *, restored: bool) -> None:
         self._opened = opened
-        self._print(f"{'restoring' if restored else 'experiment'} {opened.record.name}: {opened.folder.path}")
+        self._print(f"{'restoring' if restored else 'experiment'} {opened.record.name}: {opened.folder.location}")
         self._print(f"after a crash: {restore_command(opened)}")
 
     def planned(self, plan: Sequence[Planned]) -> None:
