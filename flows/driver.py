@@ -17,6 +17,7 @@ from holdfast.core.budget import Budget
 from holdfast.core.errors import Contention, EngineError, HoldfastError
 from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, actions
 from holdfast.core.ports import Proposer
+from holdfast.core.space import config_digest
 from holdfast.core.trial import ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import dumps
 from holdfast.engines.factory import make_proposer
@@ -103,6 +104,7 @@ class Drive:
             "identity": self._runtime.uuid,
             "row": trial.attempt.id,
         }
+        self._session.journal.flush()  # the path knows a trial before its files come
         future: PrefectFuture[Any] = runner.submit(self._task, parameters)
         self._inflight[future.task_run_id] = number
         self.ledger.submitted(number)
@@ -137,7 +139,7 @@ class Drive:
         folder = self._session.opened.folder
         faults.point("result.persisted")
         result = folder.result(trial.number, trial.attempt.number)
-        if result is None:
+        if result is None or result.get("config") != config_digest(trial.config):
             raise self._not_persisted(trial)
         ending = Ending(
             outcome=Outcome(str(result["outcome"])),
@@ -196,6 +198,7 @@ class Drive:
             self.ledger.halt = "stopped on request"
         self._refresh()
         self._cancel()
+        self._session.journal.try_flush()
         if self.ledger.halt is not None:
             self._runtime.order(Decision.PREEMPT)
 

@@ -6,6 +6,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from holdfast.core.trial import SCORED, Trial
 from holdfast.core.values import Json, strict
 from holdfast.engines.grid import GridProposer
 from holdfast.flows import reconcile
-from holdfast.flows.session import Session, begin, liveness, make_pool, runnable
+from holdfast.flows.session import Session, WentOn, begin, liveness, make_pool, runnable
 from holdfast.locate import (
     Opened,
     check_free,
@@ -241,9 +242,18 @@ def prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
 
     Raises SpecError before anything is changed, LeaseHeld when a live process drives the experiment.
     """
+    for _ in range(3):
+        with suppress(WentOn):
+            return _prepare_restore(request, observer)
+    return _prepare_restore(request, observer)
+
+
+def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
     opened = open_path(request.path, database=request.database, options=request.storage_options)
     spec, changes = changed_spec(opened, request)
     opened = replace(opened, spec=spec)
+    for note in opened.notes:
+        observer.say(note)
     reader = Reader(opened.database, opened.record.id)
     survey = reconcile.Survey(reader, opened.folder, request.policy)
     plan = survey.plan()

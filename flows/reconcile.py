@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
 from holdfast.core.errors import CheckpointNotFound, Corrupt
 from holdfast.core.resume import Action, Planned, ResumePolicy, Standing, plan_trial
+from holdfast.core.space import config_digest
 from holdfast.core.trial import ACTIVE, Attempt, Outcome, Trial, TrialStatus
 from holdfast.flows.session import Session
 from holdfast.storage.checkpoints.local import LocalCheckpoints
@@ -90,6 +91,8 @@ def persisted_outcome(folder: Folder, trial: Trial) -> Outcome | None:
     result = folder.result(trial.number, trial.attempt.number)
     if result is None or result.get("outcome") not in (Outcome.COMPLETED, Outcome.PRUNED):
         return None
+    if result.get("config", "") not in ("", config_digest(trial.config)):
+        return None  # of another trial that once had this number, in a path whose newest journal was lost
     return Outcome(result["outcome"])
 
 

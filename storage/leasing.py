@@ -226,11 +226,13 @@ def take(
     action: str,
     detail: Mapping[str, Json],
     uuid: str = "",
+    check: Callable[[], None] = lambda: None,
 ) -> Keeper:
     """Take the lease of an experiment, in the database and in its path.
 
     A holder that is seen alive is refused at once (LeaseHeld); one that is gone from this host is dead at once; a silent one
     elsewhere is waited out. The new epoch is one more than the greater of both. With ``claimant.force`` nobody is waited for.
+    ``check`` is called once nobody else can take it any more, and before anything is changed; what it raises is passed on.
     """
     leases = Leases(database, experiment, claimant.terms)
     database_epoch, path_epoch = _await_silence(leases, folder, claimant, uuid)
@@ -248,6 +250,7 @@ def take(
         found = _own(file.found, uuid)
         if found is not None and found.epoch > path_epoch:
             raise LeaseHeld("another process took the experiment at the same moment; nothing was changed")
+        check()
         leases.take(
             seen=database_epoch,
             epoch=lease.epoch,

@@ -21,6 +21,7 @@ from holdfast.core.errors import (
 )
 from holdfast.core.objective import missing
 from holdfast.core.seeding import trial_seed
+from holdfast.core.space import config_digest
 from holdfast.core.trial import ErrorInfo, Outcome, Trial
 from holdfast.core.values import Metrics, tagged
 from holdfast.storage.database.attempts import AttemptWriter
@@ -66,9 +67,10 @@ def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: 
         task_run_id=_text(task_run.id),
     )
     candidates = runtime.reader.candidates(trial, attempt) if attempt > 1 else []
-    supervisor = Supervisor(runtime, claim, trial, attempt, candidates, get_run_logger())
+    values = json.loads(config)
+    supervisor = Supervisor(runtime, claim, trial, attempt, values, candidates, get_run_logger())
     try:
-        return _run(runtime, supervisor, json.loads(config))
+        return _run(runtime, supervisor)
     except TrialFailure as failure:
         _commit_failure(runtime, supervisor.writer, failure)
 
@@ -77,8 +79,8 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _run(runtime: Runtime, supervisor: Supervisor, config: dict[str, Any]) -> dict[str, Any]:
-    job = make_job(runtime, supervisor, config)
+def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any]:
+    job = make_job(runtime, supervisor)
     try:
         ended = run_inline(job, supervisor) if runtime.pool is None else runtime.pool.run(job, supervisor)
     except Infrastructure as error:
@@ -92,7 +94,7 @@ def _run(runtime: Runtime, supervisor: Supervisor, config: dict[str, Any]) -> di
     return _result(runtime, supervisor, ended)
 
 
-def make_job(runtime: Runtime, supervisor: Supervisor, config: dict[str, Any]) -> Job:
+def make_job(runtime: Runtime, supervisor: Supervisor) -> Job:
     """Return what the worker needs to run the attempt."""
     spec, trial, attempt = runtime.spec, supervisor.trial, supervisor.attempt
     return Job(
@@ -101,7 +103,7 @@ def make_job(runtime: Runtime, supervisor: Supervisor, config: dict[str, Any]) -
         trial=trial,
         attempt=attempt,
         seed=trial_seed(spec.search.seed or 0, trial),
-        config=config,
+        config=supervisor.config,
         trainable=spec.trainable,
         workdir=runtime.workdir,
         root=str(runtime.folder.path),
@@ -133,6 +135,8 @@ def _result(runtime: Runtime, supervisor: Supervisor, ended: Ended) -> dict[str,
         "attempt": supervisor.attempt,
         "outcome": ended.outcome.value,
         "metrics": tagged(ended.metrics or {}),
+        "config": config_digest(supervisor.config),
+        "reports": tagged([list(told) for told in supervisor.unjournaled()]),
     }
 
 

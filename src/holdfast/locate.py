@@ -10,8 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from holdfast import standing
 from holdfast.core import faults
 from holdfast.core.errors import (
     Corrupt,
@@ -23,10 +25,12 @@ from holdfast.core.errors import (
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import digest
 from holdfast.settings import settings
+from holdfast.storage import journal
 from holdfast.storage.atomic import make_folder
 from holdfast.storage.database import experiments
 from holdfast.storage.database.engine import Database, Location, connect, sqlite_url
-from holdfast.storage.database.experiments import Record, open_database
+from holdfast.storage.database.experiments import Record, has_schema, open_database
+from holdfast.storage.database.rebuild import copied_at
 from holdfast.storage.folder import TRAINABLE, Folder, Identity
 from holdfast.storage.root import absolute, is_url, join, parent_of
 
@@ -42,9 +46,17 @@ class Opened:
     record: Record
     spec: ExperimentSpec = field(repr=False)
     """not shown: it may name a database with a password"""
+    notes: tuple[str, ...] = ()
+    """what was done to bring them together"""
+    copied_at: int | None = None
+    """the journal's end when the rows were rebuilt from it and nobody has driven with them since"""
+    scratch: TemporaryDirectory[str] | None = None
+    """where the database is, when it exists to be read only"""
 
     def close(self) -> None:
         self.database.close()
+        if self.scratch is not None:
+            self.scratch.cleanup()
 
 
 def folder_at(location: str | Path, options: Mapping[str, Any] | None = None) -> Folder:
@@ -83,44 +95,90 @@ def open_path(
 ) -> Opened:
     """Open the experiment at a location.
 
-    Raises ExperimentNotFound when there is none, Corrupt when its files or rows are damaged or do not belong together,
-    DatabaseError when the database is missing. Nothing is changed.
+    A database that does not have the experiment, or an older state of it, is brought up to date from the path; with
+    ``readonly`` nothing is written, and a passing database is made to read in. A copy whose original still exists becomes an
+    experiment of its own. ``Opened.notes`` say what was done.
+
+    Raises ExperimentNotFound when there is none, Corrupt when its files or rows are damaged or went separate ways,
+    DatabaseError when the database cannot be used. Nothing is changed then.
     """
     if "\0" in str(path):
         raise ExperimentNotFound("a path has no NUL character; `holdfast list` shows the experiments of a storage")
     folder = folder_at(path, options)
     identity = folder.identity()
-    storage = parent_of(folder.location)
-    opened = open_database(database_url(storage, database), readonly=readonly)
+    url = database_url(parent_of(folder.location), database)
+    found = _database(url, folder, readonly=readonly)
+    notes: list[str] = []
     try:
-        record = experiments.by_uuid(opened, identity.uuid)
-        if record is None:
-            raise Corrupt(
-                f"database {opened.label} does not know the experiment in {folder.location} ({identity.uuid}); "
-                "name the database that it was made with by --database"
-            )
-        _refuse_copy(folder, identity, opened)
-        spec = stored_spec(record, storage, options)
+        original = standing.original_of(folder, identity, options)
+        if original is not None and not readonly:
+            identity = standing.adopt_copy(folder, identity, found)
+            notes.append(f"{folder.location} is a copy of {original.location}: from now on an experiment of its own")
+        if found is not None and not readonly:
+            standing.follow_copy(folder, identity, found)
+        return _together(folder, identity, found, url, readonly=readonly, notes=notes, options=options)
     except BaseException:
-        opened.close()
+        if found is not None:
+            found.close()
         raise
-    return Opened(folder=folder, database=opened, record=record, spec=spec)
 
 
-def _refuse_copy(folder: Folder, identity: Identity, database: Database) -> None:
-    """Raise Corrupt for a second folder of one experiment on one database: both would drive the same rows."""
-    if is_url(identity.location) or not folder.is_local:
-        return
-    original = Path(identity.location)
-    if original == folder.path or not (original / "experiment.json").exists() or os.path.samefile(original, folder.path):
-        return
-    beside = original.parent / DATABASE_FILE
-    if database.file is not None and not (beside.exists() and os.path.samefile(beside, database.file)):
-        return  # the storage was copied as a whole: this database is the copy's own
-    if Folder(original).identity().uuid == identity.uuid:
-        raise Corrupt(
-            f"{folder.path} is a copy of {original}, which still exists and has the same rows; use that one, or move it away"
-        )
+def _database(url: Location, folder: Folder, *, readonly: bool) -> Database | None:
+    """Return the database, or None when it is missing and the path can replace it."""
+    connection = connect(url, readonly=True)
+    file = connection.file
+    missing = not file.exists() if file is not None else not has_schema(connection)
+    connection.close()
+    if missing and journal.end(folder.root) == -1 and (readonly or folder.root.names("trials")):
+        return open_database(url, readonly=readonly)  # says that it is missing
+    return None if missing else open_database(url, readonly=readonly)
+
+
+def _together(
+    folder: Folder,
+    identity: Identity,
+    database: Database | None,
+    url: Location,
+    *,
+    readonly: bool,
+    notes: list[str],
+    options: Mapping[str, Any] | None,
+) -> Opened:
+    record = None if database is None else experiments.by_uuid(database, identity.uuid)
+    verdict = standing.Verdict.UNKNOWN
+    if database is not None and record is not None:
+        verdict = standing.verdict(folder, identity, database, record)
+    if verdict is standing.Verdict.DIVERGED and database is not None:
+        raise standing.diverged(folder, identity, database)
+    scratch = None
+    if database is None or record is None or verdict is not standing.Verdict.CURRENT:
+        target = database
+        if readonly:
+            target, scratch = standing.scratch()
+        elif target is None:
+            standing.contents_of(folder, identity)  # what cannot be read leaves no database behind
+            target = open_database(url, create_missing=True)
+        try:
+            record, words = standing.bring(folder, identity, target, verdict)
+            notes.append(words if scratch is None else f"{folder.location} is shown from its journal: the database {verdict}")
+        except BaseException:
+            if target is not database:
+                target.close()
+            if scratch is not None:
+                scratch.cleanup()
+            raise
+        if database is not None and target is not database:
+            database.close()
+        database = target
+    return Opened(
+        folder=folder,
+        database=database,
+        record=record,
+        spec=stored_spec(record, parent_of(folder.location), options),
+        notes=tuple(notes),
+        copied_at=copied_at(database, record.id),
+        scratch=scratch,
+    )
 
 
 def find(target: str | Path, *, database: str | None = None, readonly: bool = False) -> Opened:

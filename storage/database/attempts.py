@@ -119,9 +119,10 @@ class AttemptWriter:
         if not rows:
             raise Fenced(f"attempt {self.number} is over: a later epoch or attempt took over; nothing was written, stop here")
 
-    def report(self, step: int, metrics: Metrics, *, decision: str = "continue", saved: Saved | None = None) -> None:
+    def report(self, step: int, metrics: Metrics, *, decision: str = "continue", saved: Saved | None = None) -> tuple[int, int]:
         """Commit a report and, in the same transaction, the row of the checkpoint that was published with it.
 
+        Return the report's seq, and its time in microseconds since 1970 UTC.
         CheckpointConflict when this attempt has a report of that step already.
         """
         with self.database.write() as tx:
@@ -134,6 +135,7 @@ class AttemptWriter:
             add_metrics(tx, row[0][0], metrics)
             if saved is not None:
                 self._add_checkpoint(tx, seq, step, saved, moment)
+        return seq, moment
 
     def save(self, step: int, saved: Saved) -> None:
         """Commit the row of a checkpoint whose report is committed already (a step that was saved because of preemption).

@@ -215,6 +215,7 @@ class Driver:
             seq = fence(tx, self.experiment, self.epoch)
             for checkpoint, reason in checkpoints.items():
                 tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=storable(reason), seq=seq)
+                tx.run(sql.TOUCH_TRIAL, checkpoint=checkpoint, seq=seq)
 
     def change_spec(self, spec: Mapping[str, Json], changes: Mapping[str, Json]) -> None:
         """Store a changed spec, and what changed as an audit row."""

@@ -191,6 +191,11 @@ def _open_server(database: Database, *, create_missing: bool) -> Database:
     return database
 
 
+def has_schema(database: Database) -> bool:
+    """Tell whether a database holds experiments, of whatever version."""
+    return _version(database) is not None
+
+
 def _check_version(database: Database) -> None:
     found = _version(database)
     if found is None:

@@ -92,6 +92,12 @@ ADD_CHECKPOINT = _sql(
 
 MARK_CHECKPOINT = _sql("UPDATE checkpoint SET status = :status, reason = :reason, seq = :seq WHERE id = :checkpoint")
 
+# What changes beside a trial that does not run changes the trial, too: the journal looks at those that changed or run.
+TOUCH_TRIAL = _sql(
+    "UPDATE trial SET seq = :seq WHERE id ="
+    " (SELECT a.trial_id FROM checkpoint c JOIN attempt a ON a.id = c.attempt_id WHERE c.id = :checkpoint)"
+)
+
 ADD_TELEMETRY = _sql(
     "INSERT INTO telemetry (attempt_id, ts, name, kind, number, text)"
     " VALUES (:attempt, :ts, :name, :kind, :number, :text) ON CONFLICT (attempt_id, ts, name) DO NOTHING"

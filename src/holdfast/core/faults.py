@@ -27,6 +27,9 @@ POINTS: dict[str, str] = {
     "restore.lease-taken": "a restore holds the lease and has changed nothing else",
     "restore.reconciled": "dead attempts are closed, the plan is not applied",
     "restore.planned": "the plan is applied, nothing is submitted",
+    "journal.behind": "rows are committed that the journal does not hold",
+    "journal.written": "the journal holds every row, nobody has been told",
+    "journal.compacted": "the journal was written anew as one segment, the old ones are there",
     "search.finished": "every trial ended, the lease is not released",
 }
 
