@@ -145,7 +145,7 @@ class Driver:
             seq = fence(tx, self.experiment, self.epoch)
             number = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source)
             if state is not None:
-                tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state)
+                tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state, seq=seq)
         return number
 
     def end(self, attempt: int, ending: Ending, *, retry: bool = False) -> TrialStatus:

@@ -93,8 +93,8 @@ ADD_CHECKPOINT = _sql(
 MARK_CHECKPOINT = _sql("UPDATE checkpoint SET status = :status, reason = :reason, seq = :seq WHERE id = :checkpoint")
 
 ADD_TELEMETRY = _sql(
-    "INSERT INTO telemetry (attempt_id, ts, name, kind, number, text)"
-    " VALUES (:attempt, :ts, :name, :kind, :number, :text) ON CONFLICT (attempt_id, ts, name) DO NOTHING"
+    "INSERT INTO telemetry (attempt_id, ts, name, kind, number, text, seq)"
+    " VALUES (:attempt, :ts, :name, :kind, :number, :text, :seq) ON CONFLICT (attempt_id, ts, name) DO NOTHING"
 )
 
 ADD_AUDIT = _sql(
@@ -127,7 +127,7 @@ SET_SPEC = _sql("UPDATE experiment SET spec = :spec WHERE id = :experiment")
 
 SET_CODE = _sql("UPDATE experiment SET code_digest = :code, workdir = :workdir, location = :location WHERE id = :experiment")
 
-ADD_STATE = _sql("INSERT INTO proposer_state (experiment_id, number, body) VALUES (:experiment, :number, :body)")
+ADD_STATE = _sql("INSERT INTO proposer_state (experiment_id, number, body, seq) VALUES (:experiment, :number, :body, :seq)")
 
 STOP = _sql("UPDATE experiment SET stop_requested = 1 WHERE id = :experiment")
 
