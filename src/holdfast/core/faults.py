@@ -28,6 +28,9 @@ POINTS: dict[str, str] = {
     "restore.reconciled": "dead attempts are closed, the plan is not applied",
     "restore.planned": "the plan is applied, nothing is submitted",
     "search.finished": "every trial ended, the lease is not released",
+    "upgrade.backed-up": "a database's backup is in place, its schema is the old one",
+    "upgrade.migrated": "the new schema is written, not committed",
+    "upgrade.committed": "the new schema is committed, nobody has been told",
 }
 
 _hook: Callable[[str], None] | None = None
