@@ -25,18 +25,25 @@ CONFIG = _sql(
 )
 
 # Numbers are dense: the next one is counted under the lock that FENCE or REQUEST took.
-NEXT_NUMBER = _sql("SELECT COALESCE(MAX(number) + 1, 0) FROM trial WHERE experiment_id = :experiment")
+NEXT_NUMBER = _sql("SELECT COALESCE(MAX(number) + 1, 0) FROM trial WHERE experiment_id = :experiment AND number >= 0")
 
 ADD_TRIAL = _sql(
     "INSERT INTO trial (experiment_id, number, config_id, status, seq, current_attempt, seed, group_number, repeat, created,"
     " ts_start, source, metadata, cancel_requested)"
-    " VALUES (:experiment, :number, :config, 'PENDING', :seq, 1, :seed, :group_number, :repeat, :created,"
+    " VALUES (:experiment, :number, :config, :status, :seq, 1, :seed, :group_number, :repeat, :created,"
     " :ts_start, :source, :metadata, 0) RETURNING id"
 )
 
 ADD_ATTEMPT = _sql(
     "INSERT INTO attempt (trial_id, number, config_id, parent_id, parent_step, reason, note, created)"
     " VALUES (:trial, :number, :config, :parent, :parent_step, :reason, :note, :created) RETURNING id"
+)
+
+# The first attempt of a trial that runs at once: nobody else can have seen it.
+ADD_CLAIMED = _sql(
+    "INSERT INTO attempt (trial_id, number, config_id, reason, note, created, claimed_by, epoch, started, flow_run_id,"
+    " task_run_id, host, pid, pid_started) VALUES (:trial, 1, :config, 'first', '', :started, :token, :epoch, :started,"
+    " :flow_run_id, :task_run_id, :host, :pid, :pid_started) RETURNING id"
 )
 
 # Of two claimers one finds the row unclaimed; only a trial's current attempt can be claimed.

@@ -51,7 +51,8 @@ def comments(url: str) -> dict[tuple[str, str], str | None]:
     query = """
         SELECT c.relname, a.attname, col_description(c.oid, a.attnum) FROM pg_class c
         JOIN pg_attribute a ON a.attrelid = c.oid JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE c.relkind = 'r' AND n.nspname = 'public' AND a.attnum > 0 AND NOT a.attisdropped AND c.relname <> 'alembic_version'
+        WHERE c.relkind = 'r' AND n.nspname = 'public' AND a.attnum > 0 AND NOT a.attisdropped
+            AND c.relname <> 'alembic_version'
     """
     with closing(connect(url)) as database, database.read() as connection:
         return {(row[0], row[1]): row[2] for row in connection.execute(text(query))}
