@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from holdfast.core.errors import AlreadyFinished, Conflict, Fenced
 from holdfast.core.seeding import trial_seed
-from holdfast.core.space import config_digest, config_text
+from holdfast.core.space import config_text
 from holdfast.core.trial import ENDING, ErrorInfo, Event, Outcome, TrialStatus, transition
 from holdfast.core.values import Config, Json, Metrics, digest, dumps, dumps_ordered
 from holdfast.storage.database import statements as sql
@@ -88,7 +88,7 @@ def _add_trial(
     """Insert a config (if it is new) and its trial, without an attempt; return number, trial and config (row ids)."""
     number = int(tx.run(sql.NEXT_NUMBER, experiment=experiment)[0][0])
     text = config_text(config)
-    config_id = tx.run(sql.CONFIG, digest=config_digest(config), body=text)[0][0]
+    config_id = tx.run(sql.CONFIG, digest=digest(text), body=text)[0][0]
     created = now()
     trial = tx.run(
         sql.ADD_TRIAL,
@@ -103,7 +103,7 @@ def _add_trial(
         created=created,
         ts_start=None if ts_start is None else micros(ts_start),
         source=source,
-        metadata=dumps(dict(metadata or {})),
+        metadata=dumps(dict(metadata)) if metadata else "{}",
     )[0][0]
     return number, trial, config_id
 
