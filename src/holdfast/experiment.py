@@ -20,6 +20,7 @@ from holdfast.core.values import Config, Metrics
 from holdfast.locate import Opened
 from holdfast.storage.database import requests
 from holdfast.storage.database.leases import Lease, Leases
+from holdfast.storage.database.loading import load
 from holdfast.storage.database.reads import AuditRow, Reader, ReportRow
 
 if TYPE_CHECKING:
@@ -138,16 +139,7 @@ class Experiment:
 
         COMPLETED and PRUNED ones have their metrics as scores, FAILED and TIMED_OUT ones None; others are not listed.
         """
-        listed = [
-            trial for trial in self._reader.trials(first=last_trial_id + 1) if trial.status in SCORED or trial.status in ERRORED
-        ]
-        return LoadedTrials(
-            ids=[trial.number for trial in listed],
-            configs=[trial.config for trial in listed],
-            scores=[trial.metrics if trial.status in SCORED else None for trial in listed],
-            statuses=[trial.status for trial in listed],
-            origins=[trial.origin for trial in listed],
-        )
+        return LoadedTrials(*load(self._reader, first=last_trial_id + 1))
 
     def pending_trials(self, timestamp: datetime, *, running: bool) -> list[Trial]:
         """Return the waiting trials that are due at ``timestamp`` (inclusive; aware), with running ones when asked."""

@@ -187,8 +187,8 @@ class AttemptWriter:
     def telemetry(self, rows: Sequence[tuple[int, str, object]]) -> None:
         """Store (microseconds, name, plain value) rows; rows that are there already are left as they are."""
         with self.database.write() as tx:
-            self._begin(tx)
-            values = [{"attempt": self.attempt, "ts": ts, **typed(name, value)} for ts, name, value in rows]
+            seq = self._begin(tx)
+            values = [{"attempt": self.attempt, "seq": seq, "ts": ts, **typed(name, value)} for ts, name, value in rows]
             tx.many(sql.ADD_TELEMETRY, values)
 
     def fail(self, ending: Ending, *, max_failures: int) -> TrialStatus:

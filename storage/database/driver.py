@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from holdfast.core.errors import AlreadyFinished, Conflict, Fenced
 from holdfast.core.seeding import trial_seed
-from holdfast.core.space import config_digest, config_text
+from holdfast.core.space import config_text
 from holdfast.core.trial import ENDING, ErrorInfo, Event, Outcome, TrialStatus, transition
 from holdfast.core.values import Config, Json, Metrics, digest, dumps, dumps_ordered
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Transaction
 from holdfast.storage.database.rows import FINAL_STEP, add_metrics, attempts_of, micros, newest, now, storable
+
+if TYPE_CHECKING:
+    from holdfast.storage.database.attempts import AttemptWriter, Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +55,47 @@ def add_trial(
     repeat: int = 0,
 ) -> int:
     """Insert a config (if it is new), its trial and first attempt; return the trial's number."""
+    number, trial, config_id = _add_trial(
+        tx,
+        experiment,
+        seq,
+        config,
+        seed=seed,
+        source=source,
+        ts_start=ts_start,
+        metadata=metadata,
+        group=group,
+        repeat=repeat,
+    )
+    add_attempt(tx, trial, 1, config_id, reason="first")
+    return number
+
+
+def _add_trial(
+    tx: Transaction,
+    experiment: int,
+    seq: int,
+    config: Config,
+    *,
+    seed: int,
+    source: str,
+    status: TrialStatus = TrialStatus.PENDING,
+    ts_start: datetime | None = None,
+    metadata: Mapping[str, str] | None = None,
+    group: int | None = None,
+    repeat: int = 0,
+) -> tuple[int, int, int]:
+    """Insert a config (if it is new) and its trial, without an attempt; return number, trial and config (row ids)."""
     number = int(tx.run(sql.NEXT_NUMBER, experiment=experiment)[0][0])
     text = config_text(config)
-    config_id = tx.run(sql.CONFIG, digest=config_digest(config), body=text)[0][0]
+    config_id = tx.run(sql.CONFIG, digest=digest(text), body=text)[0][0]
     created = now()
     trial = tx.run(
         sql.ADD_TRIAL,
         experiment=experiment,
         number=number,
         config=config_id,
+        status=status.value,
         seq=seq,
         seed=trial_seed(seed, number),
         group_number=number if group is None and repeat == 0 and source == "queued" else group,
@@ -67,10 +103,9 @@ def add_trial(
         created=created,
         ts_start=None if ts_start is None else micros(ts_start),
         source=source,
-        metadata=dumps(dict(metadata or {})),
+        metadata=dumps(dict(metadata)) if metadata else "{}",
     )[0][0]
-    add_attempt(tx, trial, 1, config_id, reason="first")
-    return number
+    return number, trial, config_id
 
 
 def add_attempt(
@@ -145,8 +180,53 @@ class Driver:
             seq = fence(tx, self.experiment, self.epoch)
             number = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source)
             if state is not None:
-                tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state)
+                tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state, seq=seq)
         return number
+
+    def start(
+        self,
+        config: Config,
+        *,
+        token: str,
+        process: Process | None = None,
+        flow_run_id: str | None = None,
+        task_run_id: str | None = None,
+        source: str = "proposed",
+        state: bytes | None = None,
+    ) -> AttemptWriter:
+        """Commit a trial that runs at once: what ``propose`` and ``AttemptWriter.claim`` write, in one transaction."""
+        from holdfast.storage.database.attempts import AttemptWriter
+
+        running = transition(TrialStatus.PENDING, Event.CLAIM)
+        with self.database.write() as tx:
+            seq = fence(tx, self.experiment, self.epoch)
+            number, trial, config_id = _add_trial(
+                tx, self.experiment, seq, config, seed=self.seed, source=source, status=running
+            )
+            rows = tx.run(
+                sql.ADD_CLAIMED,
+                trial=trial,
+                config=config_id,
+                token=token,
+                epoch=self.epoch,
+                started=now(),
+                flow_run_id=flow_run_id,
+                task_run_id=task_run_id,
+                host=process.host if process else None,
+                pid=process.pid if process else None,
+                pid_started=process.started if process else None,
+            )
+            if state is not None:
+                tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state, seq=seq)
+        return AttemptWriter(
+            database=self.database,
+            experiment=self.experiment,
+            epoch=self.epoch,
+            attempt=rows[0][0],
+            trial=trial,
+            number=1,
+            token=token,
+        )
 
     def end(self, attempt: int, ending: Ending, *, retry: bool = False) -> TrialStatus:
         """Close an attempt; see :func:`end_attempt`. Return the trial's new status."""

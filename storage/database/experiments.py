@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -169,14 +170,9 @@ def open_database(url: Location, *, create_missing: bool = False, readonly: bool
     file = database.file
     if file is None:
         return _open_server(database, create_missing=create_missing)
-    if not file.exists():
-        if not create_missing:
-            raise DatabaseError(f"database {file} is missing; put it back, or name another with --database")
+    if create_missing and (not file.exists() or (_is_empty(file) and _unborn(file))):
         _make(file)
-    elif _is_empty(file):
-        if not create_missing or not _unborn(file):
-            raise Corrupt(f"database {file} is empty; put the lost file back, or delete it to begin anew")
-        _make(file)
+    check_file(file)
     try:
         _check_version(database)
     finally:
@@ -197,13 +193,35 @@ def has_schema(database: Database) -> bool:
 
 
 def _check_version(database: Database) -> None:
+    found = version_of(database)
+    refuse_newer(database, found)
+    if found != VERSION:
+        target = shlex.quote(database.label) if database.is_sqlite else "URL"  # a server's label lacks the password
+        backup = ", which makes a backup first" if database.is_sqlite else " after a backup"
+        remedy = f"run `holdfast db upgrade --database {target}`{backup}"
+        raise Corrupt(f"database {database.label} has schema {found}, this program reads {VERSION}; {remedy}")
+
+
+def version_of(database: Database) -> str:
+    """Return the version of a database's schema; Corrupt when it has none."""
     found = _version(database)
     if found is None:
         raise Corrupt(f"database {database.label} has no holdfast schema; name another one, or delete it to begin anew")
-    if found != VERSION:
-        newer = found > VERSION
-        remedy = "update holdfast" if newer else "run `holdfast db upgrade`, which makes a backup first"
-        raise Corrupt(f"database {database.label} has schema {found}, this program reads {VERSION}; {remedy}")
+    return found
+
+
+def refuse_newer(database: Database, found: str) -> None:
+    """Raise Corrupt when the schema ``found`` is newer than this program's."""
+    if found > VERSION:
+        raise Corrupt(f"database {database.label} has schema {found}, this program reads {VERSION}; update holdfast")
+
+
+def check_file(file: Path) -> None:
+    """Raise DatabaseError when a SQLite file is missing, Corrupt when it is empty or truncated."""
+    if not file.exists():
+        raise DatabaseError(f"database {file} is missing; put it back, or name another with --database")
+    if _is_empty(file):
+        raise Corrupt(f"database {file} is empty; put the lost file back, or delete it to begin anew")
 
 
 def _is_empty(file: Path) -> bool:

@@ -77,7 +77,7 @@ _CHECKPOINT_METRICS = _sql(
 _HISTORY = _sql(
     "SELECT t.number, a.number, r.step, r.seq, r.reported, r.decision, m.name, m.kind, m.number, m.text FROM report r"
     " JOIN attempt a ON a.id = r.attempt_id JOIN trial t ON t.id = a.trial_id LEFT JOIN metric m ON m.report_id = r.id"
-    " WHERE t.experiment_id = :experiment AND r.step >= 0 ORDER BY t.number, r.step, a.number, m.name"
+    " WHERE t.experiment_id = :experiment AND t.number >= 0 AND r.step >= 0 ORDER BY t.number, r.step, a.number, m.name"
 )
 
 _TELEMETRY = _sql(
@@ -89,16 +89,17 @@ _TELEMETRY = _sql(
 _AUDIT = _sql("SELECT seq, epoch, happened, action, detail FROM audit WHERE experiment_id = :experiment ORDER BY id")
 
 _ENDED = _sql(
-    "SELECT number, ended_seq FROM trial WHERE experiment_id = :experiment AND ended_seq > :cursor ORDER BY ended_seq, number"
+    "SELECT number, ended_seq FROM trial WHERE experiment_id = :experiment AND number >= 0 AND ended_seq > :cursor"
+    " ORDER BY ended_seq, number"
 )
 
-_COUNTS = _sql("SELECT status, COUNT(*) FROM trial WHERE experiment_id = :experiment GROUP BY status")
+_COUNTS = _sql("SELECT status, COUNT(*) FROM trial WHERE experiment_id = :experiment AND number >= 0 GROUP BY status")
 
 _SEQ = _sql("SELECT seq FROM experiment WHERE id = :experiment")
 
 _CONFIG = _sql("SELECT body FROM config WHERE id = :config")
 
-_IDS = _sql("SELECT number, id FROM trial WHERE experiment_id = :experiment")
+_IDS = _sql("SELECT number, id FROM trial WHERE experiment_id = :experiment AND number >= 0")
 
 ALL = 2**62
 
@@ -267,11 +268,12 @@ _DECISIONS = _sql(
     "SELECT a.id, r.decision FROM trial t JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
     " JOIN report r ON r.attempt_id = a.id"
     " AND r.step = (SELECT MAX(x.step) FROM report x WHERE x.attempt_id = a.id AND x.step >= 0)"
-    " WHERE t.experiment_id = :experiment AND t.status = 'RUNNING'"
+    " WHERE t.experiment_id = :experiment AND t.number >= 0 AND t.status = 'RUNNING'"
 )
 
 _CANCEL_REQUESTS = _sql(
-    "SELECT number FROM trial WHERE experiment_id = :experiment AND cancel_requested = 1 AND status IN ('PENDING', 'RUNNING')"
+    "SELECT number FROM trial WHERE experiment_id = :experiment AND number >= 0 AND cancel_requested = 1"
+    " AND status IN ('PENDING', 'RUNNING')"
 )
 
 

@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = "0001"
+VERSION = "0002"
 """The revision that this program writes and reads."""
 
 metadata = MetaData(
@@ -201,6 +201,7 @@ telemetry = Table(
     _int("ts", "microseconds since 1970 UTC"),
     _text("name", "what was measured"),
     *_value(),
+    _int("seq", "the experiment's seq; 0: written under schema 0001", server_default="0"),
     UniqueConstraint("attempt_id", "ts", "name"),
     comment="measurements beside the reports; sent again, they are stored once",
 )
@@ -229,6 +230,7 @@ proposer_state = Table(
     _ref("experiment_id", "experiment.id", "whose"),
     _int("number", "the trial that was proposed with it"),
     Column("body", LargeBinary, nullable=False, comment="opaque to the store"),
+    _int("seq", "the experiment's seq; 0: written under schema 0001", server_default="0"),
     UniqueConstraint("experiment_id", "number"),
     comment="what an engine keeps beside the trials",
 )

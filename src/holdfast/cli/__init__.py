@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from holdfast.cli.common import EXIT_CODES, fail
+from holdfast.cli.databases import add_databases
 from holdfast.cli.managing import add_managing
 from holdfast.cli.reading import add_reading
 from holdfast.cli.running import add_running
@@ -64,4 +65,5 @@ def _parser() -> argparse.ArgumentParser:
     add_running(commands)
     add_reading(commands)
     add_managing(commands)
+    add_databases(commands)
     return parser

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast.cli.common import Commands, command, database_option, open_experiment, print_json, terminal
 from holdfast.core.errors import Corrupt, HoldfastError, SpecError
+
+SHOWN = 100
+"""Trials that a terminal is shown when nothing else is asked for."""
+
+DRAWN = 1000
+"""Trials that are drawn as a table at most: it takes half a millisecond each; more are printed as plain lines."""
 
 
 def add_reading(commands: Commands) -> None:
@@ -17,6 +24,10 @@ def add_reading(commands: Commands) -> None:
     database_option(listing)
     show = command(commands, "show", _show, "show an experiment: status, holder, best trials")
     trials = command(commands, "trials", _trials, "list the trials of an experiment")
+    shown = trials.add_mutually_exclusive_group()
+    text = f"only the last N; a terminal is shown {SHOWN} unless told otherwise"
+    shown.add_argument("--limit", type=_count, metavar="N", help=text)
+    shown.add_argument("--all", action="store_true", help="every trial, on a terminal too")
     checkpoints = command(commands, "checkpoints", _checkpoints, "list the checkpoints of an experiment")
     checkpoints.add_argument("--verify", action="store_true", help="read every file; exit 1 when one is bad")
     for parser in (show, trials, checkpoints):
@@ -27,7 +38,7 @@ def add_reading(commands: Commands) -> None:
 def _list(options: argparse.Namespace) -> int:
     from holdfast.experiment import Experiment
     from holdfast.locate import database_url, open_path
-    from holdfast.report.tables import show_json
+    from holdfast.report.tables import show_json, summary_json
     from holdfast.storage.database.experiments import every, open_database
 
     storage = Path(options.storage).absolute()
@@ -46,7 +57,7 @@ def _list(options: argparse.Namespace) -> int:
         path = beside if (beside / "experiment.json").exists() else Path(record.location)
         try:
             with Experiment(open_path(path, database=options.database, readonly=True)) as experiment:
-                rows.append(show_json(experiment))
+                rows.append(show_json(experiment) if options.json else summary_json(experiment))
         except (Corrupt, HoldfastError) as error:
             rows.append({"name": record.name, "id": record.uuid, "status": f"unreadable: {error}", "path": str(path)})
     if options.json:
@@ -96,15 +107,29 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _trials(options: argparse.Namespace) -> int:
-    from holdfast.report.tables import trial_json, trials_table
+    from holdfast.report.tables import trial_json, trial_lines, trials_table
 
     with open_experiment(options) as experiment:
         trials = experiment.trials
-        if options.json:
-            print_json([trial_json(trial) for trial in trials])
-        else:
-            terminal().print(trials_table(trials, experiment.objectives))
+    drawn = sys.stdout.isatty() and not options.json
+    limit = options.limit or (SHOWN if drawn and not options.all else len(trials))
+    left_out, trials = max(len(trials) - limit, 0), trials[-limit:]
+    if options.json:
+        print_json([trial_json(trial) for trial in trials])
+    elif drawn and len(trials) <= DRAWN:
+        terminal().print(trials_table(trials, experiment.objectives))
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in trial_lines(trials, experiment.objectives))
+    if left_out and not options.json:
+        print(f"{left_out} earlier trials are not shown: --all shows every one, --limit N the last N", file=sys.stderr)
     return 0
+
+
+def _count(text: str) -> int:
+    """Read a whole number from 1."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def _checkpoints(options: argparse.Namespace) -> int:

@@ -29,12 +29,13 @@ from holdfast.core.errors import (
     InvalidStep,
     NotStorable,
 )
-from holdfast.core.trial import ErrorInfo, Outcome, TrialStatus
-from holdfast.core.values import Config
+from holdfast.core.trial import ERRORED, SCORED, ErrorInfo, Outcome, TrialStatus
+from holdfast.core.values import Config, Metrics
 from holdfast.storage.database import experiments
 from holdfast.storage.database.attempts import AttemptWriter, Saved
 from holdfast.storage.database.driver import Ending, add_trial
 from holdfast.storage.database.engine import Statement, Transaction
+from holdfast.storage.database.loading import load
 from holdfast.testing import racing
 from holdfast.testing.attempts import AttemptContract
 from holdfast.testing.lab import FAILED, TYPED, Lab, dump, same
@@ -42,6 +43,10 @@ from holdfast.testing.racing import Racers, url_of
 from holdfast.testing.samples import sample_spec
 
 PROCESSES = 8
+
+
+def sorted_by_key(metrics: Metrics | None) -> Metrics | None:
+    return None if metrics is None else dict(sorted(metrics.items()))
 
 
 class DatabaseContract(AttemptContract):
@@ -173,6 +178,37 @@ class DatabaseContract(AttemptContract):
         lab.end(writers[1], loss=1.0)
         lab.driver.end(writers[0].attempt, FAILED)
         assert [number for number, _ in lab.reader.ended_since(cursor)] == [1, 0]
+
+    def test_load_says_what_trials_say(self, lab: Lab) -> None:
+        overlaid, whole, pruned, failed, resumed, again, bare, _ = (lab.started(place / 10) for place in range(8))
+        lab.driver.propose({"x": 0.9})
+        for step in range(3):
+            overlaid.report(step, {**TYPED, "loss": float(step), "step": step})
+        lab.end(overlaid, loss=math.nan, final=2**60)
+        lab.end(whole, **TYPED)
+        pruned.report(0, {"loss": 3.0, "n": 1})
+        lab.end(pruned, Outcome.PRUNED)
+        failed.report(0, {"loss": 2.0})
+        failed.fail(FAILED, max_failures=0)
+        lab.save(resumed, 4, loss=4.0, note="x")
+        lab.driver.end(resumed.attempt, Ending(outcome=Outcome.PREEMPTED))
+        lab.end(lab.claim(4), final=0.5)  # its last report is its predecessor's
+        lab.save(again, 0, loss=1.0, gone=True)
+        lab.driver.end(again.attempt, Ending(outcome=Outcome.LOST))
+        lab.claim(5).report(1, {"loss": 0.25})
+        lab.driver.end(lab.trial(5).attempt.id, Ending(outcome=Outcome.COMPLETED))
+        lab.end(bare)
+        for first in (0, 1, 4, 6, 7):
+            listed = [trial for trial in lab.reader.trials(first=first) if trial.status in SCORED | ERRORED]
+            numbers, configs, found, statuses, origins = load(lab.reader, first=first)
+            assert numbers == [trial.number for trial in listed]
+            assert configs == [trial.config for trial in listed]
+            assert statuses == [trial.status for trial in listed]
+            assert origins == [trial.origin for trial in listed]
+            for trial, score in zip(listed, found, strict=True):
+                expected = trial.metrics if trial.status in SCORED else None
+                assert same(sorted_by_key(score), sorted_by_key(expected)), trial.number
+        assert load(lab.reader, first=4)[2] == [{"loss": 4.0, "note": "x", "final": 0.5}, {"loss": 0.25}, {}]
 
     def test_changes_since_a_seq(self, lab: Lab) -> None:
         writers = [lab.started(x) for x in (0.1, 0.2)]
