@@ -146,7 +146,16 @@ def _checksum(text: bytes) -> bytes:
     return xxhash.xxh3_64(text).hexdigest().encode()
 
 
-def _format(batch: Batch) -> bytes:
+def from_line(text: bytes, place: str) -> Batch:
+    """Read one line that :func:`to_line` wrote; Corrupt, naming ``place``, when it is damaged."""
+    match = _LINE.fullmatch(text.removesuffix(b"\n"))
+    if match is None or _checksum(text.removesuffix(b"\n")[17:]) != match["checksum"]:
+        raise Corrupt(f"{place} is damaged; put an intact copy back")
+    return _parse(_Line(0, int(match["start"]), int(match["end"]), match["body"], place))
+
+
+def to_line(batch: Batch) -> bytes:
+    """Write a batch as one line with its checksum."""
     body = {"format": FORMAT, "experiment": batch.experiment, **{name: rows for name, rows in batch.rows.items() if rows}}
     text = b"%d %d " % (batch.start, batch.end) + json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     return _checksum(text) + b" " + text + b"\n"
@@ -253,7 +262,7 @@ class JournalWriter:
 
     def _write(self, batch: Batch) -> None:
         """Append a batch to this epoch's segment; where nothing can be appended, each batch is a segment."""
-        content = _format(batch)
+        content = to_line(batch)
         if self._segment is None or not self._root.append(f"{JOURNAL}/{self._segment}", content):
             self._segment = f"{self._epoch:08d}-{max(batch.start, 0):012d}.jsonl"
             self._root.write(f"{JOURNAL}/{self._segment}", content)
@@ -264,7 +273,7 @@ class JournalWriter:
         """Write everything as one segment, then delete those before it."""
         batch = self._outbox(-1)
         name = f"{self._epoch:08d}-{batch.end:012d}-full.jsonl"
-        self._root.write(f"{JOURNAL}/{name}", _format(batch))
+        self._root.write(f"{JOURNAL}/{name}", to_line(batch))
         faults.point("journal.compacted")
         self._segment, self.end, self._files = name, batch.end, 1
         for old in self._root.names(JOURNAL):

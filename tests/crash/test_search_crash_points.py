@@ -166,7 +166,7 @@ def test_killed_at(name: str, stories: dict[str, Future[Story]]) -> None:
     assert not story.leftovers
 
 
-@pytest.mark.parametrize("name", [name for name in POINTS if name not in BEFORE_THE_EXPERIMENT])
+@pytest.mark.parametrize("name", [name for name in SEARCHED if name not in BEFORE_THE_EXPERIMENT])
 def test_killed_at_and_restored_from_the_path_alone(name: str, stories: dict[str, Future[Story]]) -> None:
     story, whole = stories[name].result(), stories["whole"].result()
     assert "rebuilt from" in story.alone_said

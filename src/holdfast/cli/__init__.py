@@ -13,6 +13,7 @@ from holdfast.cli.databases import add_databases
 from holdfast.cli.managing import add_managing
 from holdfast.cli.reading import add_reading
 from holdfast.cli.running import add_running
+from holdfast.cli.transferring import add_transferring
 from holdfast.core.errors import HoldfastError, Infrastructure
 
 
@@ -65,5 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     add_running(commands)
     add_reading(commands)
     add_managing(commands)
+    add_transferring(commands)
     add_databases(commands)
     return parser

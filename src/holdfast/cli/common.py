@@ -53,4 +53,7 @@ def open_experiment(options: argparse.Namespace, *, readonly: bool = True) -> An
     from holdfast.experiment import Experiment
     from holdfast.locate import find
 
-    return Experiment(find(options.path, database=options.database, readonly=readonly))
+    opened = find(options.path, database=options.database, readonly=readonly)
+    for note in opened.notes:
+        print(f"holdfast: {note}", file=sys.stderr)
+    return Experiment(opened)

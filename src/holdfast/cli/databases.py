@@ -27,7 +27,7 @@ def _url(options: argparse.Namespace) -> Any:
     storage = Path(options.storage).absolute()
     if (storage / "experiment.json").exists():
         storage = storage.parent
-    return database_url(storage, options.database)
+    return database_url(str(storage), options.database)
 
 
 def _upgrade(options: argparse.Namespace) -> int:

@@ -120,6 +120,18 @@ class Lab:
     def claim(self, number: int, *, token: str = "token") -> AttemptWriter:
         return AttemptWriter.claim(self.database, self.id, self.epoch, self.trial(number).attempt.id, token=token)
 
+    def writer(self, number: int) -> AttemptWriter:
+        """Return the writer of a trial's running attempt, which was claimed with the token of :meth:`claim`."""
+        return AttemptWriter(
+            database=self.database,
+            experiment=self.id,
+            epoch=self.epoch,
+            attempt=self.trial(number).attempt.id,
+            trial=self.row(number),
+            number=self.trial(number).attempt.number,
+            token="token",
+        )
+
     def started(self, x: float = 0.5) -> AttemptWriter:
         """Propose a trial and claim its attempt."""
         return self.claim(self.driver.propose({"x": x}))
