@@ -129,7 +129,7 @@ def _database(url: Location, folder: Folder, *, readonly: bool) -> Database | No
     file = connection.file
     missing = not file.exists() if file is not None else not has_schema(connection)
     connection.close()
-    if missing and journal.end(folder.root) == -1 and (readonly or folder.root.names("trials")):
+    if missing and journal.end(folder.root) == -1 and folder.root.names("trials"):
         return open_database(url, readonly=readonly)  # says that it is missing
     return None if missing else open_database(url, readonly=readonly)
 
