@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,9 @@ from holdfast.specfile import ExperimentSpec
 
 if TYPE_CHECKING:
     from prefect import Flow
+
+
+log = logging.getLogger(__name__)
 
 
 class _Recorder(Observer):
@@ -196,9 +200,14 @@ def can_restore(path: str | Path, *, database: str | None = None) -> bool:
 def open(target: str | Path, *, database: str | None = None) -> Experiment:  # holdfast.open
     """Return a handle on a stored experiment, by its path or, with ``database``, by its name or UUID.
 
-    Raises ExperimentNotFound, Corrupt or DatabaseError; nothing is changed.
+    A database that does not have the experiment, or an older state of it, is brought up to date from the path, and a copy
+    whose original still exists becomes an experiment of its own: the log says so. Raises ExperimentNotFound, Corrupt or
+    DatabaseError; nothing is changed then.
     """
-    return Experiment(find(target, database=database))
+    opened = find(target, database=database)
+    for note in opened.notes:
+        log.warning("%s", note)
+    return Experiment(opened)
 
 
 def _finish(restored: Restored, watcher: _Recorder, server: EmbeddedServer, *, restoring: bool) -> SearchResult:

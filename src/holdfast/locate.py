@@ -134,6 +134,12 @@ def _database(url: Location, folder: Folder, *, readonly: bool) -> Database | No
     return None if missing else open_database(url, readonly=readonly)
 
 
+_LACKS = {
+    standing.Verdict.UNKNOWN: "does not have the experiment",
+    standing.Verdict.BEHIND: "has an older state of the experiment",
+}
+
+
 def _together(
     folder: Folder,
     identity: Identity,
@@ -160,7 +166,7 @@ def _together(
             target = open_database(url, create_missing=True)
         try:
             record, words = standing.bring(folder, identity, target, verdict)
-            notes.append(words if scratch is None else f"{folder.location} is shown from its journal: the database {verdict}")
+            notes.append(words if scratch is None else f"shown as the journal tells it: the database {_LACKS[verdict]}")
         except BaseException:
             if target is not database:
                 target.close()

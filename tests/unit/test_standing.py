@@ -247,7 +247,7 @@ def test_a_journal_that_cannot_be_read_leaves_no_database_behind(path: Path, wha
 def test_a_taken_name_is_refused(path: Path, tmp_path: Path) -> None:
     create(tmp_path / "others").close()
     other = str(sqlite_url(tmp_path / "others" / "holdfast.db"))
-    with pytest.raises(ExperimentExists, match="belongs to .*others/sample"):
+    with pytest.raises(ExperimentExists, match=r"belongs to .*others/sample"):
         open_path(path, database=other)
     assert numbers(path) == [0, 1]
 

@@ -54,6 +54,6 @@ def open_experiment(options: argparse.Namespace, *, readonly: bool = True) -> An
     from holdfast.locate import find
 
     opened = find(options.path, database=options.database, readonly=readonly)
-    for note in opened.notes:
+    for note in () if getattr(options, "json", False) else opened.notes:
         print(f"holdfast: {note}", file=sys.stderr)
     return Experiment(opened)

@@ -37,34 +37,43 @@ def add_reading(commands: Commands) -> None:
 
 def _list(options: argparse.Namespace) -> int:
     from holdfast.experiment import Experiment
-    from holdfast.locate import database_url, open_path
+    from holdfast.locate import open_path
     from holdfast.report.tables import show_json, summary_json
-    from holdfast.storage.database.experiments import every, open_database
 
     storage = Path(options.storage).absolute()
-    url = database_url(str(storage), options.database)
     if options.database is None and not storage.is_dir():
         raise SpecError(f"storage {storage} does not exist; name one: `holdfast list STORAGE`")
-    if not isinstance(url, str) and not Path(str(url.database)).exists():
-        records = []
-    else:
-        with_database = open_database(url, readonly=True)
-        records = every(with_database)
-        with_database.close()
     rows = []
-    for record in records:
-        beside = storage / Path(record.location).name
-        path = beside if (beside / "experiment.json").exists() else Path(record.location)
+    for path, known in _experiments(storage, options.database).items():
         try:
             with Experiment(open_path(path, database=options.database, readonly=True)) as experiment:
                 rows.append(show_json(experiment) if options.json else summary_json(experiment))
-        except (Corrupt, HoldfastError) as error:
-            rows.append({"name": record.name, "id": record.uuid, "status": f"unreadable: {error}", "path": str(path)})
+        except HoldfastError as error:
+            rows.append({"name": Path(path).name, "id": known, "status": f"unreadable: {error}", "path": path})
     if options.json:
         print_json(rows)
     else:
         _print_list(rows, storage)
     return 0
+
+
+def _experiments(storage: Path, database: str | None) -> dict[str, str | None]:
+    """Return the paths of all experiments of a storage or a database, and the UUID of those that the database knows."""
+    from holdfast.locate import database_url
+    from holdfast.storage.database.experiments import every, open_database
+
+    url = database_url(str(storage), database)
+    found: dict[str, str | None] = {}
+    if isinstance(url, str) or Path(str(url.database)).exists():
+        with_database = open_database(url, readonly=True)
+        for record in every(with_database):
+            beside = storage / Path(record.location).name
+            found[str(beside) if (beside / "experiment.json").exists() else record.location] = record.uuid
+        with_database.close()
+    if storage.is_dir():
+        inside = sorted(str(entry.parent) for entry in storage.glob("*/experiment.json"))
+        found |= {path: found.get(path) for path in inside}
+    return found
 
 
 def _print_list(rows: Sequence[dict[str, Any]], storage: Path) -> None:
