@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.pool import NullPool, QueuePool
 from sqlalchemy.sql.base import Executable
 
-from holdfast.core.errors import Corrupt, DatabaseError, HoldfastError, SpecError
-
-BUSY_SECONDS = 60.0
-"""How long a writer waits for another process's transaction."""
-
+from holdfast.core.errors import ConnectionLost, Corrupt, DatabaseError, HoldfastError, RolledBack, SpecError
+from holdfast.storage.database import losses
+from holdfast.storage.database.losses import BUSY_SECONDS, Patience, Sitting, Ticket, repeatable
 
 Location = URL | str
 """Where a database is: a SQLAlchemy URL. It may hold a password, and is stored nowhere."""
 
 DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql+psycopg")
+_UNDONE = ("40001", "40P01")
+"""What a server says of a transaction that it undid for the sake of another one."""
 _SECRETS = frozenset({"password", "sslpassword", "passfile", "oauth_client_secret"})
 
 
@@ -85,6 +85,11 @@ class Database:
         """the SQLite file, or None"""
         self._lock = threading.RLock()
         self._writer: Any = None
+        self._sitting: Sitting | None = None
+        self._ticket: Ticket | None = None
+        """the write transaction that is open, or that was lost with its connection"""
+        self._reached = False
+        """whether the server was ever reached: then it is worth waiting for"""
         self._writing = False
         self._written: tuple[int, int] | None = None
         """device and inode of the SQLite file that the first write went to"""
@@ -105,23 +110,28 @@ class Database:
     def write(self) -> Iterator[Transaction]:
         """Run a write transaction: committed when the body ends, rolled back when it raises.
 
-        A body cannot open another one. DatabaseError when the SQLite file was deleted or exchanged since the first write:
-        what is written to an open file without a name is lost.
+        A body cannot open another one. ConnectionLost when a server's connection was lost: nothing was written then, and a
+        function that does nothing else can be made to repeat it (``repeatable``). OutcomeUnknown when it was lost during the
+        commit and the server cannot tell what became of it. DatabaseError when the SQLite file was deleted or exchanged
+        since the first write: what is written to an open file without a name is lost.
         """
-        with self._lock, translated(self):
-            if self._writing:
-                raise RuntimeError("a write transaction is open in this thread already")
-            cursor = self._begin()
-            self._writing = True
-            try:
-                yield Transaction(cursor, self.engine.dialect)
-                cursor.execute("COMMIT")
-            except BaseException:
-                self._abandon(cursor)
-                raise
-            finally:
-                self._writing = False
-                cursor.close()
+        with translated(self):
+            with self._lock:
+                if self._writing:
+                    raise RuntimeError("a write transaction is open in this thread already")
+                cursor = self._begin()
+                self._writing = True
+                try:
+                    yield Transaction(cursor, self.engine.dialect)
+                    doubtful = self._commit(cursor)
+                except BaseException as error:
+                    self._abandon(cursor, error)
+                    raise
+                finally:
+                    self._writing = False
+                    cursor.close()
+            if doubtful is not None:  # without the lock: other threads need not wait for the answer
+                self._find_out(doubtful)
 
     def _begin(self) -> Any:
         """Return a cursor in a new transaction; a server's connection that broke while it was idle is made anew once."""
@@ -129,18 +139,76 @@ class Database:
         idle = self._writer is not None
         try:
             if self._writer is None:
-                self._writer = self.engine.raw_connection()
-                if not self.is_sqlite:
-                    self.engine.dialect.set_isolation_level(self._writer.dbapi_connection, "AUTOCOMMIT")
-                self._writer.detach()
+                self._open_writer()
             cursor = self._writer.cursor()
-            cursor.execute("BEGIN IMMEDIATE" if self.is_sqlite else "BEGIN")
+            if self._sitting is None:
+                cursor.execute("BEGIN IMMEDIATE")
+            else:
+                self._ticket = losses.begin(cursor, self._sitting)
         except BaseException as error:
             self._drop_writer()
-            if idle and not self.is_sqlite and isinstance(error, self.engine.dialect.loaded_dbapi.Error):
-                return self._begin()
+            if self._is_driver_error(error) and not self.is_sqlite:
+                if idle:
+                    return self._begin()
+                self._unreached(error)
             raise
         return cursor
+
+    def _open_writer(self) -> None:
+        self._writer = self.engine.raw_connection()
+        self._writer.detach()
+        if self.is_sqlite:
+            return
+        self.engine.dialect.set_isolation_level(self._writer.dbapi_connection, "AUTOCOMMIT")
+        with self._writer.cursor() as cursor:
+            self._sitting = losses.sit_down(cursor)
+            if self._ticket is not None:
+                losses.end(cursor, self._ticket)
+        self._reached, self._ticket = True, None
+
+    def _commit(self, cursor: Any) -> Ticket | None:
+        """Commit; return the transaction when the connection was lost meanwhile."""
+        try:
+            cursor.execute("COMMIT")
+        except Exception as error:
+            ticket = self._ticket
+            if ticket is None or not self._is_loss(error, self._writer):
+                raise
+            self._drop_writer()
+            return ticket
+        self._ticket = None
+        return None
+
+    def _find_out(self, ticket: Ticket) -> None:
+        """Return when the transaction was committed; ConnectionLost when it certainly was not."""
+        patience = Patience()
+        while True:
+            try:
+                with self._cursor() as cursor:
+                    committed = losses.is_committed(cursor, ticket, self.label)
+            except ConnectionLost:
+                committed = None
+            if committed is not None:
+                break
+            patience.pause(losses.unknown(self.label))
+        if not committed:
+            raise self._lost()
+
+    def _lost(self) -> ConnectionLost:
+        return ConnectionLost(
+            f"database {self.label}: the connection was lost; nothing was written: look after the server, then try again"
+        )
+
+    def _unreached(self, error: BaseException) -> None:
+        """Raise ConnectionLost for a server that was there before: it may come back. Who never was is no loss."""
+        if self._reached and not self.is_sqlite and self._is_driver_error(error):
+            raise self._lost() from error
+
+    def _is_driver_error(self, error: BaseException) -> bool:
+        return isinstance(error, self.engine.dialect.loaded_dbapi.Error)
+
+    def _is_loss(self, error: BaseException, connection: Any) -> bool:
+        return not self.is_sqlite and self._is_driver_error(error) and bool(connection.dbapi_connection.closed)
 
     def _check_file(self) -> None:
         if self.file is None:
@@ -155,14 +223,19 @@ class Database:
         if identity is None or identity != self._written:
             raise DatabaseError(f"database {self.file} was deleted or exchanged while it was open; put it back, then restore")
 
-    def _abandon(self, cursor: Any) -> None:
+    def _abandon(self, cursor: Any, cause: BaseException) -> None:
+        """Roll back; ConnectionLost when the transaction was lost with its connection."""
+        if self._writer is not None and self._is_loss(cause, self._writer):
+            self._drop_writer()
+            raise self._lost() from cause
         try:
             cursor.execute("ROLLBACK")
+            self._ticket = None
         except Exception:  # noqa: BLE001  # the connection is broken or no transaction is open: begin afresh next time
             self._drop_writer()
 
     def _drop_writer(self) -> None:
-        writer, self._writer = self._writer, None
+        writer, self._writer, self._sitting = self._writer, None, None
         if writer is not None:
             with suppress(Exception):  # it is broken: there is nothing to be saved from it
                 writer.close()
@@ -170,28 +243,68 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """Open a connection for SELECTs of SQLAlchemy expressions."""
-        with translated(self), self.engine.connect() as connection:
+        with translated(self), self._connected() as connection:
             yield connection
+
+    @repeatable
+    def _connected(self) -> Connection:
+        """Return a connection that works, whatever became of the pool's."""
+        connection = None
+        try:
+            connection = self.engine.connect()
+            if not self.is_sqlite:
+                connection.exec_driver_sql("SELECT 1")
+                connection.rollback()
+                self._reached = True
+        except DBAPIError as error:
+            if connection is not None:
+                connection.close()
+            if error.orig is not None:
+                self._unreached(error.orig)
+            raise
+        return connection
 
     @contextmanager
     def snapshot(self) -> Iterator[Transaction]:
-        """Run several SELECTs that see one state of the database, outside the writer's lock."""
-        begin = "BEGIN" if self.is_sqlite else "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"
-        with self._cursor() as cursor:
-            cursor.execute(begin)
-            yield Transaction(cursor, self.engine.dialect)
+        """Run several SELECTs that see one state of the database, outside the writer's lock.
 
+        ConnectionLost when a server's connection is lost within the body; it was there when the body began.
+        """
+        begin = "BEGIN" if self.is_sqlite else "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"
+        with ExitStack() as stack:
+            yield Transaction(self._begun(stack, begin), self.engine.dialect)
+
+    @repeatable
+    def _begun(self, stack: ExitStack, begin: str) -> Any:
+        with ExitStack() as opening:
+            cursor = opening.enter_context(self._cursor())
+            cursor.execute(begin)
+            stack.push(opening.pop_all())
+        return cursor
+
+    @repeatable
     def run(self, statement: Statement, **values: object) -> list[tuple[Any, ...]]:
-        """Run one SELECT, compiled once, outside the writer's lock."""
+        """Run one SELECT, compiled once, outside the writer's lock; repeated when a server's connection is lost."""
         with self._cursor() as cursor:
             return Transaction(cursor, self.engine.dialect).run(statement, **values)
 
     @contextmanager
     def _cursor(self) -> Iterator[Any]:
         with translated(self):
-            connection = self.engine.raw_connection()
+            try:
+                connection = self.engine.raw_connection()
+            except Exception as error:
+                self._unreached(error)
+                raise
+            self._reached = True
             try:
                 yield connection.cursor()
+            except Exception as error:
+                if self._is_loss(error, connection):
+                    connection.invalidate()
+                    self.engine.dispose()  # the others in the pool have most likely gone with it
+                    raise self._lost() from error
+                raise
             finally:
                 connection.close()  # the pool rolls back
 
@@ -226,10 +339,15 @@ def _explained(error: Exception, label: str) -> HoldfastError:
         "readonly": "make the file and its folder writable",
         "unable to open": "check that the folder exists and may be written",
         "locked": f"another process held it for more than {BUSY_SECONDS:.0f} s; end that process",
+        "lock timeout": f"another process held it for more than {BUSY_SECONDS:.0f} s; end that process",
+        "No space left": "free some space on the server and restore",
         "full": "free some space and restore",
         "disk I/O": "check the disk and its free space, then restore",
     }
-    kind: type[HoldfastError] = Corrupt if any(sign in text for sign in damage) else DatabaseError
+    undone = getattr(origin, "sqlstate", None) in _UNDONE
+    kind: type[HoldfastError] = RolledBack if undone else DatabaseError
+    if any(sign in text for sign in damage):
+        kind = Corrupt
     hint = next((remedy for sign, remedy in {**damage, **hints}.items() if sign in text), "see the cause above")
     return kind(f"database {label}: {text}; {hint}")
 
@@ -276,7 +394,8 @@ def connect(url: Location, *, readonly: bool = False, create: bool = False) -> D
     parsed = parse_url(url) if isinstance(url, str) else url
     if parsed.get_backend_name() == "sqlite":
         return Database(_sqlite(parsed, readonly=readonly, create=create))
-    return Database(create_engine(parsed, pool_pre_ping=True))
+    given = {name: value for name, value in losses.CONNECTING.items() if name not in parsed.query}
+    return Database(create_engine(parsed, connect_args=given))
 
 
 def _sqlite(url: URL, *, readonly: bool, create: bool) -> Engine:

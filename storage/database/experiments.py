@@ -15,6 +15,7 @@ from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import dumps_ordered
 from holdfast.storage.database.driver import add_audit
 from holdfast.storage.database.engine import Database, Location, Statement, connect, sqlite_url, translated
+from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.rows import moment, now
 from holdfast.storage.database.schema import VERSION
 
@@ -94,6 +95,7 @@ def _spec(text: str, name: str) -> dict[str, Any]:
     return found
 
 
+@repeatable
 def create(
     database: Database,
     spec: ExperimentSpec,
@@ -153,6 +155,7 @@ def every(database: Database) -> list[Record]:
     return [_record(row) for row in database.run(_ALL)]
 
 
+@repeatable
 def delete(database: Database, experiment: int) -> None:
     """Delete an experiment's rows; configs stay, since others may share them."""
     with database.write() as tx:
@@ -185,10 +188,27 @@ def open_database(url: Location, *, create_missing: bool = False, readonly: bool
 
 
 def _open_server(database: Database, *, create_missing: bool) -> Database:
-    if create_missing and _version(database) is None:
-        _migrate(database)
-    _check_version(database)
+    try:
+        if create_missing and _version(database) is None:
+            _migrate_once(database)
+        _check_version(database)
+    except BaseException:
+        database.close()
+        raise
     return database
+
+
+_SCHEMA_LOCK = 0x686F6C6466617374
+"""The advisory lock of a server's database under which its schema is made: "holdfast"."""
+
+
+@repeatable
+def _migrate_once(database: Database) -> None:
+    """Make the schema, unless another process has made it while we waited for it to end."""
+    with database.read() as guard:
+        guard.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
+        if _version(database) is None:
+            _migrate(database)
 
 
 def _check_version(database: Database) -> None:
