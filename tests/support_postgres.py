@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import select
 import shutil
 import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,7 @@ import psycopg
 from psycopg import sql
 from sqlalchemy.engine import URL
 
+from holdfast.storage.database.engine import connect
 from holdfast.storage.database.experiments import open_database
 
 TEMPLATE = "holdfast_template"
@@ -66,7 +68,7 @@ class Postgres:
             self._command("initdb", "-D", self._data, "--no-sync", *words)
             settings = f"port = {self.port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{self.folder}'\n"
             with (self._data / "postgresql.conf").open("a") as file:
-                file.write(settings + "max_connections = 200\nshared_buffers = 32MB\n")
+                file.write(settings + "max_connections = 200\nshared_buffers = 32MB\nautovacuum = off\n")
             self.start()
             self._make_template()
         except BaseException:
@@ -196,3 +198,113 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+class Proxy:
+    """Stands between a program and the server, by sockets of their own, and cuts one connection at a chosen moment."""
+
+    def __init__(self, server: Postgres) -> None:
+        self._server = server
+        self.folder = Path(tempfile.mkdtemp(prefix="holdfast-px-", dir="/tmp"))
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.folder / f".s.PGSQL.{server.port}"))
+        self._listener.listen()
+        self._marker: bytes | None = None
+        self._pass_on = False
+        self._meanwhile: Callable[[], object] = lambda: None
+        self.cuts = 0
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def url(self, database: str) -> URL:
+        return self._server.url(database).update_query_dict({"host": str(self.folder)})
+
+    def cut(self, marker: str, *, pass_on: bool = False, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Cut the next connection that sends ``marker``, once, after ``meanwhile``.
+
+        With ``pass_on`` the server gets the message and its answer is lost; otherwise the message is lost, and the server does
+        not learn that its client is gone.
+        """
+        self._pass_on, self._meanwhile, self._marker = pass_on, meanwhile, marker.encode()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            try:
+                server.connect(str(self._server.folder / f".s.PGSQL.{self._server.port}"))
+            except OSError:
+                client.close()
+                continue
+            self._open += [client, server]
+            gone = threading.Event()
+            threading.Thread(target=self._up, args=(client, server, gone), daemon=True).start()
+            threading.Thread(target=self._down, args=(client, server, gone), daemon=True).start()
+
+    def _up(self, client: socket.socket, server: socket.socket, gone: threading.Event) -> None:
+        try:
+            while data := client.recv(1 << 16):
+                marker = self._marker
+                if marker is not None and marker in data:
+                    self._marker = None
+                    gone.set()
+                    if self._pass_on:
+                        server.sendall(data)
+                        self._answered(server)
+                    self._meanwhile()
+                    self.cuts += 1
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
+                server.sendall(data)
+            server.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            _shut(client)
+
+    @staticmethod
+    def _answered(server: socket.socket) -> None:
+        """Wait until the server has answered, without taking the answer."""
+        server.recv(1, socket.MSG_PEEK)
+
+    @staticmethod
+    def _down(client: socket.socket, server: socket.socket, gone: threading.Event) -> None:
+        try:
+            while True:
+                ready = select.select([server], [], [], 0.01)[0]
+                if gone.is_set():
+                    return
+                if not ready:
+                    continue
+                data = server.recv(1 << 16)
+                if not data:
+                    break
+                client.sendall(data)
+        except OSError:
+            pass
+        _shut(client)
+
+    def close(self) -> None:
+        for each in [self._listener, *self._open]:
+            _shut(each)
+            each.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def making(url: str) -> Callable[[], str]:
+    """Open an empty database and make its schema, for a race."""
+    database = connect(url)
+    database.close()
+
+    def run() -> str:
+        opened = open_database(url, create_missing=True)
+        opened.close()
+        return "made"
+
+    return run

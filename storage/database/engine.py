@@ -148,6 +148,7 @@ class Database:
         except BaseException as error:
             self._drop_writer()
             if self._is_driver_error(error) and not self.is_sqlite:
+                self.engine.dispose()  # those in the pool have most likely gone with it
                 if idle:
                     return self._begin()
                 self._unreached(error)
@@ -155,11 +156,12 @@ class Database:
         return cursor
 
     def _open_writer(self) -> None:
-        self._writer = self.engine.raw_connection()
-        self._writer.detach()
+        pooled = self.engine.raw_connection()
+        self._writer = pooled.dbapi_connection
+        pooled.detach()
         if self.is_sqlite:
             return
-        self.engine.dialect.set_isolation_level(self._writer.dbapi_connection, "AUTOCOMMIT")
+        self.engine.dialect.set_isolation_level(self._writer, "AUTOCOMMIT")
         with self._writer.cursor() as cursor:
             self._sitting = losses.sit_down(cursor)
             if self._ticket is not None:
@@ -208,7 +210,7 @@ class Database:
         return isinstance(error, self.engine.dialect.loaded_dbapi.Error)
 
     def _is_loss(self, error: BaseException, connection: Any) -> bool:
-        return not self.is_sqlite and self._is_driver_error(error) and bool(connection.dbapi_connection.closed)
+        return not self.is_sqlite and self._is_driver_error(error) and bool(connection.closed)
 
     def _check_file(self) -> None:
         if self.file is None:
@@ -300,7 +302,7 @@ class Database:
             try:
                 yield connection.cursor()
             except Exception as error:
-                if self._is_loss(error, connection):
+                if self._is_loss(error, connection.dbapi_connection):
                     connection.invalidate()
                     self.engine.dispose()  # the others in the pool have most likely gone with it
                     raise self._lost() from error
