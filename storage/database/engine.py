@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -90,6 +91,8 @@ class Database:
         """the write transaction that is open, or that was lost with its connection"""
         self._reached = False
         """whether the server was ever reached: then it is worth waiting for"""
+        self._lost_at: float | None = None
+        """since when the server has not been heard of"""
         self._writing = False
         self._written: tuple[int, int] | None = None
         """device and inode of the SQLite file that the first write went to"""
@@ -166,7 +169,8 @@ class Database:
             self._sitting = losses.sit_down(cursor)
             if self._ticket is not None:
                 losses.end(cursor, self._ticket)
-        self._reached, self._ticket = True, None
+        self._heard()
+        self._ticket = None
 
     def _commit(self, cursor: Any) -> Ticket | None:
         """Commit; return the transaction when the connection was lost meanwhile."""
@@ -197,9 +201,15 @@ class Database:
             raise self._lost()
 
     def _lost(self) -> ConnectionLost:
-        return ConnectionLost(
+        error = ConnectionLost(
             f"database {self.label}: the connection was lost; nothing was written: look after the server, then try again"
         )
+        self._lost_at = self._lost_at or time.monotonic()
+        error.away = time.monotonic() - self._lost_at
+        return error
+
+    def _heard(self) -> None:
+        self._reached, self._lost_at = True, None
 
     def _unreached(self, error: BaseException) -> None:
         """Raise ConnectionLost for a server that was there before: it may come back. Who never was is no loss."""
@@ -257,7 +267,7 @@ class Database:
             if not self.is_sqlite:
                 connection.exec_driver_sql("SELECT 1")
                 connection.rollback()
-                self._reached = True
+                self._heard()
         except DBAPIError as error:
             if connection is not None:
                 connection.close()
@@ -298,9 +308,9 @@ class Database:
             except Exception as error:
                 self._unreached(error)
                 raise
-            self._reached = True
             try:
                 yield connection.cursor()
+                self._heard()
             except Exception as error:
                 if self._is_loss(error, connection.dbapi_connection):
                     connection.invalidate()

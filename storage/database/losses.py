@@ -42,9 +42,12 @@ class Patience:
         self._next = 0.0
 
     def pause(self, error: Exception) -> None:
-        """Wait before the next repetition; raise ``error`` when there is to be none."""
+        """Wait before the next repetition; raise ``error`` when there is to be none.
+
+        A server that has been away for long enough is not waited for again by each call.
+        """
         left = self._deadline - time.monotonic()
-        if left <= 0:
+        if left <= 0 or getattr(error, "away", 0.0) > PATIENCE_SECONDS:
             raise error
         time.sleep(min(self._next, left))
         self._next = min(max(2 * self._next, 0.02), 1.0)

@@ -123,10 +123,15 @@ def test_a_snapshot_that_breaks_is_read_again_as_a_whole(lab: Lab, proxy: Proxy)
 
 def test_a_body_that_loses_its_connection_wrote_nothing(lab: Lab, beside: Database, server: Postgres, name: str) -> None:
     before = dump(beside)
-    with pytest.raises(ConnectionLost, match=r"nothing was written.*try again"), lab.database.write() as tx:
-        add_trial(tx, lab.id, 5, {"x": 0.5}, seed=1, source="proposed")
-        server.terminate(name)
-        add_trial(tx, lab.id, 5, {"x": 0.6}, seed=1, source="proposed")
+
+    def write() -> None:
+        with lab.database.write() as tx:
+            add_trial(tx, lab.id, 5, {"x": 0.5}, seed=1, source="proposed")
+            server.terminate(name)
+            add_trial(tx, lab.id, 5, {"x": 0.6}, seed=1, source="proposed")
+
+    with pytest.raises(ConnectionLost, match=r"nothing was written.*try again"):
+        write()
     assert dump(beside) == before
     assert lab.driver.propose({"x": 0.5}) == 0
 

@@ -135,6 +135,9 @@ class RolledBack(DatabaseError):
 class ConnectionLost(RolledBack):
     """The connection to the database's server was lost: nothing was written, and the call may be repeated."""
 
+    away: float = 0.0
+    """seconds since the server was last heard of"""
+
 
 class OutcomeUnknown(DatabaseError):
     """The connection was lost during a commit; whether anything was written cannot be found out."""
