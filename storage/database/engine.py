@@ -17,7 +17,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.pool import NullPool, QueuePool
 from sqlalchemy.sql.base import Executable
 
-from holdfast.core.errors import ConnectionLost, Corrupt, DatabaseError, HoldfastError, RolledBack, SpecError
+from holdfast.core.errors import ConnectionLost, Corrupt, DatabaseError, HoldfastError, InvalidInput, RolledBack, SpecError
 from holdfast.storage.database import losses
 from holdfast.storage.database.losses import BUSY_SECONDS, Patience, Sitting, Ticket, repeatable
 
@@ -61,7 +61,10 @@ class Transaction:
     def run(self, statement: Statement, **values: object) -> list[tuple[Any, ...]]:
         """Run ``statement`` and return its rows (of RETURNING or SELECT)."""
         text, literals = statement.text(self._dialect)
-        self._cursor.execute(text, {**literals, **values})
+        try:
+            self._cursor.execute(text, {**literals, **values})
+        except (OverflowError, UnicodeEncodeError) as error:
+            raise InvalidInput(f"a value that no database can hold was given ({error}); give another") from None
         return self._cursor.fetchall() if self._cursor.description else []
 
     def changed(self, statement: Statement, **values: object) -> int:
@@ -351,6 +354,12 @@ def _explained(error: Exception, label: str) -> HoldfastError:
         "readonly": "make the file and its folder writable",
         "unable to open": "check that the folder exists and may be written",
         "locked": f"another process held it for more than {BUSY_SECONDS:.0f} s; end that process",
+        "authentication failed": "check user and password in its URL",
+        "no password supplied": "put the password into its URL",
+        "resolve host": "check the host in its URL",
+        "refused": "check that the server runs, and host and port in its URL",
+        "timeout expired": "check that the server runs, and host and port in its URL",
+        "does not exist": "create it, or name another one in its URL",
         "lock timeout": f"another process held it for more than {BUSY_SECONDS:.0f} s; end that process",
         "No space left": "free some space on the server and restore",
         "full": "free some space and restore",
@@ -381,13 +390,18 @@ def parse_url(url: str) -> URL:
             parsed = parsed.set(drivername="postgresql+psycopg")
         if parsed.drivername not in DRIVERS:
             raise SpecError(f"database is {parsed.drivername}; {allowed}")
+        if parsed.get_backend_name() != "sqlite" and (url.partition("?")[0].count("@") > 1 or "%00" in url or "\0" in url):
+            raise SpecError(
+                "database is a URL whose parts cannot be told apart; in user and password write %40 for @, %3A for :, "
+                "%2F for / and %25 for %, and no NUL character"
+            )
         parsed.get_dialect().import_dbapi()
     except SpecError:
         raise
     except (ArgumentError, NoSuchModuleError, ValueError):
         raise SpecError(f"database is no SQLAlchemy URL; {allowed}") from None
     except ImportError as error:
-        raise SpecError(f"database needs the Python package {error.name!r}; install holdfast[postgres]") from None
+        raise SpecError(f"database needs the Python package {error.name or 'psycopg'!r}; install holdfast[postgres]") from None
     if parsed.get_backend_name() == "sqlite" and (parsed.database in (None, "", ":memory:") or parsed.query):
         raise SpecError("database is in memory, or has options; name a SQLite file: sqlite:////path/file.db")
     return parsed

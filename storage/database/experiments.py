@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import inspect, text
 
+from holdfast.core import faults
 from holdfast.core.errors import Corrupt, DatabaseError, ExperimentExists
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import dumps_ordered
@@ -251,21 +257,24 @@ def _version(database: Database) -> str | None:
         return None if version is None else str(version)
 
 
+_DRAFT_FOLDER = ".holdfast-db-"
+_DRAFT_FILES = ("new.db", "new.db-wal", "new.db-shm", "new.db-journal")
+
+
 def _make(file: Path) -> None:
     """Create a SQLite database beside its final place, so that a crash leaves all of it or nothing."""
-    import os
-    import tempfile
-
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".holdfast-db-") as folder:
-            draft = Path(folder) / "new.db"
+        _sweep(file.parent)
+        with _draft_folder(file.parent) as folder:
+            draft = folder / _DRAFT_FILES[0]
             fresh = connect(sqlite_url(draft), create=True)
             _migrate(fresh)
             with fresh.engine.connect() as connection:
                 connection.exec_driver_sql("COMMIT")
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
             fresh.close()
+            faults.point("experiment.database-drafted")
             try:
                 os.link(draft, file)  # fails when another process was faster: its database is as good as ours
             except FileExistsError:
@@ -280,6 +289,55 @@ def _make(file: Path) -> None:
         raise DatabaseError(
             f"database {file} cannot be created: {error.strerror or error}; make its folder writable"
         ) from error
+
+
+@contextmanager
+def _draft_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder for a draft, locked while this process lives: what is not locked is a dead process's."""
+    lock = None
+    while lock is None:  # another process may sweep it before it is locked
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=_DRAFT_FOLDER))
+        lock = _lock(folder)
+    try:
+        yield folder
+    finally:
+        _remove_draft(folder)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder; None when another process has locked it, or has removed it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(folder)
+    except (BlockingIOError, FileNotFoundError):
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the drafts of processes that died while they made a database; whatever else lies in them stays."""
+    for folder in parent.glob(f"{_DRAFT_FOLDER}*"):
+        with suppress(OSError):  # not ours, then
+            lock = _lock(folder)
+            if lock is not None:
+                _remove_draft(folder)
+                os.close(lock)
+
+
+def _remove_draft(folder: Path) -> None:
+    with suppress(OSError):
+        for name in _DRAFT_FILES:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _migrate(database: Database) -> None:
