@@ -153,8 +153,9 @@ class Postgres:
     @contextmanager
     def admin(self, database: str = "postgres") -> Iterator[psycopg.Connection[Any]]:
         """Open a connection of the superuser, beside the program under test."""
+        options = "-c default_transaction_read_only=off"
         with psycopg.connect(
-            host=str(self.folder), port=self.port, user="postgres", dbname=database, autocommit=True
+            host=str(self.folder), port=self.port, user="postgres", dbname=database, autocommit=True, options=options
         ) as connection:
             yield connection
 

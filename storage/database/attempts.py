@@ -11,7 +11,7 @@ from holdfast.core.errors import AlreadyClaimed, CheckpointConflict, Conflict, F
 from holdfast.core.trial import Event, Outcome, TrialStatus, transition
 from holdfast.core.values import Metrics
 from holdfast.storage.database import statements as sql
-from holdfast.storage.database.driver import Ending, end_attempt, fence
+from holdfast.storage.database.driver import Ending, end_attempt, fence, mark_checkpoint
 from holdfast.storage.database.engine import Database, Transaction
 from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.rows import add_metrics, attempts_of, checkpoints_of, now, storable, typed
@@ -186,7 +186,7 @@ class AttemptWriter:
         with self.database.write() as tx:
             seq = self._begin(tx)
             for checkpoint in checkpoints:
-                tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="deleted", reason="pruned", seq=seq)
+                mark_checkpoint(tx, seq, checkpoint, "deleted", "pruned")
 
     @repeatable
     def telemetry(self, rows: Sequence[tuple[int, str, object]]) -> None:
@@ -222,7 +222,7 @@ def _reject(
     note: str,
 ) -> None:
     for checkpoint, reason in rejected.items():
-        tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=storable(reason), seq=seq)
+        mark_checkpoint(tx, seq, checkpoint, "corrupt", reason)
     _, ids = attempts_of(tx, trial)
     parent = None if resumed is None else ids[resumed.attempt]
     step = None if resumed is None else resumed.step

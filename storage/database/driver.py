@@ -221,7 +221,7 @@ class Driver:
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
             for checkpoint, reason in checkpoints.items():
-                tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=storable(reason), seq=seq)
+                mark_checkpoint(tx, seq, checkpoint, "corrupt", reason)
 
     @repeatable
     def change_spec(self, spec: Mapping[str, Json], changes: Mapping[str, Json]) -> None:
@@ -243,6 +243,12 @@ class Driver:
         """Add an audit row."""
         with self.database.write() as tx:
             add_audit(tx, self.experiment, fence(tx, self.experiment, self.epoch), self.epoch, action, detail)
+
+
+def mark_checkpoint(tx: Transaction, seq: int, checkpoint: int, status: str, reason: str) -> None:
+    """Give a checkpoint (row id) another status; Conflict when there is none."""
+    if tx.changed(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status=status, reason=storable(reason), seq=seq) != 1:
+        raise Conflict(f"there is no checkpoint row {checkpoint}; nothing was written")
 
 
 def add_audit(tx: Transaction, experiment: int, seq: int, epoch: int, action: str, detail: Mapping[str, Json]) -> None:

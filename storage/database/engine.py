@@ -373,6 +373,16 @@ def _explained(error: Exception, label: str) -> HoldfastError:
     return kind(f"database {label}: {text}; {hint}")
 
 
+def shown(url: str) -> str:
+    """Return a URL as it may be shown: without passwords, or ``***`` when it is none."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return "***"
+    secret = parsed.password is not None or not _SECRETS.isdisjoint(parsed.query)
+    return _shown(parsed) if secret else url
+
+
 def _shown(url: URL) -> str:
     hidden = {key: "***" for key in url.query if key in _SECRETS}
     return url.update_query_dict(hidden).render_as_string(hide_password=True)
@@ -384,17 +394,17 @@ def parse_url(url: str) -> URL:
     ``postgresql://`` means psycopg. Drivers for asyncio and databases in memory are refused.
     """
     allowed = "allowed: sqlite:////path/file.db, postgresql+psycopg://user@host/name"
+    if not url.startswith("sqlite") and (url.partition("?")[0].count("@") > 1 or "%00" in url or "\0" in url):
+        raise SpecError(
+            "database is a URL whose parts cannot be told apart; in user and password write %40 for @, %3A for :, "
+            "%2F for / and %25 for %, and no NUL character"
+        )
     try:
         parsed = make_url(url)
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         if parsed.drivername not in DRIVERS:
             raise SpecError(f"database is {parsed.drivername}; {allowed}")
-        if parsed.get_backend_name() != "sqlite" and (url.partition("?")[0].count("@") > 1 or "%00" in url or "\0" in url):
-            raise SpecError(
-                "database is a URL whose parts cannot be told apart; in user and password write %40 for @, %3A for :, "
-                "%2F for / and %25 for %, and no NUL character"
-            )
         parsed.get_dialect().import_dbapi()
     except SpecError:
         raise
