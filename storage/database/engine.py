@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +322,18 @@ class Database:
                 raise
             finally:
                 connection.close()  # the pool rolls back
+
+    def is_locked(self, *, patience: float) -> bool:
+        """Tell whether another process keeps the SQLite file locked for ``patience`` seconds; a server ends such itself."""
+        if self.file is None:
+            return False
+        with translated(self), closing(sqlite3.connect(self.file, timeout=patience, isolation_level=None)) as probe:
+            try:
+                probe.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                return "locked" in str(error)
+            probe.execute("ROLLBACK")
+        return False
 
     def close(self) -> None:
         """Close every connection; the object can be used again."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import psycopg
 import pytest
@@ -168,7 +168,7 @@ def test_the_source_of_a_spec_loses_its_password_however_it_is_written() -> None
         kept = specfile.without_password(given)
         assert "s3cr" not in kept
         before, after = yaml.safe_load(given), yaml.safe_load(kept)
-        assert "***" in after.pop("database")
+        assert "***" in unquote(after.pop("database"))
         del before["database"]
         assert before == after
     for given in ("name: x\ndatabase: postgresql://me@host/db\n", "name: x\n", "database: sqlite:////x%20y.db\n"):
