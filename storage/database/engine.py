@@ -17,16 +17,15 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.pool import NullPool, QueuePool
 from sqlalchemy.sql.base import Executable
 
-from holdfast.core.errors import ConnectionLost, Corrupt, DatabaseError, HoldfastError, InvalidInput, RolledBack, SpecError
+from holdfast.core.errors import ConnectionLost, DatabaseError, InvalidInput, SpecError
 from holdfast.storage.database import losses
+from holdfast.storage.database.explain import explained
 from holdfast.storage.database.losses import BUSY_SECONDS, Patience, Sitting, Ticket, repeatable
 
 Location = URL | str
 """Where a database is: a SQLAlchemy URL. It may hold a password, and is stored nowhere."""
 
 DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql+psycopg")
-_UNDONE = ("40001", "40P01")
-"""What a server says of a transaction that it undid for the sake of another one."""
 _SECRETS = frozenset({"password", "sslpassword", "passfile", "oauth_client_secret"})
 
 
@@ -348,41 +347,11 @@ def translated(database: Database) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error) as error:
-        raise _explained(error, database.label) from error
+        raise explained(error, database.label) from error
     except Exception as error:
         if isinstance(error, database.engine.dialect.loaded_dbapi.Error):
-            raise _explained(error, database.label) from error
+            raise explained(error, database.label) from error
         raise
-
-
-def _explained(error: Exception, label: str) -> HoldfastError:
-    origin = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    text = str(origin).strip() or type(origin).__name__
-    damage = {
-        "malformed": "the file is damaged; restore it from a backup",
-        "not a database": "the file is damaged or is something else; restore it from a backup",
-    }
-    hints = {
-        "readonly": "make the file and its folder writable",
-        "unable to open": "check that the folder exists and may be written",
-        "locked": f"another process held it for more than {BUSY_SECONDS:.0f} s; end that process",
-        "authentication failed": "check user and password in its URL",
-        "no password supplied": "put the password into its URL",
-        "resolve host": "check the host in its URL",
-        "refused": "check that the server runs, and host and port in its URL",
-        "timeout expired": "check that the server runs, and host and port in its URL",
-        "does not exist": "create it, or name another one in its URL",
-        "lock timeout": f"another process held it for more than {BUSY_SECONDS:.0f} s; end that process",
-        "No space left": "free some space on the server and restore",
-        "full": "free some space and restore",
-        "disk I/O": "check the disk and its free space, then restore",
-    }
-    undone = getattr(origin, "sqlstate", None) in _UNDONE
-    kind: type[HoldfastError] = RolledBack if undone else DatabaseError
-    if any(sign in text for sign in damage):
-        kind = Corrupt
-    hint = next((remedy for sign, remedy in {**damage, **hints}.items() if sign in text), "see the cause above")
-    return kind(f"database {label}: {text}; {hint}")
 
 
 def shown(url: str) -> str:

@@ -247,6 +247,34 @@ def test_of_two_transactions_that_wait_for_each_other_one_is_repeated(beside: Da
     assert [record and record.active_seconds for record in found] == [2.0, 2.0]
 
 
+def test_a_writer_that_falls_silent_loses_its_locks(lab: Lab, beside: Database) -> None:
+    """As one does that is suspended within a transaction."""
+    inside, over = threading.Event(), threading.Event()
+
+    def fall_silent() -> None:
+        with lab.database.write() as tx:
+            assert tx.run(Statement(text("SHOW idle_in_transaction_session_timeout"))) == [("30s",)]
+            assert tx.run(Statement(text("SHOW lock_timeout"))) == [("1min",)]
+            tx.run(Statement(text("SET idle_in_transaction_session_timeout = '50ms'")))
+            add_trial(tx, lab.id, 5, {"x": 0.5}, seed=1, source="proposed")
+            tx.run(Statement(text("SELECT 1 FROM experiment FOR UPDATE")))
+            inside.set()
+            over.wait(60)
+            tx.run(ONE)
+
+    with ThreadPoolExecutor(1) as pool:
+        silenced = pool.submit(fall_silent)
+        try:
+            assert inside.wait(60)
+            requests.request_stop(beside, lab.id)  # waits for the lock
+        finally:
+            over.set()
+        with pytest.raises(ConnectionLost):
+            silenced.result()
+    assert dump(beside)["trial"] == []
+    assert lab.driver.propose({"x": 0.5}) == 0
+
+
 def test_a_server_that_was_never_reached_is_not_waited_for(server: Postgres, name: str) -> None:
     url = server.url(name)
     server.stop()
