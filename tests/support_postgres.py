@@ -68,7 +68,9 @@ class Postgres:
             self._command("initdb", "-D", self._data, "--no-sync", *words)
             settings = f"port = {self.port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{self.folder}'\n"
             with (self._data / "postgresql.conf").open("a") as file:
-                file.write(settings + "max_connections = 200\nshared_buffers = 32MB\nautovacuum = off\n")
+                file.write(
+                    settings + "max_connections = 200\nshared_buffers = 32MB\nautovacuum = off\nwal_writer_delay = 10s\n"
+                )
             self.start()
             self._make_template()
         except BaseException:
