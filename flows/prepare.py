@@ -91,7 +91,8 @@ def checked_spec(
     if isinstance(spec, (str, Path)):
         folder = Path(spec).absolute().parent
         checked = specfile.ExperimentSpec.from_file(spec, overrides)
-        return checked, Origin(source=Path(spec).read_text(), commit=git_commit(folder), workdir=str(folder))
+        source = specfile.without_password(Path(spec).read_text())
+        return checked, Origin(source=source, commit=git_commit(folder), workdir=str(folder))
     if overrides:
         raise SpecError("overrides change a spec that is read from a file; change the spec itself")
     if isinstance(spec, ExperimentSpec) and not isinstance(spec, specfile.ExperimentSpec):

@@ -21,10 +21,11 @@ from holdfast.settings import visible_gpus
 from holdfast.storage import journal
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.storage.database.driver import Driver
+from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.journal import JournalWriter
-from holdfast.storage.leasing import Claimant, Keeper, take
+from holdfast.storage.leasing import Claimant, Keeper, describe, take
 from holdfast.tasks.runtime import Runtime
 from holdfast.tasks.workers import processes
 from holdfast.tasks.workers.messages import Decision
@@ -103,10 +104,25 @@ def runnable(spec: ExperimentSpec, root: Path) -> ExperimentSpec:
     return spec.model_copy(update={"trainable": f"pickle:{root / rest}"}) if kind == "pickle" else spec
 
 
+_PROBE_SECONDS = 2.0
+"""How long a lock is waited for before its suspended holder is taken to keep it."""
+
+
+def _end_suspended(opened: Opened, observer: Observer) -> None:
+    """End a suspended driver of this host that keeps the database locked: its lease is being taken from it anyway."""
+    other = Leases(opened.database, opened.record.id).look().holder or {}
+    host, pid, started = str(other.get("host")), int(other.get("pid") or 0), str(other.get("started"))
+    if processes.is_suspended(host, pid, started) and opened.database.is_locked(patience=_PROBE_SECONDS):
+        observer.say(f"{describe(other)} is suspended and keeps the database locked; it is ended")
+        processes.kill(pid, started)
+
+
 def begin(
     opened: Opened, pool: WorkerPool | None, observer: Observer, *, action: str, detail: dict[str, Json], force: bool = False
 ) -> Session:
     """Take the lease of an opened experiment and start to renew it."""
+    if force:
+        _end_suspended(opened, observer)
     claimant = Claimant(holder=holder(), liveness=liveness, say=observer.say, force=force)
     keeper = take(
         opened.database,

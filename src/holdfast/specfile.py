@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,6 +69,25 @@ class ExperimentSpec(core.ExperimentSpec):
         if folder is not None:
             _make_absolute(changed, Path(os.path.abspath(folder)))
         return cls.parse(changed, source=_locator(node, source, overrides))
+
+
+def without_password(text: str) -> str:
+    """Return the text of a spec's file as it may be kept: with ``***`` for the password of its database."""
+    node, data = _load(text, "spec")
+    database = data.get("database") if isinstance(data, dict) else None
+    if not isinstance(database, str) or not isinstance(node, yaml.MappingNode):
+        return text
+    from holdfast.storage.database.engine import shown
+
+    public = shown(database)
+    if public == database:
+        return text
+    for key, value in reversed(node.value):
+        if key.value == "database":
+            start, end = value.start_mark.index, value.end_mark.index
+            line = "\n" if text[start:end].endswith("\n") else ""  # a block ends with its line
+            text = f"{text[:start]}{json.dumps(public, ensure_ascii=False)}{line}{text[end:]}"
+    return text.replace(database, public)  # in a comment, perhaps
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str], source: str = "spec") -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from holdfast.core.trial import ENDING, ErrorInfo, Event, Outcome, TrialStatus, 
 from holdfast.core.values import Config, Json, Metrics, digest, dumps, dumps_ordered
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Transaction
+from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.rows import FINAL_STEP, add_metrics, attempts_of, micros, newest, now, storable
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ class Driver:
         self.epoch = epoch
         self.seed = seed
 
+    @repeatable
     def propose(self, config: Config, *, source: str = "proposed", state: bytes | None = None) -> int:
         """Commit a proposal: its config, trial and first attempt (and the engine's state); return the trial's number."""
         with self.database.write() as tx:
@@ -183,6 +185,7 @@ class Driver:
                 tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state, seq=seq)
         return number
 
+    @repeatable
     def start(
         self,
         config: Config,
@@ -228,19 +231,22 @@ class Driver:
             token=token,
         )
 
+    @repeatable
     def end(self, attempt: int, ending: Ending, *, retry: bool = False) -> TrialStatus:
         """Close an attempt; see :func:`end_attempt`. Return the trial's new status."""
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
             return end_attempt(tx, self.experiment, seq, attempt, ending, retry=retry)
 
-    def skip(self, trials: Iterable[int]) -> None:
+    @repeatable
+    def skip(self, trials: Collection[int]) -> None:
         """Leave waiting trials (row ids) out until a later restore."""
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
             for trial in trials:
                 self._move(tx, seq, trial, Event.SKIP)
 
+    @repeatable
     def cancel(self, trial: int) -> None:
         """End a waiting or skipped trial (row id) as a person asked; a running one ends with its attempt."""
         with self.database.write() as tx:
@@ -260,6 +266,7 @@ class Driver:
             raise Conflict(f"trial row {trial} is none of this experiment's; nothing was written")
         return TrialStatus(rows[0][0]), rows[0][1], rows[0][2]
 
+    @repeatable
     def rerun(self, trial: int, *, restart: bool, note: str = "") -> None:
         """Let an ended or waiting trial (row id) run again, from its newest checkpoint or, with ``restart``, from step 0.
 
@@ -289,6 +296,7 @@ class Driver:
                 add_attempt(tx, trial, number, config, reason=reason, parent=parent, note=note)
             tx.run(sql.MOVE_TO_ATTEMPT, trial=trial, old=status.value, new=after.value, seq=seq, number=number)
 
+    @repeatable
     def reject(self, checkpoints: Mapping[int, str]) -> None:
         """Mark checkpoints (row ids) as corrupt, each with the reason."""
         with self.database.write() as tx:
@@ -296,7 +304,9 @@ class Driver:
             for checkpoint, reason in checkpoints.items():
                 tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=storable(reason), seq=seq)
                 tx.run(sql.TOUCH_TRIAL, checkpoint=checkpoint, seq=seq)
+                mark_checkpoint(tx, seq, checkpoint, "corrupt", reason)
 
+    @repeatable
     def change_spec(self, spec: Mapping[str, Json], changes: Mapping[str, Json]) -> None:
         """Store a changed spec, and what changed as an audit row."""
         with self.database.write() as tx:
@@ -304,16 +314,24 @@ class Driver:
             tx.run(sql.SET_SPEC, experiment=self.experiment, spec=dumps_ordered(dict(spec)))
             add_audit(tx, self.experiment, seq, self.epoch, "changed", changes)
 
+    @repeatable
     def set_code(self, *, trainable_digest: str | None, workdir: str, location: str) -> None:
         """Note where the experiment and its code are now."""
         with self.database.write() as tx:
             fence(tx, self.experiment, self.epoch)
             tx.run(sql.SET_CODE, experiment=self.experiment, code=trainable_digest, workdir=workdir, location=location)
 
+    @repeatable
     def audit(self, action: str, detail: Mapping[str, Json]) -> None:
         """Add an audit row."""
         with self.database.write() as tx:
             add_audit(tx, self.experiment, fence(tx, self.experiment, self.epoch), self.epoch, action, detail)
+
+
+def mark_checkpoint(tx: Transaction, seq: int, checkpoint: int, status: str, reason: str) -> None:
+    """Give a checkpoint (row id) another status; Conflict when there is none."""
+    if tx.changed(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status=status, reason=storable(reason), seq=seq) != 1:
+        raise Conflict(f"there is no checkpoint row {checkpoint}; nothing was written")
 
 
 def add_audit(tx: Transaction, experiment: int, seq: int, epoch: int, action: str, detail: Mapping[str, Json]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import text
 
 from holdfast.storage.database.engine import Database, Statement, Transaction
+from holdfast.storage.database.losses import repeatable
 from holdfast.storage.journal import Batch, Row, Rows
 
 
@@ -90,6 +91,7 @@ class Outbox:
         self._last_telemetry = 0
         self._spec = ""
 
+    @repeatable
     def __call__(self, since: int) -> Batch:
         """Return what changed after seq ``since``: -1 for everything."""
         with self._database.snapshot() as state:

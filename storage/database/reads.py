@@ -15,6 +15,7 @@ from holdfast.core.trial import Attempt, ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import Config, Metrics, from_row, loads
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Statement, Transaction
+from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.rows import FINAL_STEP, moment, to_checkpoint
 
 
@@ -144,6 +145,7 @@ class Reader:
         """Return the experiment's counter: it rises with every write."""
         return int(self._fetch(_SEQ)[0][0])
 
+    @repeatable
     def trials(self, *, since: int = -1, first: int = 0, last: int = ALL) -> list[Trial]:
         """Return the trials that changed after seq ``since``, with numbers from ``first`` to ``last``, in number order."""
         scope = {"experiment": self.experiment, "since": since, "first": first, "last": last}
@@ -197,6 +199,7 @@ class Reader:
         """Return every attempt by trial and number."""
         return _by_trial(self._fetch(_ATTEMPTS, first=first, last=last))
 
+    @repeatable
     def checkpoints(self, *, first: int = 0, last: int = ALL) -> list[Checkpoint]:
         """Return the checkpoint rows of every status, by trial, attempt and step, with the metrics reported with each."""
         with self.database.snapshot() as state:
@@ -209,6 +212,7 @@ class Reader:
             metrics.setdefault(identity, {})[name] = from_row(*value)
         return [to_checkpoint(row[0], row[1:], metrics.get(row[1])) for row in state.run(_CHECKPOINTS, **scope)]
 
+    @repeatable
     def candidates(self, trial: int, attempt: int) -> list[Checkpoint]:
         """Return the checkpoints that an attempt may continue from, the one to try first in front."""
         with self.database.snapshot() as state:
@@ -216,6 +220,7 @@ class Reader:
             checkpoints = self._checkpoints(state, first=trial, last=trial)
         return eligible(attempt, _by_trial(rows).get(trial, {}), checkpoints)
 
+    @repeatable
     def history(self) -> list[ReportRow]:
         """Return every report by trial, step and attempt; superseded ones are flagged, not left out."""
         with self.database.snapshot() as state:

@@ -9,9 +9,10 @@ from typing import Any
 from sqlalchemy import text
 
 from holdfast.core.errors import Corrupt, ExperimentExists
-from holdfast.core.values import digest, dumps
+from holdfast.core.values import digest, dumps, dumps_ordered
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Statement, Transaction
+from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.rows import now
 from holdfast.storage.folder import Identity
 from holdfast.storage.journal import Contents, Epoch, lineage
@@ -119,6 +120,7 @@ def name_taken(database: Database, name: str, uuid: str) -> str | None:
     return str(rows[0][1]) if rows else None
 
 
+@repeatable
 def rename(database: Database, identity: Identity, old: str) -> None:
     """Let the rows of ``old`` be those of its copy."""
     with database.write() as tx:
@@ -142,6 +144,7 @@ def rename(database: Database, identity: Identity, old: str) -> None:
             )
 
 
+@repeatable
 def rebuild(database: Database, identity: Identity, contents: Contents, *, epoch: int, detail: dict[str, Any]) -> None:
     """Write an experiment's rows, in place of those that the database has of it, in one transaction.
 
@@ -167,8 +170,6 @@ def rebuild(database: Database, identity: Identity, contents: Contents, *, epoch
 
 
 def _spec_text(identity: Identity) -> str:
-    from holdfast.core.values import dumps_ordered
-
     return dumps_ordered({**identity.spec, "name": identity.name})
 
 
@@ -182,7 +183,7 @@ def _head(tx: Transaction, identity: Identity, contents: Contents, epoch: int) -
     said = contents.experiment
     spec = said.get("spec")
     if spec is None or json.loads(spec).get("name") != identity.name:
-        spec = _spec_text(identity) if spec is None else dumps_named(spec, identity.name)
+        spec = _spec_text(identity) if spec is None else _named(spec, identity.name)
     values = {
         "uuid": identity.uuid,
         "name": identity.name,
@@ -210,10 +211,8 @@ def _head(tx: Transaction, identity: Identity, contents: Contents, epoch: int) -
     return int(tx.run(_ADD, **values)[0][0])
 
 
-def dumps_named(spec: str, name: str) -> str:
+def _named(spec: str, name: str) -> str:
     """Return a stored spec under another name."""
-    from holdfast.core.values import dumps_ordered
-
     return dumps_ordered({**json.loads(spec), "name": name})
 
 

@@ -10,6 +10,7 @@ from holdfast.core.values import Json
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.driver import add_audit
 from holdfast.storage.database.engine import Database, Transaction
+from holdfast.storage.database.losses import repeatable
 
 
 def _request(tx: Transaction, experiment: int) -> tuple[int, int]:
@@ -19,6 +20,7 @@ def _request(tx: Transaction, experiment: int) -> tuple[int, int]:
     return int(rows[0][0]), int(rows[0][1])
 
 
+@repeatable
 def note(database: Database, experiment: int, action: str, detail: Mapping[str, Json]) -> None:
     """Add an audit row beside whoever drives."""
     with database.write() as tx:
@@ -26,6 +28,7 @@ def note(database: Database, experiment: int, action: str, detail: Mapping[str, 
         add_audit(tx, experiment, seq, epoch, action, detail)
 
 
+@repeatable
 def request_stop(database: Database, experiment: int) -> None:
     """Ask the driver to save and stop every running trial and to end."""
     with database.write() as tx:
@@ -34,6 +37,7 @@ def request_stop(database: Database, experiment: int) -> None:
         add_audit(tx, experiment, seq, epoch, "stop requested", {})
 
 
+@repeatable
 def request_cancel(database: Database, experiment: int, number: int) -> None:
     """Ask the driver to end one waiting or running trial; Conflict when it has ended already."""
     with database.write() as tx:

@@ -21,7 +21,7 @@ SEARCHED = [name for name in POINTS if not name.startswith("upgrade.")]
 AT_ONCE = 3
 """Scenarios that run side by side: each waits for its own processes most of the time."""
 
-BEFORE_THE_EXPERIMENT = {"experiment.path-made", "experiment.rows-made"}
+BEFORE_THE_EXPERIMENT = {"experiment.path-made", "experiment.database-drafted", "experiment.rows-made"}
 PASSES = {
     "attempt.claimed": 2,
     "checkpoint.staged": 5,

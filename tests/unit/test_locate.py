@@ -74,6 +74,7 @@ def test_what_a_crash_leaves_is_taken_over(tmp_path: Path, point: str) -> None:
     with closing(create(tmp_path / "runs")) as made:
         uuid = made.record.uuid
         assert len(experiments.every(made.database)) == 1
+    assert not [entry for entry in (tmp_path / "runs").iterdir() if entry.name.startswith(".holdfast-db-")]
     assert uuid_in(tmp_path / "runs" / "sample") == uuid
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 POINTS: dict[str, str] = {
     "experiment.path-made": "the experiment's folder exists, its database rows do not",
+    "experiment.database-drafted": "a new SQLite database is complete beside its place, which is empty",
     "experiment.rows-made": "the database rows exist, experiment.json does not",
     "lease.database-taken": "the lease is taken in the database, not in the path",
     "proposal.committed": "a proposal, its trial and first attempt are committed, not submitted",

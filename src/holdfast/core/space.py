@@ -258,8 +258,31 @@ def _show(parameter: Parameter | None) -> str:
 
 
 def config_text(config: Mapping[str, Scalar]) -> str:
-    """Return the canonical JSON of a validated config: equal configs, equal text, whatever their key order."""
+    """Return the canonical JSON of a validated config: equal configs, equal text, whatever their key order.
+
+    InvalidConfig when something in it is no value of any parameter.
+    """
+    for name, value in config.items():
+        what = _no_scalar(value) or _no_text(name) or _no_text(value)
+        if what is not None or not isinstance(name, str):
+            raise InvalidConfig(
+                f"parameter {name!r} is {what or 'not named by text'}; "
+                "allowed are finite numbers, true, false, null and Unicode text"
+            )
     return dumps(dict(config))
+
+
+def _no_text(value: object) -> str | None:
+    """Return a string that is no Unicode (an undecodable file name, say), else None."""
+    return repr(value) if isinstance(value, str) and not value.isascii() and _has_surrogates(value) else None
+
+
+def _has_surrogates(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def config_digest(config: Mapping[str, Scalar]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -31,9 +32,9 @@ from holdfast.core.errors import (
 )
 from holdfast.core.trial import ERRORED, SCORED, ErrorInfo, Outcome, TrialStatus
 from holdfast.core.values import Config, Metrics
-from holdfast.storage.database import experiments
+from holdfast.storage.database import experiments, requests
 from holdfast.storage.database.attempts import AttemptWriter, Saved
-from holdfast.storage.database.driver import Ending, add_trial
+from holdfast.storage.database.driver import Driver, Ending, add_trial
 from holdfast.storage.database.engine import Statement, Transaction
 from holdfast.storage.database.loading import load
 from holdfast.testing import racing
@@ -113,6 +114,46 @@ class DatabaseContract(AttemptContract):
         with pytest.raises(InvalidStep):
             writer.save(step, Saved(path="p", digest="d", bytes=1))
         assert dump(lab.database) == before
+
+    @pytest.mark.parametrize(
+        "value",
+        [math.nan, math.inf, -math.inf, {1, 2}, object(), b"x", [1.0], {"a": 1}, "caf\udce9"],
+        ids=["nan", "inf", "-inf", "set", "object", "bytes", "list", "dict", "surrogate"],
+    )
+    def test_a_config_that_is_none_is_refused_and_nothing_is_written(self, lab: Lab, value: Any) -> None:
+        before = dump(lab.database)
+        with pytest.raises(InvalidInput, match="'x'"):
+            lab.driver.propose({"good": 1.0, "x": value})
+        with pytest.raises(InvalidInput):
+            lab.driver.propose({3: 1.0})  # type: ignore[dict-item]  # what else it is given
+        assert dump(lab.database) == before
+
+    @pytest.mark.parametrize("unknown", [-1, 10**9, 2**63, -(2**70)])
+    def test_ids_that_nothing_has_are_refused_and_nothing_is_written(self, lab: Lab, unknown: int) -> None:
+        writer = lab.started()
+        before = dump(lab.database)
+        calls: dict[str, Callable[[], object]] = {
+            "claim": lambda: AttemptWriter.claim(lab.database, lab.id, 1, unknown, token="t"),
+            "end": lambda: lab.driver.end(unknown, FAILED),
+            "skip": lambda: lab.driver.skip([unknown]),
+            "cancel": lambda: lab.driver.cancel(unknown),
+            "rerun": lambda: lab.driver.rerun(unknown, restart=False),
+            "reject": lambda: lab.driver.reject({unknown: "bad"}),
+            "forget": lambda: writer.forget([unknown]),
+            "request": lambda: requests.request_cancel(lab.database, lab.id, unknown),
+            "note": lambda: requests.note(lab.database, unknown, "noted", {}),
+            "driver": lambda: Driver(lab.database, unknown, 1, seed=1).propose({"x": 0.5}),
+        }
+        for name, call in calls.items():
+            with pytest.raises(HoldfastError):
+                call()
+            assert dump(lab.database) == before, name
+        assert lab.reader.trials(first=10**9) == []
+
+    def test_text_that_no_database_holds_finds_nothing(self, lab: Lab) -> None:
+        for name in ("caf\udce9", "nul\0"):
+            with suppress(HoldfastError):  # refused is as good
+                assert experiments.by_name(lab.database, name) is None
 
     def test_configs_and_seeds_come_back(self, lab: Lab) -> None:
         config: Config = {"f": 1.0, "i": 1, "b": True, "n": None, "s": "ü'\"\\", "$float": "NaN"}
