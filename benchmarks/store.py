@@ -84,6 +84,7 @@ class Bare:
 
     def __init__(self, file: Path) -> None:
         self.connection = sqlite3.connect(file, isolation_level=None)
+        self.count = 0
         for pragma in PRAGMAS:
             self.connection.execute(f"PRAGMA {pragma}")
         self.connection.execute(
