@@ -61,7 +61,7 @@ class Transaction:
         """Run ``statement`` and return its rows (of RETURNING or SELECT)."""
         text, literals = statement.text(self._dialect)
         try:
-            self._cursor.execute(text, {**literals, **values})
+            self._cursor.execute(text, {**literals, **values} if literals else values)
         except (OverflowError, UnicodeEncodeError) as error:
             raise InvalidInput(f"a value that no database can hold was given ({error}); give another") from None
         return self._cursor.fetchall() if self._cursor.description else []

@@ -90,7 +90,8 @@ _TELEMETRY = _sql(
 _AUDIT = _sql("SELECT seq, epoch, happened, action, detail FROM audit WHERE experiment_id = :experiment ORDER BY id")
 
 _ENDED = _sql(
-    "SELECT number, ended_seq FROM trial WHERE experiment_id = :experiment AND number >= 0 AND ended_seq > :cursor"
+    "SELECT number, ended_seq FROM trial WHERE experiment_id = :experiment AND number >= 0"
+    " AND seq > :cursor AND ended_seq > :cursor"  # what ended after it changed after it: the index is by seq
     " ORDER BY ended_seq, number"
 )
 

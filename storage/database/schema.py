@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 VERSION = "0002"
@@ -50,6 +51,11 @@ def _text(name: str, comment: str, *, nullable: bool = False, **options: Any) ->
 
 def _int(name: str, comment: str, *, nullable: bool = False, **options: Any) -> Column[int]:
     return Column(name, BigInteger, nullable=nullable, comment=comment, **options)
+
+
+def _partial(name: str, condition: str, *columns: str) -> Index:
+    """Return an index of the few rows that ``condition`` holds for: the others do not pay for it."""
+    return Index(name, *columns, sqlite_where=text(condition), postgresql_where=text(condition))
 
 
 def _value(*, nullable: bool = True) -> list[Column[Any]]:
@@ -131,9 +137,7 @@ trial = Table(
     _int("cancel_requested", "1 after `holdfast cancel`", default=0),
     UniqueConstraint("experiment_id", "number"),
     Index("ix_trial_changes", "experiment_id", "seq"),
-    Index("ix_trial_status", "experiment_id", "status"),
-    Index("ix_trial_ended", "experiment_id", "ended_seq"),
-    Index("ix_trial_config", "config_id"),
+    _partial("ix_trial_cancel", "cancel_requested = 1", "experiment_id", "number"),
     comment="one config under evaluation",
 )
 
@@ -166,7 +170,7 @@ attempt = Table(
     _int("pid", "of the child process", nullable=True),
     _text("pid_started", "start of that process, so that a recycled pid is told apart", nullable=True),
     UniqueConstraint("trial_id", "number"),
-    Index("ix_attempt_parent", "parent_id"),
+    _partial("ix_attempt_parent", "parent_id IS NOT NULL", "parent_id"),
     comment="one execution of a trial",
 )
 

@@ -93,14 +93,14 @@ def _print_list(rows: Sequence[dict[str, Any]], storage: Path) -> None:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from holdfast.report.tables import leaderboard, show_json
+    from holdfast.report.tables import leaderboard, show_json, summary_json
     from holdfast.storage.leasing import describe
 
     with open_experiment(options) as experiment:
-        shown = show_json(experiment)
         if options.json:
-            print_json(shown)
+            print_json(show_json(experiment))
             return 0
+        shown = summary_json(experiment)
         console = terminal()
         lease = experiment.lease
         for name in ("name", "id", "status", "path", "epoch"):
