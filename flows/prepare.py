@@ -313,7 +313,8 @@ def work_left(spec: ExperimentSpec, trials: Sequence[Trial], plan: Sequence[Plan
             best = value
     record = experiments.by_uuid(opened.database, opened.record.uuid)
     active = record.active_seconds if record is not None else 0.0
-    return budget.closed(trials=len(trials), active_seconds=active, best=best) is None
+    proposed = sum(trial.source == "proposed" for trial in trials)
+    return budget.closed(trials=len(trials), proposed=proposed, active_seconds=active, best=best) is None
 
 
 def _refuse_live(spec: ExperimentSpec) -> None:

@@ -24,7 +24,7 @@ from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import digest
 from holdfast.settings import settings
 from holdfast.storage.atomic import make_folder
-from holdfast.storage.database import experiments
+from holdfast.storage.database import experiments, merging
 from holdfast.storage.database.engine import Database, Location, connect, sqlite_url
 from holdfast.storage.database.experiments import Record, open_database
 from holdfast.storage.folder import Folder, Identity
@@ -150,6 +150,20 @@ def check_free(spec: ExperimentSpec) -> None:
         raise ExperimentExists(f"{path} exists and is no experiment; choose another name or storage")
 
 
+def check_merge(spec: ExperimentSpec) -> None:
+    """Raise InvalidInput or SpecError unless what the spec merges is there and fits; creates nothing."""
+    if not spec.merge:
+        return
+    url = database_url(experiment_path(spec).parent, spec.database)
+    if not isinstance(url, str) and not Path(str(url.database)).exists():
+        raise SpecError(f"merge: there is no experiment {spec.merge[0]!r}: the database {url.database} does not exist yet")
+    database = open_database(url, readonly=True)
+    try:
+        merging.sources(database, spec, spec.merge)
+    finally:
+        database.close()
+
+
 def check_storage(spec: ExperimentSpec) -> None:
     """Raise SpecError unless the storage can be written; creates nothing."""
     folder = Path(os.path.abspath(spec.storage))
@@ -183,6 +197,7 @@ def create(
     folder = Folder(path)
     url = database_url(path.parent, spec.database)
     connect(url).close()  # a wrong URL is refused before anything is made
+    check_merge(spec)
     made = [part for part in (path, *path.parents) if not part.exists()]
     try:
         make_folder(path)
@@ -193,6 +208,8 @@ def create(
             try:
                 record = _add_rows(database, spec, path, seed=seed, workdir=workdir, source=source, commit=commit)
                 faults.point("experiment.rows-made")
+                if spec.merge:
+                    merging.merge(database, record.id, spec, record.uuid, spec.merge)
                 if pickled is not None:
                     keep(pickled, path)
                 identity = Identity(

@@ -46,7 +46,7 @@ def add_trial(
     seed: int,
     source: str,
     ts_start: datetime | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Json] | None = None,
     group: int | None = None,
     repeat: int = 0,
 ) -> int:
@@ -139,11 +139,19 @@ class Driver:
         self.epoch = epoch
         self.seed = seed
 
-    def propose(self, config: Config, *, source: str = "proposed", state: bytes | None = None) -> int:
-        """Commit a proposal: its config, trial and first attempt (and the engine's state); return the trial's number."""
+    def propose(
+        self, config: Config, *, number: int | None = None, source: str = "proposed", state: bytes | None = None
+    ) -> int:
+        """Commit a proposal: its config, trial and first attempt (and the engine's state); return the trial's number.
+
+        Conflict when ``number``, for which the config was computed, was taken meanwhile: by a trial from the queue.
+        """
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
-            number = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source)
+            given = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source)
+            if number not in (None, given):
+                raise Conflict(f"trial {number} was queued meanwhile, the next one is {given}; nothing was written")
+            number = given
             if state is not None:
                 tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state)
         return number

@@ -25,7 +25,7 @@ CONFIG = _sql(
 )
 
 # Numbers are dense: the next one is counted under the lock that FENCE or REQUEST took.
-NEXT_NUMBER = _sql("SELECT COALESCE(MAX(number) + 1, 0) FROM trial WHERE experiment_id = :experiment")
+NEXT_NUMBER = _sql("SELECT COALESCE(MAX(number) + 1, 0) FROM trial WHERE experiment_id = :experiment AND number >= 0")
 
 ADD_TRIAL = _sql(
     "INSERT INTO trial (experiment_id, number, config_id, status, seq, current_attempt, seed, group_number, repeat, created,"
