@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from holdfast.cli.common import EXIT_CODES, fail
 from holdfast.cli.managing import add_managing
+from holdfast.cli.queueing import add_queueing
 from holdfast.cli.reading import add_reading
 from holdfast.cli.running import add_running
 from holdfast.core.errors import HoldfastError, Infrastructure
@@ -64,4 +65,5 @@ def _parser() -> argparse.ArgumentParser:
     add_running(commands)
     add_reading(commands)
     add_managing(commands)
+    add_queueing(commands)
     return parser

@@ -38,13 +38,14 @@ from holdfast.storage.database.engine import Statement, Transaction
 from holdfast.testing import racing
 from holdfast.testing.attempts import AttemptContract
 from holdfast.testing.lab import FAILED, TYPED, Lab, dump, same
+from holdfast.testing.queueing import QueueContract
 from holdfast.testing.racing import Racers, url_of
 from holdfast.testing.samples import sample_spec
 
 PROCESSES = 8
 
 
-class DatabaseContract(AttemptContract):
+class DatabaseContract(AttemptContract, QueueContract):
     """What every database keeps. Give the fixture ``database``."""
 
     @pytest.fixture(scope="class")
