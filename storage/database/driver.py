@@ -10,7 +10,7 @@ from holdfast.core.errors import AlreadyFinished, Conflict, Fenced
 from holdfast.core.seeding import trial_seed
 from holdfast.core.space import config_digest, config_text
 from holdfast.core.trial import ENDING, ErrorInfo, Event, Outcome, TrialStatus, transition
-from holdfast.core.values import Config, Json, Metrics, digest, dumps, dumps_ordered
+from holdfast.core.values import LONGEST_MESSAGE, LONGEST_TRACE, Config, Json, Metrics, digest, dumps, dumps_ordered, shortened
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Transaction
 from holdfast.storage.database.rows import FINAL_STEP, add_metrics, attempts_of, micros, newest, now, storable
@@ -109,8 +109,8 @@ def end_attempt(tx: Transaction, experiment: int, seq: int, attempt: int, ending
         outcome=ending.outcome.value,
         ended=now(),
         error_kind=storable(error.kind) if error else None,
-        error=storable(error.message) if error else None,
-        traceback=storable(error.traceback) if error else None,
+        error=storable(shortened(error.message, LONGEST_MESSAGE)) if error else None,
+        traceback=storable(shortened(error.traceback, LONGEST_TRACE)) if error else None,
         result=ending.result,
         note=storable(ending.note),
     )

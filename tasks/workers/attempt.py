@@ -9,14 +9,12 @@ from pathlib import Path
 from types import TracebackType
 
 from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, Infrastructure, NotACheckpoint
-from holdfast.core.values import Metrics, shortened
+from holdfast.core.values import LONGEST_MESSAGE, LONGEST_TRACE, Metrics, shortened
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.tasks.workers.messages import Decision, Job, Rejected
 from holdfast.tasks.workers.randomness import seed_everything
 from holdfast.tasks.workers.trainables import Trainable, run
 from holdfast.tasks.workers.trial_api import Link, ResumedCheckpoint, Trial, TrialStopped
-
-LONGEST_MESSAGE, LONGEST_TRACE = 10_000, 100_000  # bytes that are kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,5 +70,11 @@ def pareto(points: Sequence[Sequence[float]], objectives: Sequence[Objective]) -
 
 
 def missing(metrics: Mapping[str, Json], objectives: Sequence[Objective]) -> list[str]:
-    """Return the names of the objectives that have no number in ``metrics`` (NaN is a number)."""
-    return [objective.name for objective in objectives if score(metrics, objective) is None]
+    """Return the names of the objectives that are not in ``metrics``."""
+    return [objective.name for objective in objectives if objective.name not in metrics]
+
+
+def no_numbers(metrics: Mapping[str, Json], objectives: Sequence[Objective]) -> dict[str, Json]:
+    """Return the values of the objectives that are in ``metrics`` and no numbers (NaN is one, a bool is none)."""
+    given = [objective for objective in objectives if objective.name in metrics]
+    return {objective.name: metrics[objective.name] for objective in given if score(metrics, objective) is None}

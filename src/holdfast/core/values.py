@@ -109,6 +109,10 @@ def strict(value: Json) -> Json:
     return value
 
 
+LONGEST_MESSAGE, LONGEST_TRACE = 10_000, 100_000
+"""Bytes that are kept of an error's message and traceback."""
+
+
 def shortened(text: str, limit: int) -> str:
     """Return ``text`` in at most ``limit`` bytes of UTF-8: a longer one keeps its head and twice as much of its tail."""
     if len(text) <= limit // 10:  # an escaped surrogate has six bytes, so nothing has more than that

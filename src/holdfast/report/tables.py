@@ -25,8 +25,8 @@ COLOURS = {
 
 
 def brief(value: object) -> str:
-    """Return a value as short text: floats with five significant digits."""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    """Return a value as short text that can be printed: floats with five significant digits."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def config_words(trial: Trial) -> str:
@@ -106,7 +106,7 @@ def trials_table(trials: Sequence[Trial], objectives: Sequence[Objective], *, ti
         table.add_row(
             str(trial.number),
             f"[{colour}]{trial.status.value}[/]" if colour else trial.status.value,
-            *(brief(trial.metrics.get(objective.name, "")) for objective in objectives),
+            *(escape(brief(trial.metrics.get(objective.name, ""))) for objective in objectives),
             "" if trial.step is None else str(trial.step),
             str(trial.attempts),
             escape(words),
