@@ -4,8 +4,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from holdfast.core.budget import has_conditions, values_of
-from holdfast.core.errors import InvalidConfig
+from holdfast.core.errors import InvalidConfig, SpecError
 from holdfast.core.space import Space, config_digest, config_text
+from holdfast.core.trial import TrialStatus
+from holdfast.engines.factory import make_proposer
+from holdfast.testing.samples import sample_spec, sample_trial
 
 SPACE = {
     "lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
@@ -154,3 +157,26 @@ def test_identity_tells_types_apart():
 )
 def test_how_many_values_a_grid_has(parameter, count):
     assert values_of(space_of(x={key: value for key, value in parameter.items() if key != "when"}).parameters["x"]) == count
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        {"type": "float", "low": -1e308, "high": 1e308},
+        {"type": "float", "low": -1.7e308, "high": 1.7e308, "step": 1e300},
+        {"type": "int", "low": 0, "high": 10**400},
+        {"type": "int", "low": -(10**308), "high": 10**308},
+    ],
+)
+def test_bounds_further_apart_than_a_float_reaches_are_refused(parameter):
+    with pytest.raises(SpecError, match=r"space\.x: .*too far apart; narrow them"):
+        sample_spec(space={"x": parameter}, search={"engine": "tpe", "num_trials": 1})
+
+
+@pytest.mark.parametrize("engine", ["tpe", "random"])
+def test_the_widest_bounds_can_be_searched(engine):
+    spec = sample_spec(space={"x": {"type": "float", "low": -8e307, "high": 8e307}}, search={"engine": engine, "num_trials": 1})
+    proposer = make_proposer(spec, 1)
+    for number in range(14):
+        config = proposer.propose(number)
+        proposer.observe(sample_trial(number, TrialStatus.COMPLETED, config=config, metrics={"loss": config["x"] / 1e300}))

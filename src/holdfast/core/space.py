@@ -54,6 +54,8 @@ class _Numeric(_Parameter):
         low, high, step = (getattr(self, name) for name in ("low", "high", "step"))
         if low > high:
             raise ValueError(f"low ({low}) is above high ({high}); swap them")
+        if not _is_finite(high - low):  # samplers and grids need the width as a float
+            raise ValueError(f"low ({low!r:.24}) and high ({high!r:.24}) are too far apart; narrow them")
         if getattr(self, "log", False):
             if low <= 0:
                 raise ValueError(f"log: true needs low above 0, not {low}; raise low or drop log")
