@@ -140,6 +140,38 @@ def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | No
     return Restored(opened=session.opened, plan=(), session=session)
 
 
+def prepare_creation(spec: ExperimentSpec, origin: Origin) -> Opened:
+    """Create the experiment of ``spec``, checked as for a search, and drive nothing.
+
+    With ``if_exists: restore`` open the one that is there: SpecError when the spec says anything else of it.
+    """
+    spec = spec.model_copy(update={"name": dated(spec.name, datetime.now().astimezone())})
+    check_storage(spec)
+    path = experiment_path(spec)
+    if (path / "experiment.json").exists() and spec.if_exists == "restore":
+        return _as_it_is(_going_on(spec, path))
+    if spec.if_exists == "new":
+        spec = spec.model_copy(update={"name": free_name(spec)})
+    check_free(spec)
+    pool = _checked_pool(spec, origin)
+    if pool is not None:
+        pool.close()
+    return make_experiment(spec, origin)
+
+
+def _as_it_is(request: RestoreRequest) -> Opened:
+    opened = open_path(request.path, database=request.database)
+    try:
+        _, changes = changed_spec(opened, request)
+        if changes:
+            words = ", ".join(f"{key} (stored {before!r}, given {after!r})" for key, (before, after) in changes.items())
+            raise SpecError(f"{request.path} exists with another {words}; only a restore changes that: holdfast.restore(...)")
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
 def _going_on(spec: ExperimentSpec, path: Path) -> RestoreRequest:
     """Return the restore that a spec with ``if_exists: restore`` asks for."""
     return RestoreRequest(

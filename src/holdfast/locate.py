@@ -115,6 +115,24 @@ def find(target: str | Path, *, database: str | None = None, readonly: bool = Fa
     return open_path(record.location, database=database, readonly=readonly)
 
 
+def find_gone(target: str, *, database: str | None = None) -> tuple[Database, Record] | None:
+    """Return the row of an experiment whose folder is gone, by its path, name or UUID, and its open database, or None."""
+    path = os.path.abspath(target)
+    url = database_url(Path(path).parent, database)
+    if not isinstance(url, str) and not Path(str(url.database)).exists():
+        return None
+    opened = open_database(url)
+    for record in experiments.every(opened):
+        if (target in (record.name, record.uuid) or path == record.location) and _is_gone(record):
+            return opened, record
+    opened.close()
+    return None
+
+
+def _is_gone(record: Record) -> bool:
+    return not os.path.exists(os.path.join(record.location, "experiment.json"))
+
+
 def dated(name: str, now: datetime) -> str:
     """Fill ``{date}`` in a name."""
     return name.replace("{date}", now.strftime("%Y-%m-%d"))
@@ -244,6 +262,13 @@ def _add_rows(
     found = experiments.by_name(database, spec.name)
     if found is not None and found.epoch == 0 and found.location == str(path):
         experiments.delete(database, found.id)  # a crash cut its creation off: nobody ever drove it, and we hold its lock
+    elif found is not None and _is_gone(found):
+        beside = database.file is not None and database.file == Path(found.location).parent / DATABASE_FILE
+        target = found.location if beside else f"{found.name} --database URL"
+        raise ExperimentExists(
+            f"the name {spec.name!r} is taken by the experiment in {found.location}, which is not there: if it was moved, "
+            f"restore it from where it is; if it was removed, free the name with `holdfast delete {target}`; or choose another"
+        )
     return experiments.create(
         database,
         spec,
