@@ -17,6 +17,9 @@ from holdfast.storage.database.reads import Reader
 from holdfast.storage.database.requests import begin_request
 from holdfast.storage.database.rows import storable
 
+MOST_REPEATS = 10_000
+"""Repeats are added in one transaction, and everybody else's writes wait for it."""
+
 # Where the trials that have not ended lie: among the last ones, so that the ended ones before them are not read.
 _ACTIVE_RANGE = Statement(
     text(
@@ -81,9 +84,9 @@ def checked_config(space: Space, config: object) -> Config:
 
 
 def checked_repeats(repeats: object) -> int:
-    """Return a number of trials from 1; InvalidInput otherwise."""
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise InvalidInput(f"repeats is {repeats!r}; it must be a whole number from 1")
+    """Return a number of trials from 1 to what one transaction may add; InvalidInput otherwise."""
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= MOST_REPEATS:
+        raise InvalidInput(f"repeats is {repeats!r:.40}; it must be a whole number from 1 to {MOST_REPEATS}")
     return repeats
 
 

@@ -194,6 +194,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no time": ({"x": 0.5}, {"ts_start": "2026-01-01T00:00:00Z"}, "str"),
     "no such date": ({"x": 0.5}, {"ts_start": datetime.max.replace(tzinfo=timezone(-timedelta(hours=1)))}, "9999"),
     "no repeats": ({"x": 0.5}, {"repeats": 0}, "repeats"),
+    "too many repeats": ({"x": 0.5}, {"repeats": 10**9}, "repeats is 1000000000; .* to 10000"),
     "half a repeat": ({"x": 0.5}, {"repeats": 1.5}, "repeats"),
     "true repeats": ({"x": 0.5}, {"repeats": True}, "repeats"),
     "metadata twice": ({"x": 0.5}, {"metadata": [("a", "1"), ("b", "2"), ("a", "3")]}, "'a' twice"),

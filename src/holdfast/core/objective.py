@@ -53,7 +53,8 @@ def pareto(points: Sequence[Sequence[float]], objectives: Sequence[Objective]) -
     """Return the places of the points that no other one dominates, ascending; equal points stand or fall together.
 
     A point dominates another when it is nowhere worse and somewhere better. In lexicographic order a dominator comes first,
-    so that each point is compared with the front so far alone.
+    so that each point is compared with the front so far alone; with two objectives with its last point, which is the best by
+    the second one.
     """
     signs = [1.0 if objective.direction is Direction.MIN else -1.0 for objective in objectives]
     costs = [tuple(sign * value for sign, value in zip(signs, point, strict=True)) for point in points]
@@ -63,7 +64,9 @@ def pareto(points: Sequence[Sequence[float]], objectives: Sequence[Objective]) -
         cost = costs[place]
         if front and front[-1] == cost:
             kept.append(place)
-        elif not any(all(ours <= theirs for ours, theirs in zip(other, cost, strict=True)) for other in reversed(front)):
+            continue
+        rivals = front[-1:] if len(signs) <= 2 else reversed(front)
+        if not any(all(ours <= theirs for ours, theirs in zip(other, cost, strict=True)) for other in rivals):
             front.append(cost)
             kept.append(place)
     return sorted(kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -113,21 +114,17 @@ class QueueContract:
     def test_many_queue_at_once_while_somebody_proposes(self, lab: Lab, racers: Racers) -> None:
         count = 8
         job = {"url": url_of(lab.database), "experiment": lab.id, "config": {"x": 0.5}, "repeats": 3, "times": count}
-        propose = {
-            "url": url_of(lab.database),
-            "experiment": lab.id,
-            "epoch": 1,
-            "configs": [{"x": place / 64} for place in range(count)],
-        }
-        answers = racers.race(racing.enqueue, [job] * 6)
+        with ThreadPoolExecutor(1) as pool:
+            proposing = pool.submit(lambda: [lab.driver.propose({"x": place / 64}) for place in range(count)])
+            answers = racers.race(racing.enqueue, [job] * 6)
+            proposed = proposing.result()
         assert all(isinstance(answer, list) for answer in answers), answers
-        numbers = [number for answer in answers for group in answer for number in group]
-        assert sorted(numbers) == list(range(6 * 3 * count))
-        for group in (group for answer in answers for group in answer):
+        groups = [group for answer in answers for group in answer]
+        assert sorted([*proposed, *(number for group in groups for number in group)]) == list(range(19 * count))
+        for group in groups:
             assert group == list(range(group[0], group[0] + 3))
-        (proposed,) = racers.race(racing.propose, [propose])
-        assert proposed == list(range(6 * 3 * count, 6 * 3 * count + count))
-        assert [trial.number for trial in lab.reader.trials()] == list(range(6 * 3 * count + count))
+        assert [trial.number for trial in lab.reader.trials()] == list(range(19 * count))
+        assert {trial.number for trial in lab.reader.trials() if trial.source == "proposed"} == set(proposed)
 
     def test_what_waits_and_runs_is_found_without_what_has_ended(self, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
         assert queueing.active(lab.reader) == []
