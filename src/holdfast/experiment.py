@@ -21,7 +21,7 @@ from holdfast.locate import Opened
 from holdfast.report.frames import history_df, results_df, telemetry_df
 from holdfast.storage.database import merging, queueing, requests
 from holdfast.storage.database.leases import Lease, Leases
-from holdfast.storage.database.reads import AuditRow, Reader, ReportRow
+from holdfast.storage.database.reads import ALL, AuditRow, Reader, ReportRow
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,10 +193,9 @@ class Experiment:
         """
         if not isinstance(last_trial_id, int) or isinstance(last_trial_id, bool) or last_trial_id < -1:
             raise InvalidInput(f"last_trial_id is {last_trial_id!r}; it is a trial's number, or -1 for all")
-        own = [trial for trial in self._reader.trials(first=last_trial_id + 1) if trial.status in LISTED]
-        if last_trial_id >= 0:
-            return _loaded(own)
-        copies = [(trial, self.space.completed(trial.config)) for trial in merging.merged(self._reader)]
+        found = self._reader.trials(first=-ALL if last_trial_id < 0 else last_trial_id + 1)
+        own = [trial for trial in found if trial.number >= 0 and trial.status in LISTED]
+        copies = [(trial, self.space.completed(trial.config)) for trial in reversed(found) if trial.number < 0]
         merged = [replace(trial, config=config) for trial, config in copies if config is not None]
         return _loaded(own + merged, left_out=len(copies) - len(merged))
 

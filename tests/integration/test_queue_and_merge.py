@@ -144,3 +144,43 @@ def test_a_merge_takes_effect_in_a_running_search(make_lab: MakeLab) -> None:
             assert running.wait().code == 0, running.output
         lab.clear_log()
     assert [trial["config"] for trial in lab.trials("live")] == [trial["config"] for trial in lab.trials("killed")]
+
+
+RACE = """
+import sys
+import holdfast
+from holdfast.flows import driver
+
+make, raced = driver.make_proposer, set()
+
+
+def patched(spec, seed):
+    proposer = make(spec, seed)
+    propose = proposer.propose
+
+    def slow(number):
+        config = propose(number)
+        if number in (0, 2, 5) and number not in raced:  # somebody queues before the proposal is committed
+            raced.add(number)
+            with holdfast.open("runs/exp") as experiment:
+                assert experiment.new_trial({"x": 3}).number == number
+        return config
+
+    proposer.propose = slow
+    return proposer
+
+
+if __name__ == "__main__":
+    driver.make_proposer = patched
+    holdfast.search(sys.argv[1])
+"""
+
+
+def test_a_trial_that_is_queued_while_a_config_is_proposed_comes_before_it(lab: Lab) -> None:
+    (lab.folder / "race.py").write_text(RACE)
+    ended = lab.python("import runpy; runpy.run_path('race.py', run_name='__main__')", lab.spec(**GRID))
+    assert ended.code == 0, ended.output
+    assert xs(lab) == [3, 0, 3, 1, 2, 3, 3]
+    assert [number for number, source in enumerate(sources(lab)) if source == "queued"] == [0, 2, 5]
+    assert lab.statuses() == ["COMPLETED"] * 7
+    assert [entry.trial for entry in lab.log() if entry.event == "start"] == list(range(7))

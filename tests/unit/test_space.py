@@ -180,3 +180,44 @@ def test_the_widest_bounds_can_be_searched(engine):
     for number in range(14):
         config = proposer.propose(number)
         proposer.observe(sample_trial(number, TrialStatus.COMPLETED, config=config, metrics={"loss": config["x"] / 1e300}))
+
+
+WITH_DEFAULTS = {
+    "act": {"type": "categorical", "choices": ["relu", "tanh"], "default": "relu"},
+    "beta": {"type": "float", "low": 0.0, "high": 1.0, "when": {"act": "relu"}, "default": 0.5},
+    "gamma": {"type": "float", "low": 0.0, "high": 1.0, "when": {"act": "tanh"}},
+    "kind": {"type": "constant", "value": None},
+    "x": {"type": "float", "low": 0.0, "high": 4.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"x": 1}, {"act": "relu", "beta": 0.5, "kind": None, "x": 1.0}),
+        ({"x": 1.0, "act": "tanh", "gamma": 0.25}, {"act": "tanh", "gamma": 0.25, "kind": None, "x": 1.0}),
+        ({"x": 1.0, "act": "tanh"}, None),
+        ({"act": "relu", "beta": 0.25, "kind": None}, None),
+        ({}, None),
+    ],
+)
+def test_a_config_of_another_space_is_completed(config, expected):
+    found = space_of(**WITH_DEFAULTS).completed(config)
+    assert found == expected
+    assert found is None or [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"x": 5.0}, "x = 5.0 is outside"),
+        ({"x": 1.0, "other": 1, "act": "tanh"}, "'other'"),
+        ({"x": 1.0, "act": "tanh", "gamma": 0.5, "beta": 0.5}, "'beta', which is inactive"),
+        ({"act": "gelu"}, "act = 'gelu' is none of"),
+        ({"beta": 2.0}, "beta = 2.0"),
+        ({"x": 1.0, "kind": 0}, "kind = 0"),
+    ],
+)
+def test_a_config_that_has_no_place_in_the_space_is_refused_also_when_it_lacks_something(config, message):
+    with pytest.raises(InvalidConfig, match=message):
+        space_of(**WITH_DEFAULTS).completed(config)
