@@ -28,6 +28,7 @@ from holdfast.flows.session import Session, begin, liveness, make_pool, runnable
 from holdfast.locate import (
     Opened,
     check_free,
+    check_merge,
     check_storage,
     code_digest,
     create,
@@ -127,6 +128,7 @@ def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | No
         spec = spec.model_copy(update={"name": free_name(spec)})
     _refuse_live(spec)
     check_free(spec)
+    check_merge(spec)
     observer.preparing()
     pool = _checked_pool(spec, origin)
     try:
@@ -153,6 +155,7 @@ def prepare_creation(spec: ExperimentSpec, origin: Origin) -> Opened:
     if spec.if_exists == "new":
         spec = spec.model_copy(update={"name": free_name(spec)})
     check_free(spec)
+    check_merge(spec)
     pool = _checked_pool(spec, origin)
     if pool is not None:
         pool.close()

@@ -22,7 +22,7 @@ from holdfast.storage.database import statements as sql
 from holdfast.storage.database.driver import add_audit
 from holdfast.storage.database.engine import Database, Statement, Transaction
 from holdfast.storage.database.experiments import Record
-from holdfast.storage.database.reads import ALL, Reader
+from holdfast.storage.database.reads import Reader
 from holdfast.storage.database.requests import begin_request
 from holdfast.storage.database.rows import FINAL_STEP, add_metrics, micros, now, storable
 
@@ -196,8 +196,3 @@ def _add_copy(tx: Transaction, experiment: int, seq: int, number: int, trial: Tr
     if trial.metrics:
         report = tx.run(sql.ADD_REPORT, attempt=attempt, step=FINAL_STEP, seq=seq, reported=created, decision="final")
         add_metrics(tx, report[0][0], trial.metrics)
-
-
-def merged(reader: Reader) -> list[Trial]:
-    """Return the merged trials in the order in which they came, with the configs that their originals had."""
-    return reader.trials(first=-ALL, last=-1)[::-1]

@@ -12,7 +12,7 @@ import pytest
 
 from holdfast.core.errors import AlreadyClaimed, AlreadyFinished, Conflict, ExperimentNotFound, InvalidInput, SpecError
 from holdfast.core.spec import ExperimentSpec
-from holdfast.core.trial import Outcome, TrialStatus
+from holdfast.core.trial import Outcome, Trial, TrialStatus
 from holdfast.core.values import Config
 from holdfast.storage.database import experiments, merging, queueing
 from holdfast.storage.database.attempts import AttemptWriter
@@ -39,6 +39,11 @@ def lab_of(database: Database, name: str, **changes: Any) -> tuple[Lab, Experime
 
 def merge(lab: Lab, spec: ExperimentSpec, names: Sequence[str]) -> dict[str, int]:
     return merging.merge(lab.database, lab.id, spec, lab.record.uuid, names)
+
+
+def merged(lab: Lab) -> list[Trial]:
+    """Return the merged trials in the order in which they came."""
+    return lab.reader.trials(first=-ALL, last=-1)[::-1]
 
 
 def ended(lab: Lab, config: Config, outcome: Outcome = Outcome.COMPLETED, **metrics: Any) -> int:
@@ -176,7 +181,7 @@ class QueueContract:
         others = repr((source.reader.trials(), source.reader.history(), source.reader.audit()))
         assert merge(lab, spec, ["source"]) == {"source": 4}
         assert repr((source.reader.trials(), source.reader.history(), source.reader.audit())) == others
-        copies = merging.merged(lab.reader)
+        copies = merged(lab)
         originals = source.reader.trials()[:4]
         assert [trial.number for trial in copies] == [-1, -2, -3, -4]
         for copy, original in zip(copies, originals, strict=True):
@@ -219,8 +224,8 @@ class QueueContract:
         assert merge(lab, spec, ["uuid-source", "source#1@x"]) == {"source#1@x": 0}
         ended(source, {"x": 0.3}, loss=3.0)
         assert merge(lab, spec, ["second", "source#1@x"]) == {"second": 1, "source#1@x": 1}
-        assert [trial.number for trial in merging.merged(lab.reader)] == [-1, -2, -3]
-        origins = [merging.Origin.parse(str(trial.origin)) for trial in merging.merged(lab.reader)]
+        assert [trial.number for trial in merged(lab)] == [-1, -2, -3]
+        origins = [merging.Origin.parse(str(trial.origin)) for trial in merged(lab)]
         assert [(origin.name, origin.number) for origin in origins] == [("source#1@x", 0), ("second", 0), ("source#1@x", 1)]
         assert merge(source, spec, ["target"]) == {"target": 0}  # what was merged into it is none of its own
 
@@ -229,7 +234,7 @@ class QueueContract:
         ended(source, {"x": 0.1}, loss=1.0)
         lab, spec = lab_of(database, "target")
         merge(lab, spec, ["source"])
-        (copy,) = merging.merged(lab.reader)
+        (copy,) = merged(lab)
         before = dump(database)
         with pytest.raises(AlreadyClaimed):
             AttemptWriter.claim(database, lab.id, 1, copy.attempt.id, token="t")
@@ -237,7 +242,7 @@ class QueueContract:
             lab.driver.end(copy.attempt.id, Ending(outcome=Outcome.LOST))
         assert dump(database) == before
         experiments.delete(database, source.id)
-        assert [trial.metrics for trial in merging.merged(lab.reader)] == [{"loss": 1.0}]
+        assert [trial.metrics for trial in merged(lab)] == [{"loss": 1.0}]
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -306,4 +311,4 @@ class QueueContract:
         ended(source, {"x": 0.1}, loss=math.nan)
         lab, spec = lab_of(database, "target")
         merge(lab, spec, ["source"])
-        assert same(lab.reader.trials(first=-ALL)[0].metrics, {"loss": math.nan})
+        assert same(merged(lab)[0].metrics, {"loss": math.nan})
