@@ -191,7 +191,7 @@ class Experiment:
         (see ``.origins``), what their configs lack filled in from the defaults of the space; ``.left_out`` counts those
         that lack a parameter without default. With it, only own trials with higher numbers are listed.
         """
-        if not isinstance(last_trial_id, int) or isinstance(last_trial_id, bool) or last_trial_id < -1:
+        if last_trial_id != -1 and not _is_number(last_trial_id):
             raise InvalidInput(f"last_trial_id is {last_trial_id!r}; it is a trial's number, or -1 for all")
         found = self._reader.trials(first=-ALL if last_trial_id < 0 else last_trial_id + 1)
         own = [trial for trial in found if trial.number >= 0 and trial.status in LISTED]
@@ -205,7 +205,7 @@ class Experiment:
         A trial that ends late is not missed: ``loaded = e.load_since(loaded.cursor)`` returns each one once for each time
         that it ends (a restore can let an errored one run again). 0 is the beginning.
         """
-        if not isinstance(cursor, int) or isinstance(cursor, bool) or cursor < 0:
+        if not _is_number(cursor):
             raise InvalidInput(f"cursor is {cursor!r}; give 0, or the .cursor of the load before")
         order = self._reader.ended_since(cursor)
         changed = {trial.number: trial for trial in self._reader.trials(since=cursor)} if order else {}
@@ -350,7 +350,7 @@ def _loaded(trials: Sequence[Trial], *, left_out: int = 0) -> LoadedTrials:
 
 def _is_number(value: object) -> bool:
     """Tell whether ``value`` can be the number of a row; merged trials have numbers below 0, which are nobody's business."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < ALL
 
 
 def _statuses(given: TrialStatus | str | Iterable[TrialStatus | str]) -> frozenset[TrialStatus]:
