@@ -169,8 +169,8 @@ class Keeper:
             if self._lost is not None:
                 return
             if asked is not None and time.monotonic() - asked > patience:
-                silence = f"database {self._lease.database} has not answered for {time.monotonic() - asked:.0f} s; look after it, then restore"
-                self._lose(self._refusal or DatabaseError(silence))
+                silence = f"database {self._lease.database} has not answered for {time.monotonic() - asked:.0f} s"
+                self._lose(self._refusal or DatabaseError(f"{silence}; look after it, then restore"))
                 return
 
     def _lose(self, error: HoldfastError) -> None:

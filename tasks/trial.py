@@ -19,7 +19,7 @@ from holdfast.core.errors import (
     TrialFailure,
     TrialTimedOut,
 )
-from holdfast.core.objective import missing
+from holdfast.core.objective import missing, no_numbers
 from holdfast.core.seeding import trial_seed
 from holdfast.core.space import config_digest
 from holdfast.core.trial import ErrorInfo, Outcome, Trial
@@ -123,7 +123,12 @@ def _result(runtime: Runtime, supervisor: Supervisor, ended: Ended) -> dict[str,
     if supervisor.reported is None and supervisor.resumed is not None:
         stored: Trial | None = runtime.reader.trial(supervisor.trial)
         last = stored.metrics if stored is not None else {}
-    absent = missing(full_metrics(last, ended.metrics), runtime.spec.goals)
+    metrics = full_metrics(last, ended.metrics)
+    wrong = no_numbers(metrics, runtime.spec.goals)
+    if wrong and ended.outcome is Outcome.COMPLETED:
+        words = ", ".join(f"{name!r} is {value!r:.60}, a {type(value).__name__}" for name, value in wrong.items())
+        raise TrialFailed(f"the trial ended and {words}: an objective must be a number", kind="NoNumber")
+    absent = missing(metrics, runtime.spec.goals)
     if absent and ended.outcome is Outcome.COMPLETED:
         raise TrialFailed(
             f"the trial ended without {', '.join(map(repr, absent))}: neither its last report nor what it returned has it; "

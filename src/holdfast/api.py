@@ -21,8 +21,8 @@ from holdfast.flows.prepare import (
     Restored,
     RestoreRequest,
     checked_spec,
-    make_experiment,
     plan_restore,
+    prepare_creation,
     prepare_restore,
     prepare_search,
 )
@@ -87,9 +87,13 @@ def search(
 
 
 def create(spec: ExperimentSpec | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = ()) -> Experiment:
-    """Create an experiment without running it; ``restore`` runs it."""
+    """Create an experiment without running it, checked as :func:`search` would; ``restore`` runs it.
+
+    With ``if_exists: restore`` the one that is there is opened as it is. Raises SpecError, TrainableError and
+    ExperimentExists; nothing is created then.
+    """
     checked, origin = checked_spec(spec, overrides)
-    return Experiment(make_experiment(checked, origin))
+    return Experiment(prepare_creation(checked, origin))
 
 
 def restore(

@@ -27,7 +27,7 @@ from holdfast.core.values import digest
 from holdfast.settings import settings
 from holdfast.storage import journal
 from holdfast.storage.atomic import make_folder
-from holdfast.storage.database import experiments
+from holdfast.storage.database import experiments, merging
 from holdfast.storage.database.engine import Database, Location, connect, sqlite_url
 from holdfast.storage.database.experiments import Record, has_schema, open_database
 from holdfast.storage.database.rebuild import copied_at
@@ -201,6 +201,24 @@ def find(target: str | Path, *, database: str | None = None, readonly: bool = Fa
     return open_path(record.location, database=database, readonly=readonly)
 
 
+def find_gone(target: str, *, database: str | None = None) -> tuple[Database, Record] | None:
+    """Return the row of an experiment whose folder is gone, by its path, name or UUID, and its open database, or None."""
+    path = absolute(target)
+    url = database_url(parent_of(path), database)
+    if not isinstance(url, str) and not Path(str(url.database)).exists():
+        return None
+    opened = open_database(url)
+    for record in experiments.every(opened):
+        if (target in (record.name, record.uuid) or path == record.location) and _is_gone(record):
+            return opened, record
+    opened.close()
+    return None
+
+
+def _is_gone(record: Record) -> bool:
+    return not is_url(record.location) and not os.path.exists(os.path.join(record.location, "experiment.json"))
+
+
 def dated(name: str, now: datetime) -> str:
     """Fill ``{date}`` in a name."""
     return name.replace("{date}", now.strftime("%Y-%m-%d"))
@@ -236,6 +254,20 @@ def check_free(spec: ExperimentSpec) -> None:
         )
     if is_file or len(folder.leftovers()) < len(names):
         raise ExperimentExists(f"{folder.location} exists and is no experiment; choose another name or storage")
+
+
+def check_merge(spec: ExperimentSpec) -> None:
+    """Raise InvalidInput or SpecError unless what the spec merges is there and fits; creates nothing."""
+    if not spec.merge:
+        return
+    url = database_url(parent_of(experiment_path(spec)), spec.database)
+    if not isinstance(url, str) and not Path(str(url.database)).exists():
+        raise SpecError(f"merge: there is no experiment {spec.merge[0]!r}: the database {url.database} does not exist yet")
+    database = open_database(url, readonly=True)
+    try:
+        merging.sources(database, spec, spec.merge)
+    finally:
+        database.close()
 
 
 def check_storage(spec: ExperimentSpec) -> None:
@@ -288,6 +320,7 @@ def create(
     folder = folder_at(location, spec.storage_options)
     url = database_url(parent_of(location), spec.database)
     connect(url).close()  # a wrong URL is refused before anything is made
+    check_merge(spec)
     made = [part for part in (folder.path, *folder.path.parents) if not part.exists()]
     try:
         make_folder(folder.path)
@@ -298,6 +331,8 @@ def create(
             try:
                 record = _add_rows(database, spec, location, seed=seed, workdir=workdir, source=source, commit=commit)
                 faults.point("experiment.rows-made")
+                if spec.merge:
+                    merging.merge(database, record.id, spec, record.uuid, spec.merge)
                 if pickled is not None:
                     folder.root.write(TRAINABLE, pickled)
                 identity = Identity(
@@ -348,6 +383,13 @@ def _add_rows(
     found = experiments.by_name(database, spec.name)
     if found is not None and found.epoch == 0 and found.location == location:
         experiments.delete(database, found.id)  # a crash cut its creation off: nobody ever drove it, and we hold its lock
+    elif found is not None and _is_gone(found):
+        beside = database.file is not None and database.file == Path(found.location).parent / DATABASE_FILE
+        target = found.location if beside else f"{found.name} --database URL"
+        raise ExperimentExists(
+            f"the name {spec.name!r} is taken by the experiment in {found.location}, which is not there: if it was moved, "
+            f"restore it from where it is; if it was removed, free the name with `holdfast delete {target}`; or choose another"
+        )
     return experiments.create(
         database,
         spec,

@@ -11,7 +11,7 @@ from holdfast.core.errors import AlreadyFinished, Conflict, Fenced
 from holdfast.core.seeding import trial_seed
 from holdfast.core.space import config_text
 from holdfast.core.trial import ENDING, ErrorInfo, Event, Outcome, TrialStatus, transition
-from holdfast.core.values import Config, Json, Metrics, digest, dumps, dumps_ordered
+from holdfast.core.values import LONGEST_MESSAGE, LONGEST_TRACE, Config, Json, Metrics, digest, dumps, dumps_ordered, shortened
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Transaction
 from holdfast.storage.database.losses import repeatable
@@ -51,7 +51,7 @@ def add_trial(
     seed: int,
     source: str,
     ts_start: datetime | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Json] | None = None,
     group: int | None = None,
     repeat: int = 0,
 ) -> int:
@@ -145,8 +145,8 @@ def end_attempt(tx: Transaction, experiment: int, seq: int, attempt: int, ending
         outcome=ending.outcome.value,
         ended=now(),
         error_kind=storable(error.kind) if error else None,
-        error=storable(error.message) if error else None,
-        traceback=storable(error.traceback) if error else None,
+        error=storable(shortened(error.message, LONGEST_MESSAGE)) if error else None,
+        traceback=storable(shortened(error.traceback, LONGEST_TRACE)) if error else None,
         result=ending.result,
         note=storable(ending.note),
     )
@@ -176,11 +176,19 @@ class Driver:
         self.seed = seed
 
     @repeatable
-    def propose(self, config: Config, *, source: str = "proposed", state: bytes | None = None) -> int:
-        """Commit a proposal: its config, trial and first attempt (and the engine's state); return the trial's number."""
+    def propose(
+        self, config: Config, *, number: int | None = None, source: str = "proposed", state: bytes | None = None
+    ) -> int:
+        """Commit a proposal: its config, trial and first attempt (and the engine's state); return the trial's number.
+
+        Conflict when ``number``, for which the config was computed, was taken meanwhile: by a trial from the queue.
+        """
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
-            number = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source)
+            given = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source)
+            if number not in (None, given):
+                raise Conflict(f"trial {number} was queued meanwhile, the next one is {given}; nothing was written")
+            number = given
             if state is not None:
                 tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state, seq=seq)
         return number

@@ -7,6 +7,7 @@ from sqlalchemy import text
 from holdfast.core.trial import ERRORED, SCORED, TrialStatus
 from holdfast.core.values import Config, Metrics, from_row, loads
 from holdfast.storage.database.engine import Statement
+from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.reads import _INHERITED, ALL, Reader, _inherit
 from holdfast.storage.database.rows import FINAL_STEP
 
@@ -48,6 +49,7 @@ _LASTS = Statement(
 _STATUSES = {status.value: status for status in TrialStatus}
 
 
+@repeatable
 def load(reader: Reader, *, first: int = 0) -> Columns:
     """Return the trials with numbers from ``first`` that ended with or without scores, in three or four statements.
 

@@ -26,6 +26,7 @@ def _sql(body: str) -> Statement:
 # Trials with their config and current attempt, in number order.
 _TRIALS = _sql(
     "SELECT t.number, t.status, c.body, t.config_id, t.seed, t.seq, t.ts_start, t.origin, t.metadata,"
+    " t.source, t.group_number, t.repeat,"
     " a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
     " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended"
     " FROM trial t JOIN config c ON c.id = t.config_id"
@@ -89,6 +90,7 @@ _TELEMETRY = _sql(
 
 _AUDIT = _sql("SELECT seq, epoch, happened, action, detail FROM audit WHERE experiment_id = :experiment ORDER BY id")
 
+# Numbers below 0 are trials merged from other experiments: none of this one's own.
 _ENDED = _sql(
     "SELECT number, ended_seq FROM trial WHERE experiment_id = :experiment AND number >= 0"
     " AND seq > :cursor AND ended_seq > :cursor"  # what ended after it changed after it: the index is by seq
@@ -148,7 +150,10 @@ class Reader:
 
     @repeatable
     def trials(self, *, since: int = -1, first: int = 0, last: int = ALL) -> list[Trial]:
-        """Return the trials that changed after seq ``since``, with numbers from ``first`` to ``last``, in number order."""
+        """Return the trials that changed after seq ``since``, with numbers from ``first`` to ``last``, in number order.
+
+        Trials that were merged from other experiments have numbers below 0, and come with ``first=-ALL``.
+        """
         scope = {"experiment": self.experiment, "since": since, "first": first, "last": last}
         with self.database.snapshot() as state:
             rows = state.run(_TRIALS, **scope)
@@ -335,12 +340,12 @@ def _attempt(row: Sequence[Any]) -> Attempt:
     )
 
 
-_ATTEMPT_NUMBER = 10
+_ATTEMPT_NUMBER = 13
 """The column of ``_TRIALS`` that holds the current attempt's number; its id stands before it, the rest of it after."""
 
 
 def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | None) -> Trial:
-    number, status, _, config_id, seed, seq, ts_start, origin, metadata, *attempt = row
+    number, status, _, config_id, seed, seq, ts_start, origin, metadata, source, group, repeat, *attempt = row
     current = _attempt(attempt)
     return Trial(
         number=number,
@@ -351,6 +356,9 @@ def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | Non
         seq=seq,
         ts_start=None if ts_start is None else moment(ts_start),
         origin=origin,
+        source=source,
+        group=group,
+        repeat=repeat,
         metadata={} if metadata == "{}" else loads(metadata),
         attempts=current.number if current.claimed else current.number - 1,  # only the current one can be unclaimed
         attempt=current,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from holdfast.cli.common import EXIT_CODES, fail
 from holdfast.cli.databases import add_databases
 from holdfast.cli.managing import add_managing
+from holdfast.cli.queueing import add_queueing
 from holdfast.cli.reading import add_reading
 from holdfast.cli.running import add_running
 from holdfast.cli.transferring import add_transferring
@@ -68,4 +69,5 @@ def _parser() -> argparse.ArgumentParser:
     add_managing(commands)
     add_transferring(commands)
     add_databases(commands)
+    add_queueing(commands)
     return parser

@@ -44,8 +44,9 @@ def terminal() -> Console:
 
 
 def print_json(value: object) -> None:
-    """Print strict JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print strict JSON; what is no Unicode text (an undecodable file name) as an escape, which JSON has for it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    print(text.encode("utf-8", "backslashreplace").decode())
 
 
 def open_experiment(options: argparse.Namespace, *, readonly: bool = True) -> Any:

@@ -25,8 +25,8 @@ COLOURS = {
 
 
 def brief(value: object) -> str:
-    """Return a value as short text: floats with five significant digits."""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    """Return a value as short text that can be printed: floats with five significant digits."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def config_words(trial: Trial) -> str:

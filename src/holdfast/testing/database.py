@@ -40,6 +40,7 @@ from holdfast.storage.database.loading import load
 from holdfast.testing import racing
 from holdfast.testing.attempts import AttemptContract
 from holdfast.testing.lab import FAILED, TYPED, Lab, dump, same
+from holdfast.testing.queueing import QueueContract
 from holdfast.testing.racing import Racers, url_of
 from holdfast.testing.samples import sample_spec
 
@@ -50,7 +51,7 @@ def sorted_by_key(metrics: Metrics | None) -> Metrics | None:
     return None if metrics is None else dict(sorted(metrics.items()))
 
 
-class DatabaseContract(AttemptContract):
+class DatabaseContract(AttemptContract, QueueContract):
     """What every database keeps. Give the fixture ``database``."""
 
     @pytest.fixture(scope="class")
@@ -194,6 +195,17 @@ class DatabaseContract(AttemptContract):
         assert found.error is not None
         assert (found.error.kind, found.error.message) == ("ValueError", "in caf\\udce9.py")
         assert found.error.traceback == 'File "caf\\udce9.py", line 1\nValueError: \\x00'
+
+    def test_a_long_error_keeps_its_head_and_tail(self, lab: Lab) -> None:
+        writer = lab.started()
+        error = ErrorInfo(kind="ValueError", message="a" * 10**6 + "z", traceback="a" * 10**6 + "\udce9" * 10**5 + "z")
+        writer.fail(Ending(outcome=Outcome.FAILED, error=error), max_failures=0)
+        found = lab.trial(0).error
+        assert found is not None
+        for kept, limit in ((found.message, 10_000), (found.traceback, 100_000)):
+            assert kept.startswith("aaa")
+            assert kept.endswith("z")
+            assert len(kept.encode()) <= limit
 
     def test_the_first_final_update_stands(self, lab: Lab) -> None:
         writer = lab.started()

@@ -12,6 +12,11 @@ branch_labels = None
 depends_on = None
 
 COMMENT = "the experiment's seq; 0: written under schema 0001"
+TRIAL_COMMENTS = {
+    "number": "dense from 0 within the experiment; below 0: merged from another one",
+    "origin": "NAME#NUMBER@UUID of the trial that it was merged from",
+    "metadata": "JSON values by name",
+}
 
 
 def upgrade() -> None:
@@ -24,6 +29,9 @@ def upgrade() -> None:
         ("attempt", "ix_attempt_parent"),
     ):
         op.drop_index(index, table)
+    for column, comment in TRIAL_COMMENTS.items():
+        if op.get_bind().dialect.name == "postgresql":  # SQLite keeps no comments
+            op.alter_column("trial", column, comment=comment)
     _partial("ix_trial_cancel", "trial", ["experiment_id", "number"], "cancel_requested = 1")
     _partial("ix_attempt_parent", "attempt", ["parent_id"], "parent_id IS NOT NULL")
 
