@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
@@ -60,10 +61,8 @@ class Transaction:
     def run(self, statement: Statement, **values: object) -> list[tuple[Any, ...]]:
         """Run ``statement`` and return its rows (of RETURNING or SELECT)."""
         text, literals = statement.text(self._dialect)
-        try:
+        with _STORABLE:
             self._cursor.execute(text, {**literals, **values} if literals else values)
-        except (OverflowError, UnicodeEncodeError) as error:
-            raise InvalidInput(f"a value that no database can hold was given ({error}); give another") from None
         return self._cursor.fetchall() if self._cursor.description else []
 
     def changed(self, statement: Statement, **values: object) -> int:
@@ -75,7 +74,21 @@ class Transaction:
         """Run ``statement`` once for each of ``rows``."""
         if rows:
             text, literals = statement.text(self._dialect)
-            self._cursor.executemany(text, [{**literals, **row} for row in rows] if literals else rows)
+            with _STORABLE:
+                self._cursor.executemany(text, [{**literals, **row} for row in rows] if literals else rows)
+
+
+class _Storable:
+    """Raise InvalidInput for a value that no database can hold: an integer of more than 64 bits, text that is no Unicode."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, (OverflowError, UnicodeEncodeError)):
+            raise InvalidInput(f"a value that no database can hold was given ({error}); give another") from None
+
+
+_STORABLE = _Storable()  # without a state; a generator would cost as much as what SQLite does
 
 
 class Database:
@@ -326,13 +339,17 @@ class Database:
         """Tell whether another process keeps the SQLite file locked for ``patience`` seconds; a server ends such itself."""
         if self.file is None:
             return False
-        with translated(self), closing(sqlite3.connect(self.file, timeout=patience, isolation_level=None)) as probe:
+        with translated(self), closing(self._probe(patience)) as probe:
             try:
                 probe.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
                 return "locked" in str(error)
             probe.execute("ROLLBACK")
         return False
+
+    def _probe(self, patience: float) -> sqlite3.Connection:
+        assert self.file is not None
+        return sqlite3.connect(f"{self.file.as_uri()}?mode=rw", uri=True, timeout=patience, isolation_level=None)
 
     def close(self) -> None:
         """Close every connection; the object can be used again."""
