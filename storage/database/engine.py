@@ -60,7 +60,7 @@ class Transaction:
     def run(self, statement: Statement, **values: object) -> list[tuple[Any, ...]]:
         """Run ``statement`` and return its rows (of RETURNING or SELECT)."""
         text, literals = statement.text(self._dialect)
-        self._cursor.execute(text, {**literals, **values})
+        self._cursor.execute(text, {**literals, **values} if literals else values)
         return self._cursor.fetchall() if self._cursor.description else []
 
     def changed(self, statement: Statement, **values: object) -> int:
