@@ -271,7 +271,8 @@ def check_merge(spec: ExperimentSpec) -> None:
 
 
 def check_storage(spec: ExperimentSpec) -> None:
-    """Raise SpecError unless the storage can be written; a local one is not touched."""
+    """Raise SpecError unless the storage can be written and the database's URL is one; a local storage is not touched."""
+    connect(database_url(absolute(spec.storage), spec.database)).close()
     if is_url(spec.storage):
         _check_object_store(spec)
         return

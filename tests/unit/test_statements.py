@@ -88,4 +88,4 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, int]]
 
 @pytest.mark.parametrize("name", READS)
 def test_a_read_costs_as_many_statements_however_many_trials(name: str, costs: dict[int, dict[str, int]]) -> None:
-    assert 1 <= costs[FEW][name] == costs[MANY][name] <= 4
+    assert 1 <= costs[FEW][name] == costs[MANY][name] <= 5
