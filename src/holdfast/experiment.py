@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.errors import InvalidInput
+from holdfast.core.errors import InvalidInput, LeaseHeld
 from holdfast.core.objective import Objective, pareto, scores
 from holdfast.core.space import Space
 from holdfast.core.spec import ExperimentSpec
@@ -19,7 +19,9 @@ from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
 from holdfast.core.values import Config, Json, Metrics, Scalar
 from holdfast.locate import Opened
 from holdfast.report.frames import history_df, results_df, telemetry_df
+from holdfast.standing import driven_elsewhere
 from holdfast.storage.database import merging, queueing, requests
+from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import Lease, Leases
 from holdfast.storage.database.loading import load
 from holdfast.storage.database.reads import ALL, AuditRow, Reader, ReportRow
@@ -267,7 +269,7 @@ class Experiment:
         given twice, a number of repeats below 1. Nothing is written then.
         """
         numbers = queueing.enqueue(
-            self._opened.database,
+            self._writable(),
             self._opened.record.id,
             queueing.checked_config(self.space, config),
             seed=self._opened.record.seed,
@@ -288,7 +290,7 @@ class Experiment:
         objectives do not fit. Nothing is written then.
         """
         names = experiments if isinstance(experiments, str) else list(experiments)
-        return merging.merge(self._opened.database, self._opened.record.id, self.spec, self.id, names)
+        return merging.merge(self._writable(), self._opened.record.id, self.spec, self.id, names)
 
     def telemetry(self) -> list[tuple[int, datetime, str, Any]]:
         """Return every trial's measurements: (trial, UTC time, name, value), ordered by trial, time and name."""
@@ -337,11 +339,19 @@ class Experiment:
         """Return one row a measurement: trial, time (UTC), name, value."""
         return telemetry_df(self.telemetry())
 
+    def _writable(self) -> Database:
+        """Return the database, to ask for something in it; LeaseHeld when the experiment is driven with another one."""
+        elsewhere = driven_elsewhere(self._opened.folder, self._opened.database, self._opened.record)
+        if elsewhere is not None:
+            raise LeaseHeld(f"{self.name} is driven with the database {elsewhere}; ask there, by --database")
+        return self._opened.database
+
     def stop(self, *, wait: float = 0.0) -> bool:
         """Ask the driver to save and stop; wait up to ``wait`` seconds. Return whether nobody drives it now."""
+        database = self._writable()
         if not self.lease.is_held:
             return True
-        requests.request_stop(self._opened.database, self._opened.record.id)
+        requests.request_stop(database, self._opened.record.id)
         deadline = time.monotonic() + wait
         while time.monotonic() < deadline and self.lease.is_held:
             time.sleep(0.2)
@@ -349,7 +359,7 @@ class Experiment:
 
     def cancel(self, trial: int) -> None:
         """Ask for one waiting or running trial to be ended; Conflict when it has ended already."""
-        requests.request_cancel(self._opened.database, self._opened.record.id, trial)
+        requests.request_cancel(self._writable(), self._opened.record.id, trial)
 
 
 def _loaded(trials: Sequence[Trial], *, left_out: int = 0) -> LoadedTrials:

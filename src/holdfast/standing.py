@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 import uuid as uuids
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -88,6 +89,16 @@ def verdict(folder: Folder, identity: Identity, database: Database, record: Reco
     if newest is not None and story.epochs and story.epochs[-1] == newest:
         return judge(story, story.epochs, end)
     return judge(story, _epochs(journal.read(folder.root), newest), end)
+
+
+def driven_elsewhere(folder: Folder, database: Database, record: Record) -> str | None:
+    """Return the database that the experiment is driven with now, as the path's lease says, if it is another one."""
+    lease = own_lease(folder, Identity(**{**vars(folder.identity()), "uuid": record.uuid}))
+    if lease is None or lease.holder is None or lease.expires < time.time():
+        return None
+    mine = rebuild.epochs(database, record.id)
+    ours = bool(mine) and any(epoch == Epoch(lease.epoch, lease.token, 0) for epoch in mine[-1:])
+    return None if ours and rebuild.copied_at(database, record.id) is None else lease.database
 
 
 def _epochs(contents: Contents | None, newest: Epoch | None) -> list[Epoch]:

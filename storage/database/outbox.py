@@ -24,7 +24,7 @@ _HEAD = _sql(
 _TRIALS = _sql(
     "SELECT t.number, t.status, c.body, t.seq, t.ended_seq, t.current_attempt, t.seed, t.group_number, t.repeat, t.created,"
     " t.ts_start, t.source, t.origin, t.metadata, t.cancel_requested FROM trial t JOIN config c ON c.id = t.config_id"
-    " WHERE t.experiment_id = :experiment AND t.seq > :since ORDER BY t.number"
+    " WHERE t.experiment_id = :experiment AND t.seq > :since ORDER BY +t.number"  # +: by the index of changes, not of numbers
 )
 
 _ATTEMPTS = _sql(
@@ -32,10 +32,11 @@ _ATTEMPTS = _sql(
     " a.ended, a.outcome, a.error_kind, a.error, a.traceback, a.result, a.flow_run_id, a.task_run_id, a.host, a.pid,"
     " a.pid_started FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN config c ON c.id = a.config_id"
     " LEFT JOIN attempt p ON p.id = a.parent_id"
-    " WHERE t.experiment_id = :experiment AND t.seq > :since ORDER BY t.number, a.number"
+    " WHERE t.experiment_id = :experiment AND t.seq > :since ORDER BY +t.number, a.number"
 )
 
-# What attempts write beside their trial's row belongs to trials that run, or have changed since.
+# What attempts write beside their trial's row belongs to trials that run, or have changed since. Once, at the beginning: it
+# looks at every trial.
 _LIVE = "t.experiment_id = :experiment AND (t.seq > :since OR t.status = 'RUNNING')"
 
 _REPORT = "t.number, a.number, r.step, r.seq, r.reported, r.decision, r.id, m.name, m.kind, m.number, m.text"
@@ -69,6 +70,14 @@ _CHECKPOINTS = _sql(
     f" WHERE {_LIVE} AND c.seq > :since ORDER BY t.number, a.number, c.step"
 )
 
+_CHECKPOINTS_OF = _sql(
+    "SELECT t.number, a.number, c.step, c.seq, c.path, c.digest, c.bytes, c.created, c.status, c.reason, c.pinned"
+    " FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN checkpoint c ON c.attempt_id = a.id"
+    " WHERE t.experiment_id = :experiment AND t.number = :number AND c.seq > :since ORDER BY a.number, c.step"
+)
+
+_RUNNING = _sql("SELECT number FROM trial WHERE experiment_id = :experiment AND status = 'RUNNING'")
+
 _STATES = _sql(
     "SELECT number, body, seq FROM proposer_state WHERE experiment_id = :experiment AND seq > :since ORDER BY number"
 )
@@ -89,6 +98,8 @@ class Outbox:
         self._reached = -2
         self._last_report = 0
         self._last_telemetry = 0
+        self._running: set[int] = set()
+        """numbers of the trials that ran when the last batch was read"""
         self._spec = ""
 
     @repeatable
@@ -109,19 +120,32 @@ class Outbox:
         if since == -1 or spec != self._spec:
             experiment |= {"spec": spec, "workdir": workdir, "code_digest": code}
         scope = {"experiment": self._experiment, "since": since}
+        trials = _lists(state.run(_TRIALS, **scope))
+        changed = {row[0] for row in trials}
         rows: Rows = {
-            "trial": _lists(state.run(_TRIALS, **scope)),
+            "trial": trials,
             "attempt": _lists(state.run(_ATTEMPTS, **scope)),
             "report": self._reports(state, since),
             "telemetry": self._telemetry(state, since),
-            "checkpoint": _lists(state.run(_CHECKPOINTS, **scope)),
+            "checkpoint": self._checkpoints(state, since, changed),
             "proposer_state": [
                 [number, base64.b64encode(bytes(body)).decode(), seq] for number, body, seq in state.run(_STATES, **scope)
             ],
             "audit": _lists(state.run(_AUDIT, **scope)),
         }
+        before = (
+            self._running if since == self._reached else {row[0] for row in state.run(_RUNNING, experiment=self._experiment)}
+        )
+        self._running = before.difference(changed) | {row[0] for row in trials if row[1] == "RUNNING"}
         self._reached, self._spec = end, spec
         return Batch(start=since, end=end, rows=rows, experiment=experiment)
+
+    def _checkpoints(self, state: Transaction, since: int, changed: set[int]) -> list[Row]:
+        scope = {"experiment": self._experiment, "since": since}
+        if since != self._reached:
+            return _lists(state.run(_CHECKPOINTS, **scope))
+        numbers = sorted(self._running | changed)
+        return [list(row) for number in numbers for row in state.run(_CHECKPOINTS_OF, **scope, number=number)]
 
     def _reports(self, state: Transaction, since: int) -> list[Row]:
         scope = {"experiment": self._experiment, "since": since}

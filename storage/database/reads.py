@@ -24,7 +24,7 @@ def _sql(body: str) -> Statement:
 
 
 # Trials with their config and current attempt, in number order.
-_TRIALS = _sql(
+_TRIALS_TEXT = (
     "SELECT t.number, t.status, c.body, t.config_id, t.seed, t.seq, t.ts_start, t.origin, t.metadata,"
     " t.source, t.group_number, t.repeat,"
     " a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
@@ -32,29 +32,39 @@ _TRIALS = _sql(
     " FROM trial t JOIN config c ON c.id = t.config_id"
     " JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
     " LEFT JOIN attempt p ON p.id = a.parent_id"
-    " WHERE t.experiment_id = :experiment AND t.seq > :since AND t.number >= :first AND t.number <= :last"
-    " ORDER BY t.number"
+    " WHERE {scope} ORDER BY {number}"
 )
 
 # The metrics of each trial's final record and of its current attempt's last report.
-_METRICS = _sql(
+_METRICS_TEXT = (
     "SELECT t.number, r.step, m.name, m.kind, m.number, m.text FROM trial t"
     " JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
     " JOIN report r ON r.attempt_id = a.id AND (r.step = -1"
     " OR r.step = (SELECT MAX(x.step) FROM report x WHERE x.attempt_id = a.id AND x.step >= 0))"
     " LEFT JOIN metric m ON m.report_id = r.id"
-    " WHERE t.experiment_id = :experiment AND t.seq > :since AND t.number >= :first AND t.number <= :last"
+    " WHERE {scope}"
 )
 
 # The reports of trials whose current attempt has none yet: they stand on an earlier attempt of the chain.
-_INHERITED = _sql(
+_INHERITED_TEXT = (
     "SELECT t.number, a.number, p.number, a.parent_step, r.step, m.name, m.kind, m.number, m.text FROM trial t"
     " JOIN attempt a ON a.trial_id = t.id LEFT JOIN attempt p ON p.id = a.parent_id"
     " LEFT JOIN report r ON r.attempt_id = a.id AND r.step >= 0 LEFT JOIN metric m ON m.report_id = r.id"
-    " WHERE t.experiment_id = :experiment AND t.seq > :since AND t.number >= :first AND t.number <= :last"
+    " WHERE {scope}"
     " AND t.current_attempt > 1 AND NOT EXISTS (SELECT 1 FROM report x JOIN attempt y ON y.id = x.attempt_id"
     " WHERE y.trial_id = t.id AND y.number = t.current_attempt AND x.step >= 0)"
 )
+
+
+def _scoped(body: str, number: str) -> Statement:
+    scope = f"t.experiment_id = :experiment AND t.seq > :since AND {number} >= :first AND {number} <= :last"
+    return _sql(body.format(scope=scope, number=number))
+
+
+_TRIALS, _METRICS, _INHERITED = (_scoped(body, "t.number") for body in (_TRIALS_TEXT, _METRICS_TEXT, _INHERITED_TEXT))
+
+# The same for the few that changed of many: the plus keeps SQLite from walking all trials by number.
+_CHANGED = tuple(_scoped(body, "+t.number") for body in (_TRIALS_TEXT, _METRICS_TEXT, _INHERITED_TEXT))
 
 _ATTEMPTS = _sql(
     "SELECT t.number, a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
@@ -155,12 +165,13 @@ class Reader:
         Trials that were merged from other experiments have numbers below 0, and come with ``first=-ALL``.
         """
         scope = {"experiment": self.experiment, "since": since, "first": first, "last": last}
+        of_trials, of_metrics, of_inherited = (_TRIALS, _METRICS, _INHERITED) if since < 0 else _CHANGED
         with self.database.snapshot() as state:
-            rows = state.run(_TRIALS, **scope)
-            metrics = state.run(_METRICS, **scope)
+            rows = state.run(of_trials, **scope)
+            metrics = state.run(of_metrics, **scope)
             steps = {number: step for number, step, *_ in metrics if step != FINAL_STEP}
             retried = any(row[_ATTEMPT_NUMBER] > 1 and row[0] not in steps for row in rows)
-            inherited = state.run(_INHERITED, **scope) if retried else []
+            inherited = state.run(of_inherited, **scope) if retried else []
         finals: dict[int, Metrics] = {}
         reports: dict[int, Metrics] = {}
         for number, step, name, *value in metrics:

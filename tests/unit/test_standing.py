@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from store_kit import content, create
 
-from holdfast.core.errors import Conflict, Corrupt, ExperimentExists, HoldfastError, InvalidInput
+import holdfast
+from holdfast.core.errors import Conflict, Corrupt, ExperimentExists, HoldfastError, InvalidInput, LeaseHeld
 from holdfast.core.trial import Outcome
 from holdfast.flows.session import WentOn, _check_path
 from holdfast.locate import Opened, open_path
@@ -25,7 +27,7 @@ from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import Folder
 from holdfast.storage.journal import Epoch, JournalWriter
-from holdfast.storage.leasing import Claimant, take
+from holdfast.storage.leasing import Claimant, Keeper, take
 from holdfast.testing.lab import Lab
 from holdfast.transfer import export, take_in
 
@@ -380,3 +382,24 @@ def test_an_export_may_be_made_while_somebody_drives(path: Path, tmp_path: Path)
 def test_the_file_of_an_unknown_database_is_not_made_by_looking(tmp_path: Path) -> None:
     connect(sqlite_url(tmp_path / "none.db"), readonly=True).close()
     assert not (tmp_path / "none.db").exists()
+
+
+def test_nothing_is_asked_for_where_nobody_would_hear_it(path: Path, tmp_path: Path) -> None:
+    """While the path is driven with one database, a request in another one would be lost."""
+    other = str(sqlite_url(tmp_path / "other.db"))
+    with holdfast.open(path, database=other) as copy, holdfast.open(path) as experiment:
+        copy.new_trial({"x": 0.5})  # nobody drives: it waits in this database
+        lease = Folder(path).lease()
+        assert lease is not None
+        token = claimed(experiment._opened)
+        for ask in (copy.stop, lambda: copy.cancel(0), lambda: copy.new_trial({"x": 0.5}), lambda: copy.merge(["sample"])):
+            with pytest.raises(LeaseHeld, match=re.escape(str(database_of(path)))):
+                ask()
+        experiment.new_trial({"x": 0.25})
+        token.release("done")
+        copy.new_trial({"x": 0.75})
+
+
+def claimed(opened: Opened) -> Keeper:
+    claimant = Claimant(holder={"hostname": "here", "pid": 1}, liveness=lambda _: False, say=lambda _: None)
+    return take(opened.database, opened.record.id, opened.folder, claimant, action="driven", detail={}, uuid=opened.record.uuid)
