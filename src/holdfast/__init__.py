@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "holdfast.api": ("search", "restore", "open", "create", "can_restore"),
+    "holdfast.api": ("search", "restore", "open", "create", "import_experiment", "can_restore"),
     "holdfast.core.errors": (
         "AlreadyFinished",
         "CheckpointCorrupt",
@@ -92,6 +92,7 @@ __all__ = [
     "TrialStatus",
     "can_restore",
     "create",
+    "import_experiment",
     "open",
     "restore",
     "search",

@@ -32,6 +32,7 @@ from holdfast.locate import find
 from holdfast.report.observer import Observer, restore_command, watching
 from holdfast.settings import names_api
 from holdfast.specfile import ExperimentSpec
+from holdfast.transfer import take_in
 
 if TYPE_CHECKING:
     from prefect import Flow
@@ -212,6 +213,16 @@ def open(target: str | Path, *, database: str | None = None) -> Experiment:  # h
     for note in opened.notes:
         log.warning("%s", note)
     return Experiment(opened)
+
+
+def import_experiment(file: str | Path, *, database: str | None = None) -> str:
+    """Write the rows in a file that ``Experiment.export`` wrote into a database; return the experiment's path.
+
+    ``database`` is a URL; else it is that of the storage which the experiment was exported from. Raises InvalidInput, Corrupt,
+    Conflict (the database has it already) or ExperimentExists (its name is taken); nothing is changed then.
+    """
+    record, _, _ = take_in(Path(file), database)
+    return record.location
 
 
 def _finish(restored: Restored, watcher: _Recorder, server: EmbeddedServer, *, restoring: bool) -> SearchResult:

@@ -25,6 +25,7 @@ from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import Lease, Leases
 from holdfast.storage.database.loading import load
 from holdfast.storage.database.reads import ALL, AuditRow, Reader, ReportRow
+from holdfast.transfer import export
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -345,6 +346,13 @@ class Experiment:
         if elsewhere is not None:
             raise LeaseHeld(f"{self.name} is driven with the database {elsewhere}; ask there, by --database")
         return self._opened.database
+
+    def export(self, file: str | Path) -> int:
+        """Write the rows into ``file``, for :func:`holdfast.import_experiment`; return how many trials it holds.
+
+        One state of the experiment, also while it is driven; checkpoints and results stay where they are.
+        """
+        return export(self._opened, Path(file))
 
     def stop(self, *, wait: float = 0.0) -> bool:
         """Ask the driver to save and stop; wait up to ``wait`` seconds. Return whether nobody drives it now."""

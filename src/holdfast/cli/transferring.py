@@ -19,10 +19,8 @@ def add_transferring(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from holdfast.transfer import export
-
     with open_experiment(options) as experiment:
-        trials = export(experiment._opened, options.to)  # the same package
+        trials = experiment.export(options.to)
         if options.json:
             print_json({"name": experiment.name, "id": experiment.id, "file": str(options.to), "trials": trials})
         else:
