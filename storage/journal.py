@@ -223,6 +223,7 @@ class JournalWriter:
         self._lock = threading.Lock()
         self._segment: str | None = None
         self._files = 0
+        self._most_files = _MANY_FILES
         self._troubled = False
         self.end = -1
         """the seq that the journal reaches"""
@@ -233,7 +234,7 @@ class JournalWriter:
             segments = _segments(self._root)
             self._files = len(self._root.names(JOURNAL))
             self.end = end(self._root) if segments else -1
-            if self._files >= _MANY_FILES or self.end == -1:
+            if self._files >= self._most_files or self.end == -1:
                 self._compact()
             else:
                 self._write(self._outbox(self.end))
@@ -246,7 +247,7 @@ class JournalWriter:
                 faults.point("journal.behind")
                 self._write(batch)
                 faults.point("journal.written")
-            if self._files >= _MANY_FILES:
+            if self._files >= self._most_files:
                 self._compact()
 
     def try_flush(self) -> None:
@@ -273,7 +274,9 @@ class JournalWriter:
         """Write everything as one segment, then delete those before it."""
         batch = self._outbox(-1)
         name = f"{self._epoch:08d}-{batch.end:012d}-full.jsonl"
-        self._root.write(f"{JOURNAL}/{name}", to_line(batch))
+        content = to_line(batch)
+        self._root.write(f"{JOURNAL}/{name}", content)
+        self._most_files = _MANY_FILES + len(content) // 100_000  # what is large is not written anew for every few trials
         faults.point("journal.compacted")
         self._segment, self.end, self._files = name, batch.end, 1
         for old in self._root.names(JOURNAL):

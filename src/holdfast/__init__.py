@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import can_restore, create, open, restore, search  # holdfast.open
+    from holdfast.api import can_restore, create, import_experiment, open, restore, search  # holdfast.open
     from holdfast.core.errors import (
         AlreadyFinished,
         CheckpointCorrupt,
