@@ -233,7 +233,11 @@ class JournalWriter:
         with self._lock:
             segments = _segments(self._root)
             self._files = len(self._root.names(JOURNAL))
-            self.end = end(self._root) if segments else -1
+            try:
+                self.end = end(self._root) if segments else -1
+            except Corrupt as error:
+                log.warning("%s: the journal is written anew from the database", error)
+                self.end = -1
             if self._files >= self._most_files or self.end == -1:
                 self._compact()
             else:

@@ -76,9 +76,7 @@ def own_lease(folder: Folder, identity: Identity) -> PathLease | None:
 
 def verdict(folder: Folder, identity: Identity, database: Database, record: Record) -> Verdict:
     """Tell what the database is to the path; reads the whole journal only where the newest epoch differs."""
-    lease, end = own_lease(folder, identity), journal.end(folder.root)
-    if lease is None and end == -1:
-        return Verdict.CURRENT
+    lease = own_lease(folder, identity)
     story = Story(
         epochs=rebuild.epochs(database, record.id),
         seq=record.seq,
@@ -86,7 +84,16 @@ def verdict(folder: Folder, identity: Identity, database: Database, record: Reco
         copied_at=rebuild.copied_at(database, record.id),
     )
     newest = None if lease is None else Epoch(lease.epoch, lease.token, 0)
-    if newest is not None and story.epochs and story.epochs[-1] == newest:
+    drove_last = newest is not None and bool(story.epochs) and story.epochs[-1] == newest
+    try:
+        end = journal.end(folder.root)
+    except Corrupt:
+        if drove_last and story.copied_at is None:
+            return Verdict.CURRENT  # it holds what the journal told; the next driver writes that anew
+        raise
+    if lease is None and end == -1:
+        return Verdict.CURRENT
+    if drove_last:
         return judge(story, story.epochs, end)
     return judge(story, _epochs(journal.read(folder.root), newest), end)
 

@@ -246,6 +246,16 @@ def test_a_journal_that_cannot_be_read_leaves_no_database_behind(path: Path, wha
     assert content(path.parent) == before
 
 
+def test_a_damaged_journal_is_written_anew_by_the_database_that_drove_last(path: Path, tmp_path: Path) -> None:
+    (segment,) = (path / "journal").iterdir()
+    body = segment.read_bytes()
+    segment.write_bytes(body[:-30] + b"x" + body[-29:])
+    with closing(open_path(path)) as opened:
+        drive(opened)
+    database_of(path).unlink()
+    assert numbers(path) == [0, 1, 2]
+
+
 def test_a_taken_name_is_refused(path: Path, tmp_path: Path) -> None:
     create(tmp_path / "others").close()
     other = str(sqlite_url(tmp_path / "others" / "holdfast.db"))
