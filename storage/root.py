@@ -48,8 +48,11 @@ class Root(Protocol):
     """
 
     location: str
-    conditional: bool
-    """whether :meth:`replace` and :meth:`create` hold between hosts"""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether :meth:`replace` holds between hosts."""
+        ...
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file as it is now, or None when there is none; never what a cache remembers."""
