@@ -39,7 +39,9 @@ class S3:
             process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             assert process.stdout is not None
             given = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        key, secret = (os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")) if not process else (None, None)
+        key, secret = (
+            (os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")) if not process else (None, None)
+        )
         environment = {
             "AWS_ENDPOINT_URL": given,
             "AWS_ACCESS_KEY_ID": key or KEY,
@@ -117,7 +119,8 @@ class Server:
             if fault["kind"] == "lost":
                 list(self._app(environ, lambda *_: lambda _: None))
                 return _answer(start, "503 Service Unavailable", _error("ServiceUnavailable"))
-            return _answer(start, f"{fault['kind']} Fault", _error("InternalError"))
+            code = "AccessDenied" if fault["kind"] == "403" else "InternalError"
+            return _answer(start, f"{fault['kind']} Fault", _error(code))
 
 
 def _drop_conditions(environ: dict[str, Any], path: str) -> bool:
