@@ -253,11 +253,11 @@ def prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
         observer.opened(opened, restored=True)
         observer.planned(plan)
         return Restored(opened=opened, plan=plan, session=None)
-    check_storage(spec)
+    check_storage(spec.model_copy(update={"database": request.database or spec.database}))
     _refuse_held(opened, force=request.force)
     observer.preparing()
     pool = make_pool(spec)
-    probe(runnable(spec, opened.folder.path), pool, opened.record.workdir)
+    probe(runnable(spec, opened.folder), pool, opened.record.workdir)
     try:
         session = _take_over(opened, pool, request, changes, observer)
     except BaseException:

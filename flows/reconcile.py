@@ -9,7 +9,7 @@ from holdfast.core.errors import CheckpointNotFound, Corrupt
 from holdfast.core.resume import Action, Planned, ResumePolicy, Standing, plan_trial
 from holdfast.core.trial import ACTIVE, Attempt, Outcome, Trial, TrialStatus
 from holdfast.flows.session import Session
-from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import Folder
@@ -65,7 +65,7 @@ class Survey:
 
     def _newest(self, trial: Trial) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest checkpoint whose files are what its manifest says, and why newer ones are not."""
-        store = LocalCheckpoints(self._folder.path)
+        store = checkpoints_in(self._folder)
         reasons = []
         candidates = eligible(trial.attempt.number, self.attempts[trial.number], self._checkpoints.get(trial.number, []))
         for candidate in candidates:

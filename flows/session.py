@@ -17,9 +17,10 @@ from holdfast.core.values import Json
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer
 from holdfast.settings import visible_gpus
-from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.reads import Reader
+from holdfast.storage.folder import TRAINABLE, Folder
 from holdfast.storage.leasing import Claimant, Keeper, take
 from holdfast.tasks.runtime import Runtime
 from holdfast.tasks.workers import processes
@@ -53,6 +54,8 @@ class Session:
         self.keeper.abandon()
         if self.runtime.pool is not None:
             self.runtime.pool.close()
+        if not self.keeper.is_lost:
+            self.opened.folder.tidy()
         self.opened.close()
 
 
@@ -88,10 +91,18 @@ def make_pool(spec: ExperimentSpec) -> WorkerPool | None:
     return WorkerPool(spec.search.max_concurrent, cpu_per_trial=resources.cpu, gpus=gpus, gpus_per_trial=resources.gpu)
 
 
-def runnable(spec: ExperimentSpec, root: Path) -> ExperimentSpec:
-    """Return the spec with the trainable as a worker finds it: a pickled one lies in the experiment's folder."""
+def runnable(spec: ExperimentSpec, place: Folder | Path) -> ExperimentSpec:
+    """Return the spec with the trainable as a worker finds it: a pickled one lies in the experiment's folder.
+
+    From an object store it is fetched; Corrupt when it is not there.
+    """
     kind, _, rest = spec.trainable.partition(":")
-    return spec.model_copy(update={"trainable": f"pickle:{root / rest}"}) if kind == "pickle" else spec
+    if kind != "pickle":
+        return spec
+    if isinstance(place, Folder):
+        place.bring(TRAINABLE)
+    root = place.path if isinstance(place, Folder) else place
+    return spec.model_copy(update={"trainable": f"pickle:{root / rest}"})
 
 
 def begin(
@@ -106,12 +117,12 @@ def begin(
         uuid=opened.record.uuid,
         experiment=opened.record.id,
         epoch=keeper.epoch,
-        spec=runnable(opened.spec, opened.folder.path),
+        spec=runnable(opened.spec, opened.folder),
         workdir=opened.record.workdir,
         database=opened.database,
         reader=reader,
         folder=opened.folder,
-        checkpoints=LocalCheckpoints(opened.folder.path),
+        checkpoints=checkpoints_in(opened.folder),
         pool=pool,
     )
     keeper.start(lambda: runtime.order(Decision.KILL))

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from holdfast.core import faults, retention
 from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.errors import CheckpointConflict
+from holdfast.core.errors import CheckpointConflict, CheckpointNotFound, Corrupt, StorageError
 from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.local import Published
 from holdfast.storage.checkpoints.manifest import Kind, Manifest
@@ -35,6 +35,8 @@ class Supervisor:
     reported: int | None = None
     resumed: Checkpoint | None = None
     _writer: AttemptWriter | None = None
+    _missed: list[Rejected] = field(default_factory=list)
+    """checkpoints that could not be brought here"""
 
     @property
     def writer(self) -> AttemptWriter:
@@ -48,12 +50,45 @@ class Supervisor:
             return None
         return next(known for known in self.candidates if known.path == candidate.path)
 
+    def fetched(self) -> tuple[Candidate, ...]:
+        """Return the checkpoints that the attempt may continue from, newest first; on an object store, the newest good one.
+
+        That one is here then; newer ones that are missing, torn or altered are rejected. StorageError passes.
+        """
+        if self.runtime.folder.is_local:
+            return tuple(candidate_of(checkpoint) for checkpoint in self.candidates)
+        for checkpoint in self.candidates:
+            try:
+                self.runtime.checkpoints.fetch(
+                    checkpoint.path,
+                    digest=checkpoint.digest,
+                    trial=self.trial,
+                    attempt=checkpoint.attempt,
+                    step=checkpoint.step,
+                )
+            except (Corrupt, CheckpointNotFound) as error:
+                self._missed.append(Rejected(candidate=candidate_of(checkpoint), reason=str(error)))
+            else:
+                return (candidate_of(checkpoint),)
+        return ()
+
+    def tidy(self) -> None:
+        """Remove what the ended attempt left on this host only, its log first kept with the experiment; failures are logged."""
+        if self.runtime.lost is not None:
+            return  # the storage or the lease is gone: nothing is to be written there
+        try:
+            self.runtime.folder.keep_log(self.trial, self.attempt)
+            self.runtime.checkpoints.release(self.trial)
+        except StorageError as error:
+            self.logger.warning("the trial's log stays on this host: %s", error)
+
     def started(self, process: ProcessIdentity | None, resumed: Candidate | None, rejected: Sequence[Rejected]) -> None:
         """Claim the attempt for the process that is ready to run it, with what it really continues from.
 
         Raises AlreadyClaimed when another process runs it: user code has not been called then.
         """
         bad: dict[int, str] = {}
+        rejected = [*self._missed, *rejected]
         for rejection in rejected:
             checkpoint = self._checkpoint(rejection.candidate)
             if checkpoint is not None:

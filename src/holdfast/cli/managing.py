@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from holdfast.cli.common import Commands, command, database_option, fail, open_experiment
+from holdfast.cli.common import Commands, command, database_option, fail, open_experiment, storage_option
 from holdfast.core.errors import SpecError
 
 
@@ -19,6 +19,7 @@ def add_managing(commands: Commands) -> None:
     for parser in (stop, cancel, delete):
         parser.add_argument("path", metavar="PATH")
         database_option(parser)
+        storage_option(parser)
 
 
 def _stop(options: argparse.Namespace) -> int:

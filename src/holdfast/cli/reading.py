@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.cli.common import Commands, command, database_option, open_experiment, print_json, terminal
+from holdfast.cli.common import (
+    Commands,
+    command,
+    database_option,
+    open_experiment,
+    print_json,
+    storage_option,
+    storage_options,
+    terminal,
+)
 from holdfast.core.errors import Corrupt, HoldfastError, SpecError
 
 
@@ -15,6 +24,7 @@ def add_reading(commands: Commands) -> None:
     listing = command(commands, "list", _list, "list the experiments of a storage")
     listing.add_argument("storage", metavar="STORAGE", nargs="?", default="./runs")
     database_option(listing)
+    storage_option(listing)
     show = command(commands, "show", _show, "show an experiment: status, holder, best trials")
     trials = command(commands, "trials", _trials, "list the trials of an experiment")
     checkpoints = command(commands, "checkpoints", _checkpoints, "list the checkpoints of an experiment")
@@ -22,17 +32,21 @@ def add_reading(commands: Commands) -> None:
     for parser in (show, trials, checkpoints):
         parser.add_argument("path", metavar="PATH")
         database_option(parser)
+        storage_option(parser)
 
 
 def _list(options: argparse.Namespace) -> int:
     from holdfast.experiment import Experiment
-    from holdfast.locate import database_url, open_path
+    from holdfast.locate import database_url, folder_at, open_path
     from holdfast.report.tables import show_json
     from holdfast.storage.database.experiments import every, open_database
+    from holdfast.storage.root import absolute, is_url, join, name_of
 
-    storage = Path(options.storage).absolute()
-    url = database_url(str(storage), options.database)
-    if options.database is None and not storage.is_dir():
+    storage, choices = absolute(options.storage), storage_options(options)
+    url = database_url(storage, options.database)
+    if is_url(storage):
+        folder_at(storage, choices).root.names()  # a storage that does not answer is no empty one
+    elif options.database is None and not Path(storage).is_dir():
         raise SpecError(f"storage {storage} does not exist; name one: `holdfast list STORAGE`")
     if not isinstance(url, str) and not Path(str(url.database)).exists():
         records = []
@@ -42,13 +56,14 @@ def _list(options: argparse.Namespace) -> int:
         with_database.close()
     rows = []
     for record in records:
-        beside = storage / Path(record.location).name
-        path = beside if (beside / "experiment.json").exists() else Path(record.location)
+        path = join(storage, name_of(record.location))
         try:
-            with Experiment(open_path(path, database=options.database, readonly=True)) as experiment:
+            if not folder_at(path, choices).exists():
+                path = record.location
+            with Experiment(open_path(path, database=options.database, readonly=True, options=choices)) as experiment:
                 rows.append(show_json(experiment))
         except (Corrupt, HoldfastError) as error:
-            rows.append({"name": record.name, "id": record.uuid, "status": f"unreadable: {error}", "path": str(path)})
+            rows.append({"name": record.name, "id": record.uuid, "status": f"unreadable: {error}", "path": path})
     if options.json:
         print_json(rows)
     else:
@@ -56,7 +71,7 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_list(rows: Sequence[dict[str, Any]], storage: Path) -> None:
+def _print_list(rows: Sequence[dict[str, Any]], storage: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -110,11 +125,11 @@ def _trials(options: argparse.Namespace) -> int:
 def _checkpoints(options: argparse.Namespace) -> int:
     from holdfast.core.errors import CheckpointNotFound
     from holdfast.report.tables import checkpoint_json, checkpoints_table
-    from holdfast.storage.checkpoints.local import LocalCheckpoints
+    from holdfast.storage.checkpoints.ports import checkpoints_in
 
     with open_experiment(options) as experiment:
         rows = [item for item in experiment.checkpoints() if item.status != "deleted"]
-        store = LocalCheckpoints(experiment.path)
+        store = checkpoints_in(experiment._opened.folder)  # the same package
         bad = {}
         for item in rows if options.verify else ():
             try:
