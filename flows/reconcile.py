@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
-from holdfast.core.errors import CheckpointNotFound, Corrupt
+from holdfast.core.errors import CheckpointNotFound, Corrupt, StorageError
 from holdfast.core.resume import Action, Planned, ResumePolicy, Standing, plan_trial
 from holdfast.core.trial import ACTIVE, Attempt, Outcome, Trial, TrialStatus
 from holdfast.flows.session import Session
@@ -112,6 +113,8 @@ def close_attempts(session: Session, survey: Survey, plan: Mapping[int, Planned]
     for trial in survey.trials:
         if trial.status is not TrialStatus.RUNNING:
             continue
+        with suppress(StorageError):  # only words, and only where its driver ran on this host
+            session.opened.folder.keep_log(trial.number, trial.attempt.number)
         session.runtime.checkpoints.sweep(trial.number, survey.valid_paths(trial.number))
         if plan[trial.number].action is Action.ADOPT:
             _adopt(session, trial)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from holdfast.core.errors import StorageError
 from holdfast.storage.object_stores import STAMP, Connection, Fault, Store, fault_of, open_store
-from holdfast.storage.root import join
+from holdfast.storage.root import absolute, join
 
 Result = TypeVar("Result")
 
@@ -33,7 +33,7 @@ class ObjectRoot:
     """
 
     def __init__(self, location: str, options: Mapping[str, Any]) -> None:
-        self.location = location.rstrip("/")
+        self.location = absolute(location)
         self._hidden = _secrets(options)
         self._store: Store
         self._connection: Connection

@@ -23,7 +23,10 @@ def is_url(location: str | Path) -> bool:
 
 def absolute(location: str | Path) -> str:
     """Return a location without what depends on the working directory, and without a slash at its end."""
-    return str(location).rstrip("/") if is_url(location) else os.path.abspath(location)
+    if not is_url(location):
+        return os.path.abspath(location)
+    protocol, separator, rest = str(location).partition("://")
+    return protocol + separator + rest.rstrip("/")
 
 
 def parent_of(location: str) -> str:

@@ -72,7 +72,8 @@ class S3:
     def fault(self, kind: str, *, method: str = "PUT", part: str = "", count: int = 1) -> None:
         """Let the next ``count`` requests of a method whose path holds ``part`` go wrong.
 
-        ``kind`` is an HTTP status that answers without doing anything, or ``lost``: done, but answered with 503.
+        ``kind`` is an HTTP status that answers without doing anything, or ``lost``: done, but answered with 503; ``clear``
+        takes back what was ordered.
         """
         body = json.dumps({"kind": kind, "method": method, "part": part, "count": count}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/_faults", body)).close()
@@ -105,7 +106,8 @@ class Server:
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
         with self._lock:
             if path == "/_faults":
-                self._faults.append(json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))))
+                fault = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+                self._faults = [] if fault["kind"] == "clear" else [*self._faults, fault]
                 return _answer(start, "204 No Content")
             if path == "/_seen":
                 return _answer(start, "200 OK", json.dumps(self._seen).encode())
