@@ -90,7 +90,9 @@ def checked_spec(
     if isinstance(spec, (str, Path)):
         folder = Path(spec).absolute().parent
         checked = specfile.ExperimentSpec.from_file(spec, overrides)
-        return checked, Origin(source=Path(spec).read_text(), commit=git_commit(folder), workdir=str(folder))
+        return checked, Origin(
+            source=specfile.without_locations(Path(spec).read_text(), checked), commit=git_commit(folder), workdir=str(folder)
+        )
     if overrides:
         raise SpecError("overrides change a spec that is read from a file; change the spec itself")
     if isinstance(spec, ExperimentSpec) and not isinstance(spec, specfile.ExperimentSpec):
