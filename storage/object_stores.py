@@ -98,8 +98,8 @@ class Store(Protocol):
         """Write a file as an object, a big one in parts that become one object at the end."""
         ...
 
-    def stamp(self, key: str, *, limit: float) -> str | None:
-        """Return an object's metadata STAMP."""
+    def head(self, key: str, *, limit: float) -> tuple[str | None, str | None]:
+        """Return an object's metadata STAMP and its ETag."""
         ...
 
     def entries(self, folder: str, *, deep: bool, limit: float) -> dict[str, int | None]:
@@ -118,6 +118,8 @@ class Connection:
     fs: Any
     answered: bool = False
     """whether it ever answered: what never did is not waited for"""
+    bare_tags: bool = False
+    """whether ``If-Match`` wants ETags without their quotes, as Ceph 16 does"""
     conditional: dict[str, bool] = field(default_factory=dict)
     """by bucket"""
 
@@ -150,10 +152,9 @@ class S3Store:
     def upload(self, file: Path, key: str) -> None:
         self._fs.put_file(str(file), f"{self._bucket}/{self._key(key)}", chunksize=_PART, max_concurrency=4)
 
-    def stamp(self, key: str, *, limit: float) -> str | None:
+    def head(self, key: str, *, limit: float) -> tuple[str | None, str | None]:
         answer = self._run(lambda: self._call("head_object", key), limit)
-        found: str | None = answer.get("Metadata", {}).get(STAMP)
-        return found
+        return answer.get("Metadata", {}).get(STAMP), answer.get("ETag")
 
     def entries(self, folder: str, *, deep: bool, limit: float) -> dict[str, int | None]:
         return self._run(lambda: self._list(folder, deep), limit)
@@ -225,8 +226,8 @@ class AnyStore:
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             write(path)
 
-    def stamp(self, key: str, *, limit: float) -> str | None:
-        return None
+    def head(self, key: str, *, limit: float) -> tuple[str | None, str | None]:
+        return None, None
 
     def entries(self, folder: str, *, deep: bool, limit: float) -> dict[str, int | None]:
         self._fs.invalidate_cache()

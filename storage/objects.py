@@ -26,6 +26,10 @@ class _Absent(StorageError):
     """There is no such object."""
 
 
+class _Refused(StorageError):
+    """The server does not do what its protocol says."""
+
+
 class ObjectRoot:
     """A prefix of an object store, by any fsspec URL; S3 is spoken to directly.
 
@@ -89,13 +93,11 @@ class ObjectRoot:
             self.write(name, content)
             return True
         stamp = secrets.token_hex(8)
-        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-        arguments: dict[str, Any] = {"Metadata": {STAMP: stamp}, **condition}
         deadline, pause = time.monotonic() + LEASE_PATIENCE, 0.1
         while True:
             left = deadline - time.monotonic()
             try:
-                self._store.put(name, content, limit=left, **arguments)
+                self._store.put(name, content, limit=left, Metadata={STAMP: stamp}, **self._condition(version))
             except Exception as error:  # every library has errors of its own
                 fault = fault_of(error)
                 if fault is Fault.UNSUPPORTED:
@@ -105,17 +107,26 @@ class ObjectRoot:
                     raise self._error(name, error) from error
                 if fault is not Fault.PASSING or self._connection.answered:
                     with suppress(StorageError):
-                        if self._stamp(name, left) == stamp:
+                        found, tag = self._head(name, left)
+                        if found == stamp:
                             return True
-                if fault is Fault.ABSENT or (fault is Fault.CHANGED and not _conflicts(error)):
-                    return False
+                        if fault is not Fault.PASSING and tag != version:
+                            return False
+                # Nobody was faster: another conditional write is under way, or the server writes ETags another way.
+                if fault is Fault.CHANGED:
+                    self._connection.bare_tags = not self._connection.bare_tags
                 if not self._connection.answered or time.monotonic() + pause > deadline:
                     raise self._error(name, error) from error
                 time.sleep(pause)
-                pause = min(2 * pause, 2.0)
+                pause = min(2 * pause, 1.0)
             else:
                 self._connection.answered = True
                 return True
+
+    def _condition(self, version: str | None) -> dict[str, Any]:
+        if version is None:
+            return {"IfNoneMatch": "*"}
+        return {"IfMatch": version.strip('"') if self._connection.bare_tags else version}
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -139,14 +150,22 @@ class ObjectRoot:
             raise StorageError(f"cannot publish {join(self.location, name)}: {file} is missing")
         self._ask(name, lambda _: self._store.upload(file, name))
 
-    def _stamp(self, name: str, limit: float) -> str | None:
-        return self._ask(name, lambda left: self._store.stamp(name, limit=left), limit)
+    def _head(self, name: str, limit: float) -> tuple[str | None, str | None]:
+        try:
+            return self._ask(name, lambda left: self._store.head(name, limit=left), limit)
+        except _Absent:
+            return None, None
 
     def _try_conditions(self) -> bool:
         name = f".holdfast-draft-{secrets.token_hex(8)}"
         self.write(name, b"1")
         try:
-            return self._refuses(name, IfNoneMatch="*") and self._refuses(name, IfMatch='"' + "0" * 32 + '"')
+            if not self._refuses(name, IfNoneMatch="*") or not self._refuses(name, IfMatch='"' + "0" * 32 + '"'):
+                return False
+            _, version = self._read(name, LEASE_PATIENCE)
+            return self.replace(name, b"2", version)
+        except _Refused:
+            return False
         finally:
             self.delete(name)
 
@@ -204,13 +223,10 @@ class ObjectRoot:
             case Fault.PASSING:
                 remedy = "check the endpoint (storage_options, AWS_ENDPOINT_URL) and the network, then restore"
                 return StorageError(f"{where}: the object store does not answer ({words}); {remedy}")
+            case Fault.CHANGED:
+                return _Refused(f"{where}: the object store refused a write whose condition holds ({words}); restore again")
             case _:
                 return StorageError(f"{where}: the object store refused ({words}); check the URL and storage_options")
-
-
-def _conflicts(error: Exception) -> bool:
-    """Tell whether another conditional write was under way, whose end is not known: it may fail, and ours hold then."""
-    return "ConditionalRequestConflict" in str(error) or "409" in str(error.__cause__)
 
 
 def _secrets(options: Mapping[str, Any]) -> list[str]:
