@@ -11,11 +11,12 @@ from typing import Any, cast
 
 from holdfast.core import faults, retention
 from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.errors import CheckpointConflict, CheckpointNotFound, Corrupt, StorageError
+from holdfast.core.errors import CheckpointConflict, CheckpointNotFound, Corrupt, Infrastructure
 from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.local import Published
 from holdfast.storage.checkpoints.manifest import Kind, Manifest
 from holdfast.storage.database.attempts import AttemptWriter, Saved
+from holdfast.storage.database.leases import Leases
 from holdfast.tasks.runtime import Runtime
 from holdfast.tasks.workers.messages import Candidate, Decision, ProcessIdentity, Rejected, Report, Staged
 
@@ -73,13 +74,18 @@ class Supervisor:
         return ()
 
     def tidy(self) -> None:
-        """Remove what the ended attempt left on this host only, its log first kept with the experiment; failures are logged."""
-        if self.runtime.lost is not None:
-            return  # the storage or the lease is gone: nothing is to be written there
+        """Remove what the ended attempt left on this host only, its log first kept with the experiment; failures are logged.
+
+        Nothing happens when somebody else runs the trial: it may be on this host, too.
+        """
+        if self.runtime.folder.is_local or self._writer is None or self.runtime.lost is not None:
+            return
         try:
+            if Leases(self.runtime.database, self.runtime.experiment).look().epoch != self.runtime.epoch:
+                return
             self.runtime.folder.keep_log(self.trial, self.attempt)
             self.runtime.checkpoints.release(self.trial)
-        except StorageError as error:
+        except (OSError, Infrastructure) as error:
             self.logger.warning("the trial's log stays on this host: %s", error)
 
     def started(self, process: ProcessIdentity | None, resumed: Candidate | None, rejected: Sequence[Rejected]) -> None:
