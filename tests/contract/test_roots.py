@@ -236,7 +236,10 @@ def test_a_replacement_whose_answer_is_lost_is_ours(s3: S3, objects: ObjectRoot,
     assert not objects.replace("a", b"2", seen), "somebody was faster: we were"
 
 
-def test_what_passes_is_tried_again_and_what_does_not_ends(s3: S3, objects: ObjectRoot) -> None:
+def test_what_passes_is_tried_again_and_what_does_not_ends(
+    s3: S3, objects: ObjectRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.storage.objects.LEASE_PATIENCE", 1.0)
     objects.write("a", b"0")
     own(s3).fault("503", part="/runs/a", count=7)
     objects.write("a", b"1")
