@@ -79,10 +79,33 @@ def test_a_search_on_an_object_store(remote: Make, s3: S3) -> None:
     secret = s3.options["secret"]
     assert not any(secret in row for row in lab.dump())
 
+    elsewhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    lab.run("show", lab.path(), "--storage-option", f"endpoint_url={s3.endpoint}", **elsewhere)
+    assert "does not answer" in lab.run("show", lab.path(), code=4, **elsewhere).output
+
     taken = lab.run("run", lab.spec(), code=2).output
     assert f"holdfast restore {lab.path()}" in taken
     lab.run("delete", lab.path(), "--yes")
     assert objects(lab, s3) == []
+
+
+def test_credentials_in_a_spec_are_stored_nowhere(remote: Make, s3: S3, prefect_home: Path) -> None:
+    """Not in the database, not on the store, not in Prefect, not in what is printed."""
+    lab = remote()
+    secret = "a-secret-of-the-tests" if s3.own else s3.options["secret"]
+    options = {**s3.options, "secret": secret}
+    lab.environment = {name: value for name, value in lab.environment.items() if not name.startswith("AWS_")}
+    said = lab.run("run", lab.spec(storage_options=options, search={"num_trials": 2})).output
+    given = [word for name, value in options.items() for word in ("--storage-option", f"{name}={value}")]
+    said += lab.run("restore", lab.path(), *given, "--set", "search.num_trials=3").output
+    said += lab.run("show", lab.path(), *given, "--json").output
+    assert secret not in said
+    assert not any(secret in row for row in lab.dump())
+    root = ObjectRoot(lab.path(), s3.options)
+    assert not any(secret.encode() in (root.read(name) or b"") for name in root.files(""))
+    files = [file for folder in (prefect_home, lab.folder / "cache", lab.folder / "data") for file in folder.rglob("*")]
+    assert any(file.suffix == ".db" for file in files)
+    assert not [file for file in files if file.is_file() and secret.encode() in file.read_bytes()]
 
 
 @pytest.mark.parametrize("cache", ["kept", "deleted"])
