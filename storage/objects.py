@@ -27,7 +27,7 @@ class _Absent(StorageError):
 
 
 class _Refused(StorageError):
-    """The server does not do what its protocol says."""
+    """The server refused a request: it does not know it, or its condition."""
 
 
 class ObjectRoot:
@@ -85,13 +85,21 @@ class ObjectRoot:
         return self._read(name, LEASE_PATIENCE)
 
     def replace(self, name: str, content: bytes, version: str | None) -> bool:
-        """Replace by a conditional PUT; a server that has none, or ignores conditions, gets a plain one.
+        """Replace by a conditional PUT; a server that was found to have none gets a plain one.
 
         A PUT whose answer was lost is known again by the stamp that it carried.
         """
-        if not self._store.conditions:
-            self.write(name, content)
-            return True
+        if self._store.conditions:
+            try:
+                return self._replace(name, content, version)
+            except _Refused:
+                if self.conditional:
+                    raise
+        self.write(name, content)
+        return True
+
+    def _replace(self, name: str, content: bytes, version: str | None) -> bool:
+        """Replace by a conditional PUT; _Refused when the server knows no conditions."""
         stamp = secrets.token_hex(8)
         deadline, pause = time.monotonic() + LEASE_PATIENCE, 0.1
         while True:
@@ -100,9 +108,6 @@ class ObjectRoot:
                 self._store.put(name, content, limit=left, Metadata={STAMP: stamp}, **self._condition(version))
             except Exception as error:  # every library has errors of its own
                 fault = fault_of(error)
-                if fault is Fault.UNSUPPORTED:
-                    self.write(name, content)
-                    return True
                 if fault not in (Fault.CHANGED, Fault.ABSENT, Fault.PASSING):
                     raise self._error(name, error) from error
                 if fault is not Fault.PASSING or self._connection.answered:
@@ -163,7 +168,7 @@ class ObjectRoot:
             if not self._refuses(name, IfNoneMatch="*") or not self._refuses(name, IfMatch='"' + "0" * 32 + '"'):
                 return False
             _, version = self._read(name, LEASE_PATIENCE)
-            return self.replace(name, b"2", version)
+            return self._replace(name, b"2", version)
         except _Refused:
             return False
         finally:
@@ -223,8 +228,8 @@ class ObjectRoot:
             case Fault.PASSING:
                 remedy = "check the endpoint (storage_options, AWS_ENDPOINT_URL) and the network, then restore"
                 return StorageError(f"{where}: the object store does not answer ({words}); {remedy}")
-            case Fault.CHANGED:
-                return _Refused(f"{where}: the object store refused a write whose condition holds ({words}); restore again")
+            case Fault.CHANGED | Fault.UNSUPPORTED:
+                return _Refused(f"{where}: the object store refused ({words}); check the URL and storage_options, then restore")
             case _:
                 return StorageError(f"{where}: the object store refused ({words}); check the URL and storage_options")
 

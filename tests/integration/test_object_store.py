@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from s3_server import S3
@@ -89,7 +90,7 @@ def test_a_search_on_an_object_store(remote: Make, s3: S3) -> None:
     assert objects(lab, s3) == []
 
 
-def test_credentials_in_a_spec_are_stored_nowhere(remote: Make, s3: S3, prefect_home: Path) -> None:
+def test_credentials_in_a_spec_are_stored_nowhere(remote: Make, s3: S3, prefect_url: str) -> None:
     """Not in the database, not on the store, not in Prefect, not in what is printed."""
     lab = remote()
     secret = "a-secret-of-the-tests" if s3.own else s3.options["secret"]
@@ -103,9 +104,19 @@ def test_credentials_in_a_spec_are_stored_nowhere(remote: Make, s3: S3, prefect_
     assert not any(secret in row for row in lab.dump())
     root = ObjectRoot(lab.path(), s3.options)
     assert not any(secret.encode() in (root.read(name) or b"") for name in root.files(""))
-    files = [file for folder in (prefect_home, lab.folder / "cache", lab.folder / "data") for file in folder.rglob("*")]
-    assert any(file.suffix == ".db" for file in files)
-    assert not [file for file in files if file.is_file() and secret.encode() in file.read_bytes()]
+    files = [file for folder in ("cache", "data") for file in (lab.folder / folder).rglob("*") if file.is_file()]
+    assert not [file for file in files if secret.encode() in file.read_bytes()]
+    for kind, order in (
+        ("flow_runs", "START_TIME_DESC"),
+        ("task_runs", "EXPECTED_START_TIME_DESC"),
+        ("logs", "TIMESTAMP_DESC"),
+    ):
+        body = json.dumps({"sort": order, "limit": 200}).encode()
+        request = Request(f"{prefect_url}/{kind}/filter", body, {"Content-Type": "application/json"})
+        with urlopen(request) as answer:
+            found = answer.read().decode()
+        assert lab.path() in found or kind != "flow_runs", "the restore is among them"
+        assert secret not in found
 
 
 @pytest.mark.parametrize("cache", ["kept", "deleted"])
