@@ -44,6 +44,7 @@ lint: $(STAMP) typing
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/trials.py
+	$(BIN)/python benchmarks/store.py
 
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py

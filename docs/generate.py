@@ -8,21 +8,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
+from sqlalchemy import UniqueConstraint
 
 from holdfast.cli import _parser
 from holdfast.core.faults import POINTS
 from holdfast.core.spec import ExperimentSpec
-from holdfast.storage.database.schema import metadata
+from holdfast.storage.database.schema import VERSION, metadata
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
     """Write cli.md, spec.md and schema.md."""
+    for name, text in pages().items():
+        (HERE / name).write_text(text)
+
+
+def pages() -> dict[str, str]:
+    """Return the text of each page by file name."""
     os.environ["COLUMNS"] = "100"
-    (HERE / "cli.md").write_text("\n".join(commands()) + "\n")
-    (HERE / "spec.md").write_text("\n".join(keys()) + "\n")
-    (HERE / "schema.md").write_text("\n".join(tables()) + "\n")
+    written = {"cli.md": commands(), "spec.md": keys(), "schema.md": tables()}
+    return {name: "\n".join(lines) + "\n" for name, lines in written.items()}
 
 
 def commands() -> Iterator[str]:
@@ -32,12 +38,19 @@ def commands() -> Iterator[str]:
     yield f"```\n{parser.format_help().strip()}\n```\n"
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for name, command in action.choices.items():
-                yield f"## holdfast {name}\n\n```\n{command.format_help().strip()}\n```\n"
+            yield from _help("holdfast", action)
     yield "## Crash points\n\n`HOLDFAST_FAULT=NAME` makes a command die by SIGKILL there.\n"
     yield "| name | what is half-done then |\n|---|---|"
     for name, text in POINTS.items():
         yield f"| `{name}` | {text} |"
+
+
+def _help(program: str, action: argparse._SubParsersAction[argparse.ArgumentParser]) -> Iterator[str]:
+    for name, command in action.choices.items():
+        yield f"## {program} {name}\n\n```\n{command.format_help().strip()}\n```\n"
+        for below in command._actions:
+            if isinstance(below, argparse._SubParsersAction):
+                yield from _help(f"{program} {name}", below)
 
 
 def keys() -> Iterator[str]:
@@ -58,13 +71,38 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 def tables() -> Iterator[str]:
     """Yield every table of the database with its columns."""
-    yield "# Database\n\nWritten by `make docs` from the program itself.\n"
+    yield f"# Database\n\nWritten by `make docs` from the program itself. This is schema {VERSION}.\n"
+    yield from diagram()
     for table in metadata.sorted_tables:
         yield f"## {table.name}\n\n{table.comment}\n\n| column | refers to | meaning |\n|---|---|---|"
         for column in table.columns:
             target = ", ".join(key.target_fullname for key in column.foreign_keys)
             yield f"| `{column.name}` | {target} | {column.comment} |"
         yield ""
+
+
+def diagram() -> Iterator[str]:
+    """Yield the tables, their keys and how they refer to each other, as a Mermaid entity diagram."""
+    yield "```mermaid\nerDiagram"
+    for table in metadata.sorted_tables:
+        for key in sorted(table.foreign_keys, key=lambda key: key.parent.name):
+            many = "|o" if key.parent.nullable else "||"
+            yield f"    {key.column.table.name} {many}--o{{ {table.name} : {key.parent.name}"
+    for table in metadata.sorted_tables:
+        unique = {
+            column.name
+            for constraint in table.constraints
+            if isinstance(constraint, UniqueConstraint)
+            for column in constraint.columns
+        }
+        yield f"    {table.name} {{"
+        for column in table.columns:
+            marks = {"PK": column.primary_key, "FK": bool(column.foreign_keys), "UK": column.name in unique}
+            found = ", ".join(mark for mark, given in marks.items() if given)
+            if found:
+                yield f"        {'integer' if column.type.python_type is int else 'text'} {column.name} {found}"
+        yield "    }"
+    yield "```\n"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import queue
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,9 +15,10 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from holdfast.core import faults
 from holdfast.core.budget import Budget
-from holdfast.core.errors import Contention, EngineError, HoldfastError
+from holdfast.core.errors import Conflict, Contention, EngineError, HoldfastError
 from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, actions
 from holdfast.core.ports import Proposer
+from holdfast.core.space import config_digest
 from holdfast.core.trial import ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import dumps
 from holdfast.engines.factory import make_proposer
@@ -24,6 +26,7 @@ from holdfast.flows.session import Session
 from holdfast.report.observer import Observer
 from holdfast.settings import settings
 from holdfast.storage.database.driver import Ending
+from holdfast.storage.database.reads import ALL
 from holdfast.tasks import runtime as runtimes
 from holdfast.tasks.results import results_in
 from holdfast.tasks.trial import run_trial
@@ -73,6 +76,15 @@ class Drive:
             runtimes.unregister(self._runtime)
 
     def _loop(self, runner: ThreadPoolTaskRunner[Any]) -> str:
+        while True:
+            reason = self._until_done(runner)
+            seen = self._seq
+            self._refresh()
+            if self._seq == seen:  # nothing was queued since the last look
+                faults.point("search.finished")
+                return reason
+
+    def _until_done(self, runner: ThreadPoolTaskRunner[Any]) -> str:
         for action in actions(self.ledger, lambda: datetime.now(UTC)):
             match action:
                 case Submit(trial=number):
@@ -82,15 +94,16 @@ class Drive:
                 case Wait(until=until):
                     self._wait(until)
                 case Done(reason=reason):
-                    faults.point("search.finished")
                     return reason
             if time.monotonic() - self._ticked > TICK_SECONDS:
                 self._tick()
         raise AssertionError("the loop ends with Done")
 
     def _propose(self, number: int) -> None:
-        self._driver.propose(self._proposer.propose(number))
-        faults.point("proposal.committed")
+        config = self._proposer.propose(number)
+        with suppress(Conflict):  # a trial was queued meanwhile: it comes first, and the next proposal knows of it
+            self._driver.propose(config, number=number)
+            faults.point("proposal.committed")
         self._refresh()
 
     def _submit(self, runner: ThreadPoolTaskRunner[Any], number: int) -> None:
@@ -103,6 +116,7 @@ class Drive:
             "identity": self._runtime.uuid,
             "row": trial.attempt.id,
         }
+        self._session.journal.flush()  # the path knows a trial before its files come
         future: PrefectFuture[Any] = runner.submit(self._task, parameters)
         self._inflight[future.task_run_id] = number
         self.ledger.submitted(number)
@@ -137,7 +151,7 @@ class Drive:
         folder = self._session.opened.folder
         faults.point("result.persisted")
         result = folder.result(trial.number, trial.attempt.number)
-        if result is None:
+        if result is None or result.get("config") != config_digest(trial.config):
             raise self._not_persisted(trial)
         ending = Ending(
             outcome=Outcome(str(result["outcome"])),
@@ -171,8 +185,11 @@ class Drive:
     def _refresh(self, *, fresh: bool = True) -> None:
         """Take in every row that changed."""
         inflight = set(self._inflight.values())
-        for trial in self._session.reader.trials(since=self._seq):
+        for trial in self._session.reader.trials(since=self._seq, first=-ALL):
             self._seq = max(self._seq, trial.seq)
+            if trial.number < 0:
+                self._learn(trial)
+                continue
             before = self._trials.get(trial.number)
             self._trials[trial.number] = trial
             self.ledger.update(trial, fresh=fresh)
@@ -183,6 +200,12 @@ class Drive:
             self._proposer.observe(trial)
             if before is None or before.status is not trial.status or before.attempt.number != trial.attempt.number:
                 self._observer.trial(trial)
+
+    def _learn(self, trial: Trial) -> None:
+        """Let the proposer know of a trial that was merged from another experiment: it is none of this one's own."""
+        config = self._session.spec.space.completed(trial.config)
+        if config is not None:
+            self._proposer.observe(replace(trial, config=config))
 
     def _tick(self) -> None:
         """Look at the lease, the clock, and what people ask for."""
@@ -196,6 +219,7 @@ class Drive:
             self.ledger.halt = "stopped on request"
         self._refresh()
         self._cancel()
+        self._session.journal.try_flush()
         if self.ledger.halt is not None:
             self._runtime.order(Decision.PREEMPT)
 

@@ -6,6 +6,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,10 +25,11 @@ from holdfast.core.trial import SCORED, Trial
 from holdfast.core.values import Json, strict
 from holdfast.engines.grid import GridProposer
 from holdfast.flows import reconcile
-from holdfast.flows.session import Session, begin, liveness, make_pool, runnable
+from holdfast.flows.session import Session, WentOn, begin, liveness, make_pool, runnable
 from holdfast.locate import (
     Opened,
     check_free,
+    check_merge,
     check_storage,
     code_digest,
     create,
@@ -90,9 +92,8 @@ def checked_spec(
     if isinstance(spec, (str, Path)):
         folder = Path(spec).absolute().parent
         checked = specfile.ExperimentSpec.from_file(spec, overrides)
-        return checked, Origin(
-            source=specfile.without_locations(Path(spec).read_text(), checked), commit=git_commit(folder), workdir=str(folder)
-        )
+        source = specfile.without_options(specfile.without_password(Path(spec).read_text()), checked)
+        return checked, Origin(source=source, commit=git_commit(folder), workdir=str(folder))
     if overrides:
         raise SpecError("overrides change a spec that is read from a file; change the spec itself")
     if isinstance(spec, ExperimentSpec) and not isinstance(spec, specfile.ExperimentSpec):
@@ -129,6 +130,7 @@ def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | No
         spec = spec.model_copy(update={"name": free_name(spec)})
     _refuse_live(spec)
     check_free(spec)
+    check_merge(spec)
     observer.preparing()
     pool = _checked_pool(spec, origin)
     try:
@@ -140,6 +142,38 @@ def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | No
             pool.close()
         raise
     return Restored(opened=session.opened, plan=(), session=session)
+
+
+def prepare_creation(spec: ExperimentSpec, origin: Origin) -> Opened:
+    """Create the experiment of ``spec``, checked as for a search, and drive nothing.
+
+    With ``if_exists: restore`` open the one that is there: SpecError when the spec says anything else of it.
+    """
+    spec = spec.model_copy(update={"name": dated(spec.name, datetime.now().astimezone())})
+    check_storage(spec)
+    if spec.if_exists == "restore" and folder_at(experiment_path(spec), spec.storage_options).exists():
+        return _as_it_is(_going_on(spec))
+    if spec.if_exists == "new":
+        spec = spec.model_copy(update={"name": free_name(spec)})
+    check_free(spec)
+    check_merge(spec)
+    pool = _checked_pool(spec, origin)
+    if pool is not None:
+        pool.close()
+    return make_experiment(spec, origin)
+
+
+def _as_it_is(request: RestoreRequest) -> Opened:
+    opened = open_path(request.path, database=request.database, options=request.storage_options)
+    try:
+        _, changes = changed_spec(opened, request)
+        if changes:
+            words = ", ".join(f"{key} (stored {before!r}, given {after!r})" for key, (before, after) in changes.items())
+            raise SpecError(f"{request.path} exists with another {words}; only a restore changes that: holdfast.restore(...)")
+    except BaseException:
+        opened.close()
+        raise
+    return opened
 
 
 def _going_on(spec: ExperimentSpec) -> RestoreRequest:
@@ -243,9 +277,18 @@ def prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
 
     Raises SpecError before anything is changed, LeaseHeld when a live process drives the experiment.
     """
+    for _ in range(3):
+        with suppress(WentOn):
+            return _prepare_restore(request, observer)
+    return _prepare_restore(request, observer)
+
+
+def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
     opened = open_path(request.path, database=request.database, options=request.storage_options)
     spec, changes = changed_spec(opened, request)
     opened = replace(opened, spec=spec)
+    for note in opened.notes:
+        observer.say(note)
     reader = Reader(opened.database, opened.record.id)
     survey = reconcile.Survey(reader, opened.folder, request.policy)
     plan = survey.plan()
@@ -317,7 +360,8 @@ def work_left(spec: ExperimentSpec, trials: Sequence[Trial], plan: Sequence[Plan
             best = value
     record = experiments.by_uuid(opened.database, opened.record.uuid)
     active = record.active_seconds if record is not None else 0.0
-    return budget.closed(trials=len(trials), active_seconds=active, best=best) is None
+    proposed = sum(trial.source == "proposed" for trial in trials)
+    return budget.closed(trials=len(trials), proposed=proposed, active_seconds=active, best=best) is None
 
 
 def _refuse_live(spec: ExperimentSpec) -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
 from holdfast.core.errors import CheckpointNotFound, Corrupt, StorageError
 from holdfast.core.resume import Action, Planned, ResumePolicy, Standing, plan_trial
+from holdfast.core.space import config_digest
 from holdfast.core.trial import ACTIVE, Attempt, Outcome, Trial, TrialStatus
 from holdfast.flows.session import Session
 from holdfast.storage.checkpoints.ports import checkpoints_in
@@ -91,6 +92,8 @@ def persisted_outcome(folder: Folder, trial: Trial) -> Outcome | None:
     result = folder.result(trial.number, trial.attempt.number)
     if result is None or result.get("outcome") not in (Outcome.COMPLETED, Outcome.PRUNED):
         return None
+    if result.get("config", "") not in ("", config_digest(trial.config)):
+        return None  # of another trial that once had this number, in a path whose newest journal was lost
     return Outcome(result["outcome"])
 
 

@@ -69,7 +69,9 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
     try:
         close_dead_runs(session.dead)
         reason = Drive(session, watcher).run()
+        session.journal.flush()
         session.keeper.release(_ended(reason))
+        session.journal.try_flush()  # that it has ended, too
     except BaseException as error:
         session.error = error
         _interrupted(session, error, watcher)
@@ -90,6 +92,7 @@ def _interrupted(session: Session, error: BaseException, watcher: Observer) -> N
     why = _describe(error)
     try:
         session.keeper.release(f"interrupted: {why}")
+        session.journal.try_flush()
         result = result_of(session.opened, f"interrupted: {why}")
     except HoldfastError:
         return  # somebody else holds it now, or the database is gone: there is nothing that we may write

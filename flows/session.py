@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from holdfast.core.errors import LeaseHeld
 from holdfast.core.resume import Planned
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import Attempt
@@ -17,15 +18,23 @@ from holdfast.core.values import Json
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer
 from holdfast.settings import visible_gpus
+from holdfast.storage import journal
 from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Driver
+from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import TRAINABLE, Folder
-from holdfast.storage.leasing import Claimant, Keeper, take
+from holdfast.storage.journal import JournalWriter
+from holdfast.storage.leasing import Claimant, Keeper, describe, take
 from holdfast.tasks.runtime import Runtime
 from holdfast.tasks.workers import processes
 from holdfast.tasks.workers.messages import Decision
 from holdfast.tasks.workers.pool import WorkerPool
+
+
+class WentOn(LeaseHeld):
+    """The path tells more than the rows that were rebuilt from it a moment ago."""
 
 
 @dataclass
@@ -37,6 +46,7 @@ class Session:
     driver: Driver
     reader: Reader
     runtime: Runtime
+    journal: JournalWriter
     new_trials: bool = True
     plan: Sequence[Planned] = ()
     dead: Sequence[Attempt] = field(default=())
@@ -105,13 +115,42 @@ def runnable(spec: ExperimentSpec, place: Folder | Path) -> ExperimentSpec:
     return spec.model_copy(update={"trainable": f"pickle:{root / rest}"})
 
 
+_PROBE_SECONDS = 2.0
+"""How long a lock is waited for before its suspended holder is taken to keep it."""
+
+
+def _end_suspended(opened: Opened, observer: Observer) -> None:
+    """End a suspended driver of this host that keeps the database locked: its lease is being taken from it anyway."""
+    other = Leases(opened.database, opened.record.id).look().holder or {}
+    host, pid, started = str(other.get("host")), int(other.get("pid") or 0), str(other.get("started"))
+    if processes.is_suspended(host, pid, started) and opened.database.is_locked(patience=_PROBE_SECONDS):
+        observer.say(f"{describe(other)} is suspended and keeps the database locked; it is ended")
+        processes.kill(pid, started)
+
+
 def begin(
     opened: Opened, pool: WorkerPool | None, observer: Observer, *, action: str, detail: dict[str, Json], force: bool = False
 ) -> Session:
     """Take the lease of an opened experiment and start to renew it."""
+    if force:
+        _end_suspended(opened, observer)
     claimant = Claimant(holder=holder(), liveness=liveness, say=observer.say, force=force)
-    uuid = opened.record.uuid
-    keeper = take(opened.database, opened.record.id, opened.folder, claimant, action=action, detail=detail, uuid=uuid)
+    keeper = take(
+        opened.database,
+        opened.record.id,
+        opened.folder,
+        claimant,
+        action=action,
+        detail=detail,
+        uuid=opened.record.uuid,
+        check=lambda: _check_path(opened),
+    )
+    writer = JournalWriter(opened.folder.root, keeper.epoch, Outbox(opened.database, opened.record.id))
+    try:
+        writer.start()
+    except BaseException as error:
+        keeper.release_quietly(f"interrupted: {error}")
+        raise
     reader = Reader(opened.database, opened.record.id)
     runtime = Runtime(
         uuid=opened.record.uuid,
@@ -124,7 +163,14 @@ def begin(
         folder=opened.folder,
         checkpoints=checkpoints_in(opened.folder),
         pool=pool,
+        journal=writer,
     )
     keeper.start(lambda: runtime.order(Decision.KILL))
     driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=opened.record.seed)
-    return Session(opened=opened, keeper=keeper, driver=driver, reader=reader, runtime=runtime)
+    return Session(opened=opened, keeper=keeper, driver=driver, reader=reader, runtime=runtime, journal=writer)
+
+
+def _check_path(opened: Opened) -> None:
+    """Raise WentOn when the rows are a copy of what the path told, and the path tells more by now."""
+    if opened.copied_at is not None and journal.end(opened.folder.root) > opened.copied_at:
+        raise WentOn(f"{opened.folder.location} went on with another database meanwhile; nothing was changed: restore again")

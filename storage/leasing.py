@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.core import faults
-from holdfast.core.errors import Contention, Corrupt, Fenced, HoldfastError, Infrastructure, LeaseHeld
+from holdfast.core.errors import Contention, Corrupt, DatabaseError, Fenced, HoldfastError, Infrastructure, LeaseHeld
 from holdfast.core.values import Json
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import TERMS, Leases, Terms
@@ -121,8 +121,13 @@ class Keeper:
         self._released = False
         self._on_lost: Callable[[], None] = lambda: None
         self._lock = threading.RLock()
+        self._losing = threading.Lock()
         self._ended = threading.Event()
         self._renewed = self._counted = time.monotonic()
+        self._asked: float | None = None
+        """since when a renewal has been asked for in vain"""
+        self._refusal: HoldfastError | None = None
+        """why the last renewal failed"""
         self._thread = threading.Thread(target=self._beat, name="holdfast-lease", daemon=True)
 
     def start(self, on_lost: Callable[[], None]) -> None:
@@ -130,6 +135,7 @@ class Keeper:
         self._on_lost = on_lost
         self._renew()
         self._thread.start()
+        threading.Thread(target=self._watch, name="holdfast-lease-watch", daemon=True).start()
 
     def check(self) -> None:
         """Raise what ended the lease, if it was lost."""
@@ -141,19 +147,37 @@ class Keeper:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._terms.renewal):
+            self._asked = self._asked or time.monotonic()
             try:
                 self._renew()
+                self._asked = self._refusal = None
             except Contention as error:
                 self._lose(error)
                 return
             except HoldfastError as error:
+                self._refusal = error
                 # Stop writing before the lease runs out, or another host might drive at the same time.
                 if time.monotonic() - self._renewed > self._terms.duration - 2 * self._terms.renewal:
                     self._lose(error)
                     return
 
+    def _watch(self) -> None:
+        """Give the lease up in time when a renewal does not come back: a call to a server that hangs may take minutes."""
+        patience = self._terms.duration - 3 * self._terms.renewal
+        while not self._ended.wait(self._terms.renewal / 5):
+            asked = self._asked
+            if self._lost is not None:
+                return
+            if asked is not None and time.monotonic() - asked > patience:
+                silence = f"database {self._lease.database} has not answered for {time.monotonic() - asked:.0f} s"
+                self._lose(self._refusal or DatabaseError(f"{silence}; look after it, then restore"))
+                return
+
     def _lose(self, error: HoldfastError) -> None:
-        self._lost = error
+        with self._losing:
+            if self._lost is not None:
+                return
+            self._lost = error
         self._on_lost()
 
     def _active(self) -> float:
@@ -226,11 +250,13 @@ def take(
     action: str,
     detail: Mapping[str, Json],
     uuid: str = "",
+    check: Callable[[], None] = lambda: None,
 ) -> Keeper:
     """Take the lease of an experiment, in the database and in its path.
 
     A holder that is seen alive is refused at once (LeaseHeld); one that is gone from this host is dead at once; a silent one
     elsewhere is waited out. The new epoch is one more than the greater of both. With ``claimant.force`` nobody is waited for.
+    ``check`` is called once nobody else can take it any more, and before anything is changed; what it raises is passed on.
     """
     leases = Leases(database, experiment, claimant.terms)
     database_epoch, path_epoch = _await_silence(leases, folder, claimant, uuid)
@@ -248,6 +274,7 @@ def take(
         found = _own(file.found, uuid)
         if found is not None and found.epoch > path_epoch:
             raise LeaseHeld("another process took the experiment at the same moment; nothing was changed")
+        check()
         leases.take(
             seen=database_epoch,
             epoch=lease.epoch,

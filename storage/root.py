@@ -209,7 +209,7 @@ def _append(descriptor: int, content: bytes) -> None:
         view = memoryview(content)
         while view:
             view = view[os.write(descriptor, view) :]
-        os.fdatasync(descriptor)
+        os.fsync(descriptor)
     except OSError:
         with suppress(OSError):
             os.ftruncate(descriptor, before)

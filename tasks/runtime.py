@@ -11,6 +11,7 @@ from holdfast.storage.checkpoints.ports import Checkpoints
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import Folder
+from holdfast.storage.journal import JournalWriter
 from holdfast.tasks.workers.messages import Decision
 from holdfast.tasks.workers.pool import WorkerPool
 
@@ -30,6 +31,7 @@ class Runtime:
     checkpoints: Checkpoints
     pool: WorkerPool | None
     """None with ``isolation: inline``"""
+    journal: JournalWriter | None = None
     cancelled: set[int] = field(default_factory=set)
     """numbers of trials that somebody asked to cancel"""
     lost: HoldfastError | None = None

@@ -12,11 +12,13 @@ from typing import Any, cast
 from holdfast.core import faults, retention
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.errors import CheckpointConflict, CheckpointNotFound, Corrupt, Infrastructure
-from holdfast.core.values import Metrics
+from holdfast.core.values import Config, Metrics
 from holdfast.storage.checkpoints.local import Published
 from holdfast.storage.checkpoints.manifest import Kind, Manifest
 from holdfast.storage.database.attempts import AttemptWriter, Saved
 from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.rows import micros
+from holdfast.storage.recovery import Told
 from holdfast.tasks.runtime import Runtime
 from holdfast.tasks.workers.messages import Candidate, Decision, ProcessIdentity, Rejected, Report, Staged
 
@@ -29,6 +31,7 @@ class Supervisor:
     claim: Callable[..., AttemptWriter]
     trial: int
     attempt: int
+    config: Config
     candidates: Sequence[Checkpoint]
     logger: logging.Logger | logging.LoggerAdapter[Any]
     metrics: Metrics = field(default_factory=dict)
@@ -38,6 +41,8 @@ class Supervisor:
     _writer: AttemptWriter | None = None
     _missed: list[Rejected] = field(default_factory=list)
     """checkpoints that could not be brought here"""
+    _told: list[tuple[int, Told]] = field(default_factory=list)
+    """seq and content of each report that the journal may lack"""
 
     @property
     def writer(self) -> AttemptWriter:
@@ -121,13 +126,20 @@ class Supervisor:
         saved = self._publish(report, report.staged) if report.staged is not None else None
         answer = "continue" if decision is Decision.CONTINUE else decision.value.lower()
         try:
-            self.writer.report(report.step, report.metrics, decision=answer, saved=saved)
+            seq, moment = self.writer.report(report.step, report.metrics, decision=answer, saved=saved)
         except CheckpointConflict:
             if saved is not None:
                 self.runtime.checkpoints.delete(saved.path)
             raise
         self.metrics, self.reported = report.metrics, report.step
+        self._told.append((seq, (report.step, moment, answer, report.metrics)))
         faults.point("report.committed" if saved is None else "checkpoint.committed")
+
+    def unjournaled(self) -> list[Told]:
+        """Return the reports that the journal may lack: they travel with what is durable before it."""
+        reached = self.runtime.journal.end if self.runtime.journal is not None else -1
+        self._told = [item for item in self._told if item[0] > reached]
+        return [told for _, told in self._told]
 
     def _publish(self, report: Report, staged: Staged) -> Saved:
         self.writer.check()
@@ -141,6 +153,11 @@ class Supervisor:
             serializer=cast(Kind, staged.serializer),
             metrics=report.metrics,
             files=tuple(staged.files),
+            beside={
+                "parent": None if self.resumed is None else [self.resumed.attempt, self.resumed.step],
+                "reported": micros(datetime.now(UTC)),
+                "reports": [list(told) for told in self.unjournaled()],
+            },
         )
         published: Published = self.runtime.checkpoints.publish(Path(staged.path), manifest)
         return Saved(path=published.path, digest=published.digest, bytes=published.bytes)

@@ -19,8 +19,9 @@ from holdfast.core.errors import (
     TrialFailure,
     TrialTimedOut,
 )
-from holdfast.core.objective import missing
+from holdfast.core.objective import missing, no_numbers
 from holdfast.core.seeding import trial_seed
+from holdfast.core.space import config_digest
 from holdfast.core.trial import ErrorInfo, Outcome, Trial
 from holdfast.core.values import Metrics, tagged
 from holdfast.storage.database.attempts import AttemptWriter
@@ -66,9 +67,10 @@ def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: 
         task_run_id=_text(task_run.id),
     )
     candidates = runtime.reader.candidates(trial, attempt) if attempt > 1 else []
-    supervisor = Supervisor(runtime, claim, trial, attempt, candidates, get_run_logger())
+    values = json.loads(config)
+    supervisor = Supervisor(runtime, claim, trial, attempt, values, candidates, get_run_logger())
     try:
-        return _run(runtime, supervisor, json.loads(config))
+        return _run(runtime, supervisor)
     except TrialFailure as failure:
         _commit_failure(runtime, supervisor.writer, failure)
     finally:
@@ -79,9 +81,9 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _run(runtime: Runtime, supervisor: Supervisor, config: dict[str, Any]) -> dict[str, Any]:
+def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any]:
     try:
-        job = make_job(runtime, supervisor, config)
+        job = make_job(runtime, supervisor)
         ended = run_inline(job, supervisor) if runtime.pool is None else runtime.pool.run(job, supervisor)
     except Infrastructure as error:
         # This is no fault of the trial's: the search is interrupted by it, and a restore goes on.
@@ -94,7 +96,7 @@ def _run(runtime: Runtime, supervisor: Supervisor, config: dict[str, Any]) -> di
     return _result(runtime, supervisor, ended)
 
 
-def make_job(runtime: Runtime, supervisor: Supervisor, config: dict[str, Any]) -> Job:
+def make_job(runtime: Runtime, supervisor: Supervisor) -> Job:
     """Return what the worker needs to run the attempt."""
     spec, trial, attempt = runtime.spec, supervisor.trial, supervisor.attempt
     return Job(
@@ -103,7 +105,7 @@ def make_job(runtime: Runtime, supervisor: Supervisor, config: dict[str, Any]) -
         trial=trial,
         attempt=attempt,
         seed=trial_seed(spec.search.seed or 0, trial),
-        config=config,
+        config=supervisor.config,
         trainable=spec.trainable,
         workdir=runtime.workdir,
         root=str(runtime.folder.path),
@@ -123,7 +125,12 @@ def _result(runtime: Runtime, supervisor: Supervisor, ended: Ended) -> dict[str,
     if supervisor.reported is None and supervisor.resumed is not None:
         stored: Trial | None = runtime.reader.trial(supervisor.trial)
         last = stored.metrics if stored is not None else {}
-    absent = missing(full_metrics(last, ended.metrics), runtime.spec.goals)
+    metrics = full_metrics(last, ended.metrics)
+    wrong = no_numbers(metrics, runtime.spec.goals)
+    if wrong and ended.outcome is Outcome.COMPLETED:
+        words = ", ".join(f"{name!r} is {value!r:.60}, a {type(value).__name__}" for name, value in wrong.items())
+        raise TrialFailed(f"the trial ended and {words}: an objective must be a number", kind="NoNumber")
+    absent = missing(metrics, runtime.spec.goals)
     if absent and ended.outcome is Outcome.COMPLETED:
         raise TrialFailed(
             f"the trial ended without {', '.join(map(repr, absent))}: neither its last report nor what it returned has it; "
@@ -135,6 +142,8 @@ def _result(runtime: Runtime, supervisor: Supervisor, ended: Ended) -> dict[str,
         "attempt": supervisor.attempt,
         "outcome": ended.outcome.value,
         "metrics": tagged(ended.metrics or {}),
+        "config": config_digest(supervisor.config),
+        "reports": tagged([list(told) for told in supervisor.unjournaled()]),
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from s3_server import S3
 from support import Lab, holdfast_environment
+from support_postgres import MISSING, Postgres, binaries
 
 from holdfast.flows.server import EmbeddedServer
 
@@ -68,3 +69,12 @@ def make_lab(tmp_path: Path, server_environment: dict[str, str]) -> Iterator[Cal
 def lab(make_lab: Callable[..., Lab]) -> Lab:
     """A laboratory on the tests' Prefect server."""
     return make_lab()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server; it ends with the tests."""
+    if binaries() is None:
+        pytest.skip(MISSING)
+    with Postgres() as server:
+        yield server

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import can_restore, create, open, restore, search  # holdfast.open
+    from holdfast.api import can_restore, create, import_experiment, open, restore, search  # holdfast.open
     from holdfast.core.errors import (
         AlreadyFinished,
         CheckpointCorrupt,
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ExperimentNotFound,
         Fenced,
         HoldfastError,
+        InvalidConfig,
         InvalidInput,
         InvalidStep,
         LeaseHeld,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "holdfast.api": ("search", "restore", "open", "create", "can_restore"),
+    "holdfast.api": ("search", "restore", "open", "create", "import_experiment", "can_restore"),
     "holdfast.core.errors": (
         "AlreadyFinished",
         "CheckpointCorrupt",
@@ -46,6 +47,7 @@ _HOMES = {
         "ExperimentNotFound",
         "Fenced",
         "HoldfastError",
+        "InvalidConfig",
         "InvalidInput",
         "InvalidStep",
         "LeaseHeld",
@@ -75,6 +77,7 @@ __all__ = [
     "ExperimentSpec",
     "Fenced",
     "HoldfastError",
+    "InvalidConfig",
     "InvalidInput",
     "InvalidStep",
     "LeaseHeld",
@@ -89,6 +92,7 @@ __all__ = [
     "TrialStatus",
     "can_restore",
     "create",
+    "import_experiment",
     "open",
     "restore",
     "search",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,8 +21,8 @@ from holdfast.flows.prepare import (
     Restored,
     RestoreRequest,
     checked_spec,
-    make_experiment,
     plan_restore,
+    prepare_creation,
     prepare_restore,
     prepare_search,
 )
@@ -31,9 +32,13 @@ from holdfast.locate import find
 from holdfast.report.observer import Observer, restore_command, watching
 from holdfast.settings import names_api
 from holdfast.specfile import ExperimentSpec
+from holdfast.transfer import take_in
 
 if TYPE_CHECKING:
     from prefect import Flow
+
+
+log = logging.getLogger(__name__)
 
 
 class _Recorder(Observer):
@@ -83,9 +88,13 @@ def search(
 
 
 def create(spec: ExperimentSpec | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = ()) -> Experiment:
-    """Create an experiment without running it; ``restore`` runs it."""
+    """Create an experiment without running it, checked as :func:`search` would; ``restore`` runs it.
+
+    With ``if_exists: restore`` the one that is there is opened as it is. Raises SpecError, TrainableError and
+    ExperimentExists; nothing is created then.
+    """
     checked, origin = checked_spec(spec, overrides)
-    return Experiment(make_experiment(checked, origin))
+    return Experiment(prepare_creation(checked, origin))
 
 
 def restore(
@@ -203,9 +212,24 @@ def open(
 ) -> Experiment:  # holdfast.open
     """Return a handle on a stored experiment, by its path or URL or, with ``database``, by its name or UUID.
 
-    Raises ExperimentNotFound, Corrupt or DatabaseError; nothing is changed.
+    A database that does not have the experiment, or an older state of it, is brought up to date from the path, and a copy
+    whose original still exists becomes an experiment of its own: the log says so. Raises ExperimentNotFound, Corrupt or
+    DatabaseError; nothing is changed then.
     """
-    return Experiment(find(target, database=database, options=storage_options))
+    opened = find(target, database=database, options=storage_options)
+    for note in opened.notes:
+        log.warning("%s", note)
+    return Experiment(opened)
+
+
+def import_experiment(file: str | Path, *, database: str | None = None) -> str:
+    """Write the rows in a file that ``Experiment.export`` wrote into a database; return the experiment's path.
+
+    ``database`` is a URL; else it is that of the storage which the experiment was exported from. Raises InvalidInput, Corrupt,
+    Conflict (the database has it already) or ExperimentExists (its name is taken); nothing is changed then.
+    """
+    record, _, _ = take_in(Path(file), database)
+    return record.location
 
 
 def _finish(restored: Restored, watcher: _Recorder, server: EmbeddedServer, *, restoring: bool) -> SearchResult:

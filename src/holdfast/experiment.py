@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.errors import InvalidInput
-from holdfast.core.objective import Objective, scores
+from holdfast.core.errors import InvalidInput, LeaseHeld
+from holdfast.core.objective import Objective, pareto, scores
 from holdfast.core.space import Space
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
-from holdfast.core.values import Config, Metrics
+from holdfast.core.values import Config, Json, Metrics, Scalar
 from holdfast.locate import Opened
-from holdfast.storage.database import requests
+from holdfast.report.frames import history_df, results_df, telemetry_df
+from holdfast.standing import driven_elsewhere
+from holdfast.storage.database import merging, queueing, requests
+from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import Lease, Leases
-from holdfast.storage.database.reads import AuditRow, Reader, ReportRow
+from holdfast.storage.database.loading import load
+from holdfast.storage.database.reads import ALL, AuditRow, Reader, ReportRow
+from holdfast.transfer import export
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+SCOPES = ("last", "best")
+"""Which value of a trial decides what is best."""
+
+LISTED = SCORED | ERRORED
+"""What ``load`` lists."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +47,26 @@ class LoadedTrials:
     scores: list[Metrics | None]
     statuses: list[TrialStatus]
     origins: list[str | None]
+    """NAME#NUMBER@UUID of a merged trial's original; None for own trials"""
+    left_out: int = 0
+    """merged trials that are not listed, because they lack a parameter that has no default"""
+    cursor: int = 0
+    """what the next ``load_since`` begins after"""
 
     def __iter__(self) -> Iterator[list[Any]]:
         return iter((self.ids, self.configs, self.scores, self.statuses))
+
+    def followed_by(self, other: LoadedTrials) -> LoadedTrials:
+        """Return these trials and then those of ``other``."""
+        return LoadedTrials(
+            ids=self.ids + other.ids,
+            configs=self.configs + other.configs,
+            scores=self.scores + other.scores,
+            statuses=self.statuses + other.statuses,
+            origins=self.origins + other.origins,
+            left_out=self.left_out + other.left_out,
+            cursor=max(self.cursor, other.cursor),
+        )
 
 
 class Experiment:
@@ -99,8 +128,14 @@ class Experiment:
 
     @property
     def trials(self) -> list[Trial]:
-        """Every trial in number order."""
+        """Every trial of its own in number order; merged ones come from :meth:`load`."""
         return self._reader.trials()
+
+    def find(self, status: TrialStatus | str | Iterable[TrialStatus | str]) -> list[Trial]:
+        """Return the trials of a status, or of one of several, in number order; InvalidInput for one that is none."""
+        wanted = _statuses(status)
+        found = queueing.active(self._reader) if wanted <= ACTIVE else self.trials
+        return [trial for trial in found if trial.status in wanted]
 
     @property
     def status(self) -> str:
@@ -125,49 +160,156 @@ class Experiment:
 
     def trial(self, number: int) -> Trial:
         """Return one trial; InvalidInput when there is none of that number."""
-        found = self._reader.trial(number)
+        found = self._reader.trial(number) if _is_number(number) else None
         if found is None:
-            raise InvalidInput(f"there is no trial {number} in {self.name!r}")
+            raise InvalidInput(f"there is no trial {number!r} in {self.name!r}; {self._range()}")
         return found
 
-    def best_trial(self) -> Trial | None:
-        """Return the COMPLETED or PRUNED trial with the best finite first objective (ties: the earliest), or None."""
-        return best_of(self.trials, self.objectives)
+    def _range(self) -> str:
+        count = sum(self.counts().values())
+        return f"it has the trials 0 to {count - 1}" if count else "it has none yet"
+
+    def best_trial(self, scope: str = "last") -> Trial | None:
+        """Return the COMPLETED or PRUNED trial with the best finite first objective (ties: the earliest), or None.
+
+        ``scope`` says which value of a trial counts: ``last``, its final metrics (every objective has to be finite there);
+        ``best``, the best one of its final metrics and its canonical reports.
+        """
+        if scope not in SCOPES:
+            raise InvalidInput(f"scope is {scope!r}; allowed: {', '.join(SCOPES)}")
+        if scope == "last":
+            return best_of(self.trials, self.objectives)
+        with_reports = {trial.number: [trial.metrics] for trial in self.trials if trial.status in SCORED}
+        for row in self.history():
+            if row.canonical and row.trial in with_reports:
+                with_reports[row.trial].append(row.metrics)
+        first = self.objectives[:1]
+        best: tuple[float, int] | None = None
+        for number, reports in with_reports.items():
+            for values in filter(None, (scores(metrics, first) for metrics in reports)):
+                if best is None or first[0].better(values[0], best[0]):
+                    best = (values[0], number)
+        return None if best is None else self.trial(best[1])
+
+    def pareto_front(self) -> list[Trial]:
+        """Return the COMPLETED and PRUNED trials that no other one dominates, in number order; equal ones are all kept.
+
+        What counts is the final metrics; a trial without a finite value of every objective is no candidate.
+        """
+        scored = [(trial, scores(trial.metrics, self.objectives)) for trial in self.trials if trial.status in SCORED]
+        candidates = [(trial, values) for trial, values in scored if values is not None]
+        return [candidates[place][0] for place in pareto([values for _, values in candidates], self.objectives)]
 
     def load(self, last_trial_id: int = -1) -> LoadedTrials:
-        """Return trials with numbers above ``last_trial_id`` that have ended with or without scores.
+        """Return the trials that have ended with or without scores, as four lists.
 
-        COMPLETED and PRUNED ones have their metrics as scores, FAILED and TIMED_OUT ones None; others are not listed.
+        COMPLETED and PRUNED ones have their metrics as scores, FAILED and TIMED_OUT ones None; others are not listed. Without
+        ``last_trial_id`` the merged trials follow the experiment's own: under the numbers that they have where they come from
+        (see ``.origins``), what their configs lack filled in from the defaults of the space; ``.left_out`` counts those
+        that lack a parameter without default. With it, only own trials with higher numbers are listed.
         """
-        listed = [
-            trial for trial in self._reader.trials(first=last_trial_id + 1) if trial.status in SCORED or trial.status in ERRORED
-        ]
-        return LoadedTrials(
-            ids=[trial.number for trial in listed],
-            configs=[trial.config for trial in listed],
-            scores=[trial.metrics if trial.status in SCORED else None for trial in listed],
-            statuses=[trial.status for trial in listed],
-            origins=[trial.origin for trial in listed],
-        )
+        if last_trial_id != -1 and not _is_number(last_trial_id):
+            raise InvalidInput(f"last_trial_id is {last_trial_id!r}; it is a trial's number, or -1 for all")
+        own = LoadedTrials(*load(self._reader, first=last_trial_id + 1))
+        if last_trial_id >= 0:
+            return own
+        found = reversed(self._reader.trials(first=-ALL, last=-1))
+        copies = [(trial, self.space.completed(trial.config)) for trial in found]
+        merged = [replace(trial, config=config) for trial, config in copies if config is not None]
+        return own.followed_by(_loaded(merged, left_out=len(copies) - len(merged)))
+
+    def load_since(self, cursor: int = 0) -> LoadedTrials:
+        """Return the own trials that ended after ``cursor``, in the order in which they ended, and with them the next cursor.
+
+        A trial that ends late is not missed: ``loaded = e.load_since(loaded.cursor)`` returns each one once for each time
+        that it ends (a restore can let an errored one run again). 0 is the beginning.
+        """
+        if not _is_number(cursor):
+            raise InvalidInput(f"cursor is {cursor!r}; give 0, or the .cursor of the load before")
+        order = self._reader.ended_since(cursor)
+        changed = {trial.number: trial for trial in self._reader.trials(since=cursor)} if order else {}
+        # What was ended a moment ago and runs again by now comes with its next end.
+        ended = [changed[number] for number, _ in order if number in changed and changed[number].status in LISTED]
+        return replace(_loaded(ended), cursor=order[-1][1] if order else cursor)
 
     def pending_trials(self, timestamp: datetime, *, running: bool) -> list[Trial]:
         """Return the waiting trials that are due at ``timestamp`` (inclusive; aware), with running ones when asked."""
-        if timestamp.tzinfo is None:
+        if not isinstance(timestamp, datetime):
+            raise InvalidInput(f"timestamp is a {type(timestamp).__name__}; give a datetime with a time zone")
+        if timestamp.utcoffset() is None:
             raise InvalidInput(f"timestamp {timestamp.isoformat()} has no time zone; add one")
-        wanted = {TrialStatus.PENDING, TrialStatus.RUNNING} if running else {TrialStatus.PENDING}
+        wanted = ACTIVE if running else {TrialStatus.PENDING}
         return [
-            trial for trial in self.trials if trial.status in wanted and (trial.ts_start is None or trial.ts_start <= timestamp)
+            trial
+            for trial in queueing.active(self._reader)
+            if trial.status in wanted and (trial.ts_start is None or trial.ts_start <= timestamp)
         ]
 
+    def new_trial(
+        self,
+        config: Mapping[str, Scalar],
+        ts_start: datetime | None = None,
+        metadata: Mapping[str, Json] | Iterable[tuple[str, Json]] | None = None,
+    ) -> Trial:
+        """Queue one trial of ``config`` and return it; see :meth:`enqueue`."""
+        return self.enqueue(config, ts_start, metadata=metadata)[0]
+
+    def enqueue(
+        self,
+        config: Mapping[str, Scalar],
+        ts_start: datetime | None = None,
+        repeats: int = 1,
+        metadata: Mapping[str, Json] | Iterable[tuple[str, Json]] | None = None,
+    ) -> list[Trial]:
+        """Queue ``repeats`` trials of one config and return them: one group, separate trials with numbers of their own.
+
+        The running search starts them before it proposes anything, the next restore if nobody drives; not before
+        ``ts_start`` (aware). They count against ``num_trials``, and run also when it is used up. ``metadata`` is kept with
+        each: JSON values by name, or pairs.
+
+        Raises InvalidConfig for what is no config of the space, InvalidInput for a naive time, a key of the metadata that is
+        given twice, a number of repeats below 1. Nothing is written then.
+        """
+        numbers = queueing.enqueue(
+            self._writable(),
+            self._opened.record.id,
+            queueing.checked_config(self.space, config),
+            seed=self._opened.record.seed,
+            repeats=queueing.checked_repeats(repeats),
+            ts_start=queueing.checked_start(ts_start),
+            metadata=queueing.checked_metadata(metadata),
+        )
+        return self._reader.trials(first=numbers[0], last=numbers[-1])
+
+    def merge(self, experiments: Iterable[str]) -> dict[str, int]:
+        """Copy the finished trials of other experiments of the database into this one; return how many, by name.
+
+        ``experiments`` are names or UUIDs. COMPLETED, PRUNED, FAILED and TIMED_OUT trials warm the proposer up, now and after
+        every restore; they are none of this experiment's own trials and come from :meth:`load`. What was merged before is not
+        merged again. A running search knows them as soon as it looks at its trials the next time.
+
+        Raises InvalidInput for experiments that are not there, SpecError with the difference where parameters, values or
+        objectives do not fit. Nothing is written then.
+        """
+        names = experiments if isinstance(experiments, str) else list(experiments)
+        return merging.merge(self._writable(), self._opened.record.id, self.spec, self.id, names)
+
+    def telemetry(self) -> list[tuple[int, datetime, str, Any]]:
+        """Return every trial's measurements: (trial, UTC time, name, value), ordered by trial, time and name."""
+        return self._reader.telemetry()
+
     def load_telemetry(self, trial: int) -> list[tuple[datetime, str, Any]]:
-        """Return a trial's measurements: (UTC time, name, value), ordered by time and name."""
-        return [row[1:] for row in self._reader.telemetry(first=trial, last=trial)]
+        """Return a trial's measurements: (UTC time, name, value), ordered by time and name; InvalidInput for no trial."""
+        rows = self._reader.telemetry(first=trial, last=trial) if _is_number(trial) else []
+        if not rows:
+            self.trial(trial)
+        return [row[1:] for row in rows]
 
     def load_config(self, config_id: int) -> Config:
         """Return the config of an id; InvalidInput when there is none."""
-        found = self._reader.config(config_id)
+        found = self._reader.config(config_id) if _is_number(config_id) else None
         if found is None:
-            raise InvalidInput(f"there is no config {config_id}; trials have .config_id")
+            raise InvalidInput(f"there is no config {config_id!r}; trials have .config_id")
         return found
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -182,35 +324,43 @@ class Experiment:
         """Return who did what to the experiment, oldest first."""
         return self._reader.audit()
 
-    def results_df(self) -> pd.DataFrame:
-        """Return one row a trial: number, status, config.<param> and metric.<name> columns, step, attempts, error.
+    def results_df(self, *, aggregate: str | None = None) -> pd.DataFrame:
+        """Return one row a trial: trial, status, group, repeat, config.<param>, metric.<name>, step, attempts, error.
 
-        Every parameter of the space and every objective has its column, whether a trial has a value or not.
+        Every parameter of the space and every objective has its column, whether a trial has a value or not. With
+        ``aggregate`` (mean, median, min, max, std) one row a group of repeats: group, the counts trials, scored and errored,
+        config.<param>, and metric.<name> over the numbers of its COMPLETED and PRUNED trials (NaN is left out).
         """
-        return results_df(self.trials, self.spec)
+        return results_df(self.trials, self.spec, aggregate=aggregate)
 
     def history_df(self) -> pd.DataFrame:
         """Return one row a report: trial, attempt, step, reported, canonical, metric.<name> columns."""
-        history = self.history()
-        rows = [
-            {
-                "trial": row.trial,
-                "attempt": row.attempt,
-                "step": row.step,
-                "reported": row.reported,
-                "canonical": row.canonical,
-                **{f"metric.{name}": value for name, value in row.metrics.items()},
-            }
-            for row in history
-        ]
-        metrics = _columns("metric", self.spec.objectives, [row.metrics for row in history])
-        return _frame(rows, ["trial", "attempt", "step", "reported", "canonical", *metrics])
+        return history_df(self.history(), self.spec)
+
+    def telemetry_df(self) -> pd.DataFrame:
+        """Return one row a measurement: trial, time (UTC), name, value."""
+        return telemetry_df(self.telemetry())
+
+    def _writable(self) -> Database:
+        """Return the database, to ask for something in it; LeaseHeld when the experiment is driven with another one."""
+        elsewhere = driven_elsewhere(self._opened.folder, self._opened.database, self._opened.record)
+        if elsewhere is not None:
+            raise LeaseHeld(f"{self.name} is driven with the database {elsewhere}; ask there, by --database")
+        return self._opened.database
+
+    def export(self, file: str | Path) -> int:
+        """Write the rows into ``file``, for :func:`holdfast.import_experiment`; return how many trials it holds.
+
+        One state of the experiment, also while it is driven; checkpoints and results stay where they are.
+        """
+        return export(self._opened, Path(file))
 
     def stop(self, *, wait: float = 0.0) -> bool:
         """Ask the driver to save and stop; wait up to ``wait`` seconds. Return whether nobody drives it now."""
+        database = self._writable()
         if not self.lease.is_held:
             return True
-        requests.request_stop(self._opened.database, self._opened.record.id)
+        requests.request_stop(database, self._opened.record.id)
         deadline = time.monotonic() + wait
         while time.monotonic() < deadline and self.lease.is_held:
             time.sleep(0.2)
@@ -218,7 +368,31 @@ class Experiment:
 
     def cancel(self, trial: int) -> None:
         """Ask for one waiting or running trial to be ended; Conflict when it has ended already."""
-        requests.request_cancel(self._opened.database, self._opened.record.id, trial)
+        requests.request_cancel(self._writable(), self._opened.record.id, trial)
+
+
+def _loaded(trials: Sequence[Trial], *, left_out: int = 0) -> LoadedTrials:
+    return LoadedTrials(
+        ids=[trial.number if trial.origin is None else merging.Origin.parse(trial.origin).number for trial in trials],
+        configs=[trial.config for trial in trials],
+        scores=[trial.metrics if trial.status in SCORED else None for trial in trials],
+        statuses=[trial.status for trial in trials],
+        origins=[trial.origin for trial in trials],
+        left_out=left_out,
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Tell whether ``value`` can be the number of a row; merged trials have numbers below 0, which are nobody's business."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < ALL
+
+
+def _statuses(given: TrialStatus | str | Iterable[TrialStatus | str]) -> frozenset[TrialStatus]:
+    names = [given] if isinstance(given, str) else list(given)
+    try:
+        return frozenset(TrialStatus(name) for name in names)
+    except ValueError:
+        raise InvalidInput(f"status is {given!r}; allowed: {', '.join(TrialStatus)}") from None
 
 
 def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Trial | None:
@@ -229,50 +403,6 @@ def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Trial |
         if values is not None and (best is None or objectives[0].better(values[0], best[0])):
             best = (values[0], trial)
     return best[1] if best else None
-
-
-def results_df(trials: Sequence[Trial], spec: ExperimentSpec) -> pd.DataFrame:
-    """Return one row a trial; see :meth:`Experiment.results_df`."""
-    rows = [
-        {
-            "trial": trial.number,
-            "status": trial.status.value,
-            **{f"config.{name}": value for name, value in trial.config.items()},
-            **{f"metric.{name}": value for name, value in trial.metrics.items()},
-            "step": trial.step,
-            "attempts": trial.attempts,
-            "error": trial.error.message if trial.error else None,
-        }
-        for trial in trials
-    ]
-    configs = _columns("config", spec.space.parameters, [trial.config for trial in trials])
-    metrics = _columns("metric", spec.objectives, [trial.metrics for trial in trials])
-    return _frame(rows, ["trial", "status", *configs, *metrics, "step", "attempts", "error"])
-
-
-def _columns(prefix: str, declared: Iterable[str], found: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the columns of declared names, in that order, and of all others that occur, by name."""
-    first = list(declared)
-    others = {name for values in found for name in values}
-    return [f"{prefix}.{name}" for name in [*first, *sorted(others.difference(first))]]
-
-
-def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    """Return a table of numeric columns where all values are numbers, and of plain objects where they are not."""
-    import pandas as pd
-
-    values = {name: [row.get(name) for row in rows] for name in columns}
-    return pd.DataFrame({name: pd.Series(column, dtype=_dtype(column)) for name, column in values.items()})
-
-
-def _dtype(column: Sequence[Any]) -> Any:
-    kinds = {type(value) for value in column}
-    numbers = kinds - {type(None)}
-    if float in numbers and numbers <= {float, int}:
-        return "float64"  # what is missing is NaN
-    if numbers == {int} and all(abs(value) < 2**63 for value in column if value is not None):
-        return "int64" if kinds == numbers else "Int64"
-    return "bool" if kinds == {bool} else None if kinds == {datetime} else object
 
 
 @dataclass(frozen=True, kw_only=True)

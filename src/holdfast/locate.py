@@ -10,8 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from holdfast import standing
 from holdfast.core import faults
 from holdfast.core.errors import (
     Corrupt,
@@ -23,10 +25,12 @@ from holdfast.core.errors import (
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import digest
 from holdfast.settings import settings
+from holdfast.storage import journal
 from holdfast.storage.atomic import make_folder
-from holdfast.storage.database import experiments
+from holdfast.storage.database import experiments, merging
 from holdfast.storage.database.engine import Database, Location, connect, sqlite_url
-from holdfast.storage.database.experiments import Record, open_database
+from holdfast.storage.database.experiments import Record, has_schema, open_database
+from holdfast.storage.database.rebuild import copied_at
 from holdfast.storage.folder import TRAINABLE, Folder, Identity
 from holdfast.storage.root import absolute, is_url, join, parent_of
 
@@ -42,9 +46,17 @@ class Opened:
     record: Record
     spec: ExperimentSpec = field(repr=False)
     """not shown: it may name a database with a password"""
+    notes: tuple[str, ...] = ()
+    """what was done to bring them together"""
+    copied_at: int | None = None
+    """the journal's end when the rows were rebuilt from it and nobody has driven with them since"""
+    scratch: TemporaryDirectory[str] | None = None
+    """where the database is, when it exists to be read only"""
 
     def close(self) -> None:
         self.database.close()
+        if self.scratch is not None:
+            self.scratch.cleanup()
 
 
 def folder_at(location: str | Path, options: Mapping[str, Any] | None = None) -> Folder:
@@ -88,44 +100,96 @@ def open_path(
 ) -> Opened:
     """Open the experiment at a location.
 
-    Raises ExperimentNotFound when there is none, Corrupt when its files or rows are damaged or do not belong together,
-    DatabaseError when the database is missing. Nothing is changed.
+    A database that does not have the experiment, or an older state of it, is brought up to date from the path; with
+    ``readonly`` nothing is written, and a passing database is made to read in. A copy whose original still exists becomes an
+    experiment of its own. ``Opened.notes`` say what was done.
+
+    Raises ExperimentNotFound when there is none, Corrupt when its files or rows are damaged or went separate ways,
+    DatabaseError when the database cannot be used. Nothing is changed then.
     """
     if "\0" in str(path):
         raise ExperimentNotFound("a path has no NUL character; `holdfast list` shows the experiments of a storage")
     folder = folder_at(path, options)
     identity = folder.identity()
-    storage = parent_of(folder.location)
-    opened = open_database(database_url(storage, database), readonly=readonly)
+    url = database_url(parent_of(folder.location), database)
+    found = _database(url, folder, readonly=readonly)
+    notes: list[str] = []
     try:
-        record = experiments.by_uuid(opened, identity.uuid)
-        if record is None:
-            raise Corrupt(
-                f"database {opened.label} does not know the experiment in {folder.location} ({identity.uuid}); "
-                "name the database that it was made with by --database"
-            )
-        _refuse_copy(folder, identity, opened)
-        spec = stored_spec(record, storage, options)
+        original = standing.original_of(folder, identity, options)
+        if original is not None and not readonly:
+            identity = standing.adopt_copy(folder, identity, found)
+            notes.append(f"{folder.location} is a copy of {original.location}: from now on an experiment of its own")
+        if found is not None and not readonly:
+            standing.follow_copy(folder, identity, found)
+        return _together(folder, identity, found, url, readonly=readonly, notes=notes, options=options)
     except BaseException:
-        opened.close()
+        if found is not None:
+            found.close()
         raise
-    return Opened(folder=folder, database=opened, record=record, spec=spec)
 
 
-def _refuse_copy(folder: Folder, identity: Identity, database: Database) -> None:
-    """Raise Corrupt for a second folder of one experiment on one database: both would drive the same rows."""
-    if is_url(identity.location) or not folder.is_local:
-        return
-    original = Path(identity.location)
-    if original == folder.path or not (original / "experiment.json").exists() or os.path.samefile(original, folder.path):
-        return
-    beside = original.parent / DATABASE_FILE
-    if database.file is not None and not (beside.exists() and os.path.samefile(beside, database.file)):
-        return  # the storage was copied as a whole: this database is the copy's own
-    if Folder(original).identity().uuid == identity.uuid:
-        raise Corrupt(
-            f"{folder.path} is a copy of {original}, which still exists and has the same rows; use that one, or move it away"
-        )
+def _database(url: Location, folder: Folder, *, readonly: bool) -> Database | None:
+    """Return the database, or None when it is missing and the path can replace it."""
+    connection = connect(url, readonly=True)
+    file = connection.file
+    missing = not file.exists() if file is not None else not has_schema(connection)
+    connection.close()
+    if missing and journal.end(folder.root) == -1 and folder.root.names("trials"):
+        return open_database(url, readonly=readonly)  # says that it is missing
+    return None if missing else open_database(url, readonly=readonly)
+
+
+_LACKS = {
+    standing.Verdict.UNKNOWN: "does not have the experiment",
+    standing.Verdict.BEHIND: "has an older state of the experiment",
+}
+
+
+def _together(
+    folder: Folder,
+    identity: Identity,
+    database: Database | None,
+    url: Location,
+    *,
+    readonly: bool,
+    notes: list[str],
+    options: Mapping[str, Any] | None,
+) -> Opened:
+    record = None if database is None else experiments.by_uuid(database, identity.uuid)
+    verdict = standing.Verdict.UNKNOWN
+    if database is not None and record is not None:
+        verdict = standing.verdict(folder, identity, database, record)
+    if verdict is standing.Verdict.DIVERGED and database is not None:
+        raise standing.diverged(folder, identity, database)
+    scratch = None
+    if database is None or record is None or verdict is not standing.Verdict.CURRENT:
+        target = database
+        if readonly:
+            target, scratch = standing.scratch()
+        elif target is None:
+            standing.contents_of(folder, identity)  # what cannot be read leaves no database behind
+            target = open_database(url, create_missing=True)
+        try:
+            record, words = standing.bring(folder, identity, target, verdict)
+            notes.append(words if scratch is None else f"shown as the journal tells it: the database {_LACKS[verdict]}")
+        except BaseException:
+            if target is not database:
+                target.close()
+            if scratch is not None:
+                scratch.cleanup()
+            raise
+        if database is not None and target is not database:
+            database.close()
+        database = target
+    return Opened(
+        folder=folder,
+        database=database,
+        record=record,
+        spec=stored_spec(record, parent_of(folder.location), options),
+        notes=tuple(notes),
+        copied_at=copied_at(database, record.id),
+        scratch=scratch,
+    )
 
 
 def find(
@@ -142,6 +206,24 @@ def find(
     if record is None:
         raise ExperimentNotFound(f"{str(target)!r} is neither an experiment's folder nor an experiment of {opened.label}")
     return open_path(record.location, database=database, readonly=readonly, options=options)
+
+
+def find_gone(target: str, *, database: str | None = None) -> tuple[Database, Record] | None:
+    """Return the row of an experiment whose folder is gone, by its path, name or UUID, and its open database, or None."""
+    path = absolute(target)
+    url = database_url(parent_of(path), database)
+    if not isinstance(url, str) and not Path(str(url.database)).exists():
+        return None
+    opened = open_database(url)
+    for record in experiments.every(opened):
+        if (target in (record.name, record.uuid) or path == record.location) and _is_gone(record):
+            return opened, record
+    opened.close()
+    return None
+
+
+def _is_gone(record: Record) -> bool:
+    return not is_url(record.location) and not os.path.exists(os.path.join(record.location, "experiment.json"))
 
 
 def dated(name: str, now: datetime) -> str:
@@ -181,8 +263,23 @@ def check_free(spec: ExperimentSpec) -> None:
         raise ExperimentExists(f"{folder.location} exists and is no experiment; choose another name or storage")
 
 
+def check_merge(spec: ExperimentSpec) -> None:
+    """Raise InvalidInput or SpecError unless what the spec merges is there and fits; creates nothing."""
+    if not spec.merge:
+        return
+    url = database_url(parent_of(experiment_path(spec)), spec.database)
+    if not isinstance(url, str) and not Path(str(url.database)).exists():
+        raise SpecError(f"merge: there is no experiment {spec.merge[0]!r}: the database {url.database} does not exist yet")
+    database = open_database(url, readonly=True)
+    try:
+        merging.sources(database, spec, spec.merge)
+    finally:
+        database.close()
+
+
 def check_storage(spec: ExperimentSpec) -> None:
-    """Raise SpecError unless the storage can be written; a local one is not touched."""
+    """Raise SpecError unless the storage can be written and the database's URL is one; a local storage is not touched."""
+    connect(database_url(absolute(spec.storage), spec.database)).close()
     if is_url(spec.storage):
         _check_object_store(spec)
         return
@@ -231,6 +328,7 @@ def create(
     folder = folder_at(location, spec.storage_options)
     url = database_url(parent_of(location), spec.database)
     connect(url).close()  # a wrong URL is refused before anything is made
+    check_merge(spec)
     made = [part for part in (folder.path, *folder.path.parents) if not part.exists()]
     try:
         make_folder(folder.path)
@@ -241,6 +339,8 @@ def create(
             try:
                 record = _add_rows(database, spec, location, seed=seed, workdir=workdir, source=source, commit=commit)
                 faults.point("experiment.rows-made")
+                if spec.merge:
+                    merging.merge(database, record.id, spec, record.uuid, spec.merge)
                 if pickled is not None:
                     folder.root.write(TRAINABLE, pickled)
                 identity = Identity(
@@ -291,6 +391,13 @@ def _add_rows(
     found = experiments.by_name(database, spec.name)
     if found is not None and found.epoch == 0 and found.location == location:
         experiments.delete(database, found.id)  # a crash cut its creation off: nobody ever drove it, and we hold its lock
+    elif found is not None and _is_gone(found):
+        beside = database.file is not None and database.file == Path(found.location).parent / DATABASE_FILE
+        target = found.location if beside else f"{found.name} --database URL"
+        raise ExperimentExists(
+            f"the name {spec.name!r} is taken by the experiment in {found.location}, which is not there: if it was moved, "
+            f"restore it from where it is; if it was removed, free the name with `holdfast delete {target}`; or choose another"
+        )
     return experiments.create(
         database,
         spec,

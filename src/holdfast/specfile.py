@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from holdfast.core import spec as core
 from holdfast.core.errors import SpecError
 from holdfast.core.spec import known_keys, nearest
 
-__all__ = ["ExperimentSpec", "apply_overrides", "without_locations"]
+__all__ = ["ExperimentSpec", "apply_overrides", "without_options"]
 
 
 class ExperimentSpec(core.ExperimentSpec):
@@ -68,6 +69,25 @@ class ExperimentSpec(core.ExperimentSpec):
         if folder is not None:
             _make_absolute(changed, Path(os.path.abspath(folder)))
         return cls.parse(changed, source=_locator(node, source, overrides))
+
+
+def without_password(text: str) -> str:
+    """Return the text of a spec's file as it may be kept: with ``***`` for the password of its database."""
+    node, data = _load(text, "spec")
+    database = data.get("database") if isinstance(data, dict) else None
+    if not isinstance(database, str) or not isinstance(node, yaml.MappingNode):
+        return text
+    from holdfast.storage.database.engine import shown
+
+    public = shown(database)
+    if public == database:
+        return text
+    for key, value in reversed(node.value):
+        if key.value == "database":
+            start, end = value.start_mark.index, value.end_mark.index
+            line = "\n" if text[start:end].endswith("\n") else ""  # a block ends with its line
+            text = f"{text[:start]}{json.dumps(public, ensure_ascii=False)}{line}{text[end:]}"
+    return text.replace(database, public)  # in a comment, perhaps
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str], source: str = "spec") -> dict[str, Any]:
@@ -220,18 +240,18 @@ def _line_of(node: yaml.Node | None, parts: Sequence[str]) -> int | None:
     return line
 
 
-def without_locations(text: str, spec: core.ExperimentSpec) -> str:
-    """Return the text of a spec's file without what is stored nowhere: its storage options and its database."""
+def without_options(text: str, spec: core.ExperimentSpec) -> str:
+    """Return the text of a spec's file without its storage options, which are stored nowhere."""
     kept, skipping = [], False
     for line in text.splitlines(keepends=True):
-        if re.match(r"""["']?(storage_options|database)["']?\s*:""", line):
+        if re.match(r"""["']?storage_options["']?\s*:""", line):
             skipping = True
         elif not skipping or line[:1] not in " \t\r\n#-":
             skipping = False
             kept.append(line)
     left = "".join(kept)
-    for value in [spec.database, *_texts(spec.storage_options)]:  # in a file of another shape
-        left = left.replace(value, "***") if value and len(value) > 3 else left
+    for value in _texts(spec.storage_options):  # in a file of another shape
+        left = left.replace(value, "***") if len(value) > 3 else left
     return left
 
 

@@ -62,6 +62,8 @@ class Manifest:
     serializer: Kind
     metrics: Metrics = field(default_factory=dict)
     files: tuple[FileEntry, ...] = ()
+    beside: dict[str, Any] = field(default_factory=dict)
+    """what the experiment's journal may not hold yet: where the attempt began, and its latest reports"""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -109,6 +111,7 @@ class Manifest:
                 created=_typed(values, "created", str),
                 serializer=_kind(_typed(values, "serializer", str)),
                 metrics=_typed(values, "metrics", dict),
+                beside=_typed(values, "beside", dict) if "beside" in values else {},
                 files=_entries(_typed(values, "files", list)),
             )
         except ValueError as error:

@@ -40,6 +40,10 @@ class Checkpoints(Protocol):
         """Drop what is kept of the trial only for its workers: none of them runs now."""
         ...
 
+    def scan(self, trial: int) -> list[tuple[str, Manifest, str]]:
+        """Return (path, manifest, digest) of the trial's checkpoints by attempt and step."""
+        ...
+
     def delete(self, path: str) -> None:
         """Delete a checkpoint, if it is there; a failure is logged, and :meth:`sweep` tries again."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -11,8 +11,9 @@ from holdfast.core.errors import AlreadyClaimed, CheckpointConflict, Conflict, F
 from holdfast.core.trial import Event, Outcome, TrialStatus, transition
 from holdfast.core.values import Metrics
 from holdfast.storage.database import statements as sql
-from holdfast.storage.database.driver import Ending, end_attempt, fence
+from holdfast.storage.database.driver import Ending, end_attempt, fence, mark_checkpoint
 from holdfast.storage.database.engine import Database, Transaction
+from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.rows import add_metrics, attempts_of, checkpoints_of, now, storable, typed
 
 
@@ -51,6 +52,7 @@ class AttemptWriter:
     token: str
 
     @classmethod
+    @repeatable
     def claim(
         cls,
         database: Database,
@@ -119,9 +121,11 @@ class AttemptWriter:
         if not rows:
             raise Fenced(f"attempt {self.number} is over: a later epoch or attempt took over; nothing was written, stop here")
 
-    def report(self, step: int, metrics: Metrics, *, decision: str = "continue", saved: Saved | None = None) -> None:
+    @repeatable
+    def report(self, step: int, metrics: Metrics, *, decision: str = "continue", saved: Saved | None = None) -> tuple[int, int]:
         """Commit a report and, in the same transaction, the row of the checkpoint that was published with it.
 
+        Return the report's seq, and its time in microseconds since 1970 UTC.
         CheckpointConflict when this attempt has a report of that step already.
         """
         with self.database.write() as tx:
@@ -134,7 +138,9 @@ class AttemptWriter:
             add_metrics(tx, row[0][0], metrics)
             if saved is not None:
                 self._add_checkpoint(tx, seq, step, saved, moment)
+        return seq, moment
 
+    @repeatable
     def save(self, step: int, saved: Saved) -> None:
         """Commit the row of a checkpoint whose report is committed already (a step that was saved because of preemption).
 
@@ -157,6 +163,7 @@ class AttemptWriter:
             created=moment,
         )
 
+    @repeatable
     def kept(self) -> tuple[list[Checkpoint], list[Checkpoint]]:
         """Return the trial's valid checkpoints: (those on this attempt's chain, oldest first; all others).
 
@@ -175,20 +182,23 @@ class AttemptWriter:
         identities = {checkpoint.id for checkpoint in on_chain}
         return on_chain[::-1], [checkpoint for checkpoint in found if checkpoint.id not in identities]
 
-    def forget(self, checkpoints: Iterable[int]) -> None:
+    @repeatable
+    def forget(self, checkpoints: Collection[int]) -> None:
         """Mark checkpoints (row ids) as deleted; their files go afterwards."""
         with self.database.write() as tx:
             seq = self._begin(tx)
             for checkpoint in checkpoints:
-                tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="deleted", reason="pruned", seq=seq)
+                mark_checkpoint(tx, seq, checkpoint, "deleted", "pruned")
 
+    @repeatable
     def telemetry(self, rows: Sequence[tuple[int, str, object]]) -> None:
         """Store (microseconds, name, plain value) rows; rows that are there already are left as they are."""
         with self.database.write() as tx:
-            self._begin(tx)
-            values = [{"attempt": self.attempt, "ts": ts, **typed(name, value)} for ts, name, value in rows]
+            seq = self._begin(tx)
+            values = [{"attempt": self.attempt, "seq": seq, "ts": ts, **typed(name, value)} for ts, name, value in rows]
             tx.many(sql.ADD_TELEMETRY, values)
 
+    @repeatable
     def fail(self, ending: Ending, *, max_failures: int) -> TrialStatus:
         """Commit a failure; when the retry budget allows it, the next attempt waits in the same transaction."""
         with self.database.write() as tx:
@@ -197,6 +207,7 @@ class AttemptWriter:
             retry = ending.outcome is not Outcome.CANCELLED and failures < max_failures
             return end_attempt(tx, self.experiment, seq, self.attempt, ending, retry=retry)
 
+    @repeatable
     def end(self, ending: Ending) -> TrialStatus:
         """Commit an end that is no failure: preempted, cancelled."""
         with self.database.write() as tx:
@@ -213,7 +224,7 @@ def _reject(
     note: str,
 ) -> None:
     for checkpoint, reason in rejected.items():
-        tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=storable(reason), seq=seq)
+        mark_checkpoint(tx, seq, checkpoint, "corrupt", reason)
     _, ids = attempts_of(tx, trial)
     parent = None if resumed is None else ids[resumed.attempt]
     step = None if resumed is None else resumed.step

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from holdfast.core.errors import AlreadyFinished, Conflict, Fenced
 from holdfast.core.seeding import trial_seed
-from holdfast.core.space import config_digest, config_text
+from holdfast.core.space import config_text
 from holdfast.core.trial import ENDING, ErrorInfo, Event, Outcome, TrialStatus, transition
-from holdfast.core.values import Config, Json, Metrics, digest, dumps, dumps_ordered
+from holdfast.core.values import LONGEST_MESSAGE, LONGEST_TRACE, Config, Json, Metrics, digest, dumps, dumps_ordered, shortened
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Transaction
+from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.rows import FINAL_STEP, add_metrics, attempts_of, micros, newest, now, storable
+
+if TYPE_CHECKING:
+    from holdfast.storage.database.attempts import AttemptWriter, Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +51,52 @@ def add_trial(
     seed: int,
     source: str,
     ts_start: datetime | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Json] | None = None,
     group: int | None = None,
     repeat: int = 0,
 ) -> int:
     """Insert a config (if it is new), its trial and first attempt; return the trial's number."""
+    number, trial, config_id = _add_trial(
+        tx,
+        experiment,
+        seq,
+        config,
+        seed=seed,
+        source=source,
+        ts_start=ts_start,
+        metadata=metadata,
+        group=group,
+        repeat=repeat,
+    )
+    add_attempt(tx, trial, 1, config_id, reason="first")
+    return number
+
+
+def _add_trial(
+    tx: Transaction,
+    experiment: int,
+    seq: int,
+    config: Config,
+    *,
+    seed: int,
+    source: str,
+    status: TrialStatus = TrialStatus.PENDING,
+    ts_start: datetime | None = None,
+    metadata: Mapping[str, str] | None = None,
+    group: int | None = None,
+    repeat: int = 0,
+) -> tuple[int, int, int]:
+    """Insert a config (if it is new) and its trial, without an attempt; return number, trial and config (row ids)."""
     number = int(tx.run(sql.NEXT_NUMBER, experiment=experiment)[0][0])
     text = config_text(config)
-    config_id = tx.run(sql.CONFIG, digest=config_digest(config), body=text)[0][0]
+    config_id = tx.run(sql.CONFIG, digest=digest(text), body=text)[0][0]
     created = now()
     trial = tx.run(
         sql.ADD_TRIAL,
         experiment=experiment,
         number=number,
         config=config_id,
+        status=status.value,
         seq=seq,
         seed=trial_seed(seed, number),
         group_number=number if group is None and repeat == 0 and source == "queued" else group,
@@ -67,10 +104,9 @@ def add_trial(
         created=created,
         ts_start=None if ts_start is None else micros(ts_start),
         source=source,
-        metadata=dumps(dict(metadata or {})),
+        metadata=dumps(dict(metadata)) if metadata else "{}",
     )[0][0]
-    add_attempt(tx, trial, 1, config_id, reason="first")
-    return number
+    return number, trial, config_id
 
 
 def add_attempt(
@@ -109,8 +145,8 @@ def end_attempt(tx: Transaction, experiment: int, seq: int, attempt: int, ending
         outcome=ending.outcome.value,
         ended=now(),
         error_kind=storable(error.kind) if error else None,
-        error=storable(error.message) if error else None,
-        traceback=storable(error.traceback) if error else None,
+        error=storable(shortened(error.message, LONGEST_MESSAGE)) if error else None,
+        traceback=storable(shortened(error.traceback, LONGEST_TRACE)) if error else None,
         result=ending.result,
         note=storable(ending.note),
     )
@@ -139,28 +175,86 @@ class Driver:
         self.epoch = epoch
         self.seed = seed
 
-    def propose(self, config: Config, *, source: str = "proposed", state: bytes | None = None) -> int:
-        """Commit a proposal: its config, trial and first attempt (and the engine's state); return the trial's number."""
+    @repeatable
+    def propose(
+        self, config: Config, *, number: int | None = None, source: str = "proposed", state: bytes | None = None
+    ) -> int:
+        """Commit a proposal: its config, trial and first attempt (and the engine's state); return the trial's number.
+
+        Conflict when ``number``, for which the config was computed, was taken meanwhile: by a trial from the queue.
+        """
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
-            number = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source)
+            given = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source)
+            if number not in (None, given):
+                raise Conflict(f"trial {number} was queued meanwhile, the next one is {given}; nothing was written")
+            number = given
             if state is not None:
-                tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state)
+                tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state, seq=seq)
         return number
 
+    @repeatable
+    def start(
+        self,
+        config: Config,
+        *,
+        token: str,
+        process: Process | None = None,
+        flow_run_id: str | None = None,
+        task_run_id: str | None = None,
+        source: str = "proposed",
+        state: bytes | None = None,
+    ) -> AttemptWriter:
+        """Commit a trial that runs at once: what ``propose`` and ``AttemptWriter.claim`` write, in one transaction."""
+        from holdfast.storage.database.attempts import AttemptWriter
+
+        running = transition(TrialStatus.PENDING, Event.CLAIM)
+        with self.database.write() as tx:
+            seq = fence(tx, self.experiment, self.epoch)
+            number, trial, config_id = _add_trial(
+                tx, self.experiment, seq, config, seed=self.seed, source=source, status=running
+            )
+            rows = tx.run(
+                sql.ADD_CLAIMED,
+                trial=trial,
+                config=config_id,
+                token=token,
+                epoch=self.epoch,
+                started=now(),
+                flow_run_id=flow_run_id,
+                task_run_id=task_run_id,
+                host=process.host if process else None,
+                pid=process.pid if process else None,
+                pid_started=process.started if process else None,
+            )
+            if state is not None:
+                tx.run(sql.ADD_STATE, experiment=self.experiment, number=number, body=state, seq=seq)
+        return AttemptWriter(
+            database=self.database,
+            experiment=self.experiment,
+            epoch=self.epoch,
+            attempt=rows[0][0],
+            trial=trial,
+            number=1,
+            token=token,
+        )
+
+    @repeatable
     def end(self, attempt: int, ending: Ending, *, retry: bool = False) -> TrialStatus:
         """Close an attempt; see :func:`end_attempt`. Return the trial's new status."""
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
             return end_attempt(tx, self.experiment, seq, attempt, ending, retry=retry)
 
-    def skip(self, trials: Iterable[int]) -> None:
+    @repeatable
+    def skip(self, trials: Collection[int]) -> None:
         """Leave waiting trials (row ids) out until a later restore."""
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
             for trial in trials:
                 self._move(tx, seq, trial, Event.SKIP)
 
+    @repeatable
     def cancel(self, trial: int) -> None:
         """End a waiting or skipped trial (row id) as a person asked; a running one ends with its attempt."""
         with self.database.write() as tx:
@@ -180,6 +274,7 @@ class Driver:
             raise Conflict(f"trial row {trial} is none of this experiment's; nothing was written")
         return TrialStatus(rows[0][0]), rows[0][1], rows[0][2]
 
+    @repeatable
     def rerun(self, trial: int, *, restart: bool, note: str = "") -> None:
         """Let an ended or waiting trial (row id) run again, from its newest checkpoint or, with ``restart``, from step 0.
 
@@ -209,13 +304,17 @@ class Driver:
                 add_attempt(tx, trial, number, config, reason=reason, parent=parent, note=note)
             tx.run(sql.MOVE_TO_ATTEMPT, trial=trial, old=status.value, new=after.value, seq=seq, number=number)
 
+    @repeatable
     def reject(self, checkpoints: Mapping[int, str]) -> None:
         """Mark checkpoints (row ids) as corrupt, each with the reason."""
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
             for checkpoint, reason in checkpoints.items():
                 tx.run(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status="corrupt", reason=storable(reason), seq=seq)
+                tx.run(sql.TOUCH_TRIAL, checkpoint=checkpoint, seq=seq)
+                mark_checkpoint(tx, seq, checkpoint, "corrupt", reason)
 
+    @repeatable
     def change_spec(self, spec: Mapping[str, Json], changes: Mapping[str, Json]) -> None:
         """Store a changed spec, and what changed as an audit row."""
         with self.database.write() as tx:
@@ -223,16 +322,24 @@ class Driver:
             tx.run(sql.SET_SPEC, experiment=self.experiment, spec=dumps_ordered(dict(spec)))
             add_audit(tx, self.experiment, seq, self.epoch, "changed", changes)
 
+    @repeatable
     def set_code(self, *, trainable_digest: str | None, workdir: str, location: str) -> None:
         """Note where the experiment and its code are now."""
         with self.database.write() as tx:
             fence(tx, self.experiment, self.epoch)
             tx.run(sql.SET_CODE, experiment=self.experiment, code=trainable_digest, workdir=workdir, location=location)
 
+    @repeatable
     def audit(self, action: str, detail: Mapping[str, Json]) -> None:
         """Add an audit row."""
         with self.database.write() as tx:
             add_audit(tx, self.experiment, fence(tx, self.experiment, self.epoch), self.epoch, action, detail)
+
+
+def mark_checkpoint(tx: Transaction, seq: int, checkpoint: int, status: str, reason: str) -> None:
+    """Give a checkpoint (row id) another status; Conflict when there is none."""
+    if tx.changed(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status=status, reason=storable(reason), seq=seq) != 1:
+        raise Conflict(f"there is no checkpoint row {checkpoint}; nothing was written")
 
 
 def add_audit(tx: Transaction, experiment: int, seq: int, epoch: int, action: str, detail: Mapping[str, Json]) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,11 +16,13 @@ from typing import Any
 
 from sqlalchemy import inspect, text
 
+from holdfast.core import faults
 from holdfast.core.errors import Corrupt, DatabaseError, ExperimentExists
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import dumps_ordered
 from holdfast.storage.database.driver import add_audit
 from holdfast.storage.database.engine import Database, Location, Statement, connect, sqlite_url, translated
+from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.rows import moment, now
 from holdfast.storage.database.schema import VERSION
 
@@ -94,6 +102,7 @@ def _spec(text: str, name: str) -> dict[str, Any]:
     return found
 
 
+@repeatable
 def create(
     database: Database,
     spec: ExperimentSpec,
@@ -153,6 +162,7 @@ def every(database: Database) -> list[Record]:
     return [_record(row) for row in database.run(_ALL)]
 
 
+@repeatable
 def delete(database: Database, experiment: int) -> None:
     """Delete an experiment's rows; configs stay, since others may share them."""
     with database.write() as tx:
@@ -169,14 +179,9 @@ def open_database(url: Location, *, create_missing: bool = False, readonly: bool
     file = database.file
     if file is None:
         return _open_server(database, create_missing=create_missing)
-    if not file.exists():
-        if not create_missing:
-            raise DatabaseError(f"database {file} is missing; put it back, or name another with --database")
+    if create_missing and (not file.exists() or (_is_empty(file) and _unborn(file))):
         _make(file)
-    elif _is_empty(file):
-        if not create_missing or not _unborn(file):
-            raise Corrupt(f"database {file} is empty; put the lost file back, or delete it to begin anew")
-        _make(file)
+    check_file(file)
     try:
         _check_version(database)
     finally:
@@ -185,20 +190,64 @@ def open_database(url: Location, *, create_missing: bool = False, readonly: bool
 
 
 def _open_server(database: Database, *, create_missing: bool) -> Database:
-    if create_missing and _version(database) is None:
-        _migrate(database)
-    _check_version(database)
+    try:
+        if create_missing and _version(database) is None:
+            _migrate_once(database)
+        _check_version(database)
+    except BaseException:
+        database.close()
+        raise
     return database
 
 
+def has_schema(database: Database) -> bool:
+    """Tell whether a database holds experiments, of whatever version."""
+    return _version(database) is not None
+
+
+_SCHEMA_LOCK = 0x686F6C6466617374
+"""The advisory lock of a server's database under which its schema is made: "holdfast"."""
+
+
+@repeatable
+def _migrate_once(database: Database) -> None:
+    """Make the schema, unless another process has made it while we waited for it to end."""
+    with database.read() as guard:
+        guard.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
+        if _version(database) is None:
+            _migrate(database)
+
+
 def _check_version(database: Database) -> None:
+    found = version_of(database)
+    refuse_newer(database, found)
+    if found != VERSION:
+        target = shlex.quote(database.label) if database.is_sqlite else "URL"  # a server's label lacks the password
+        backup = ", which makes a backup first" if database.is_sqlite else " after a backup"
+        remedy = f"run `holdfast db upgrade --database {target}`{backup}"
+        raise Corrupt(f"database {database.label} has schema {found}, this program reads {VERSION}; {remedy}")
+
+
+def version_of(database: Database) -> str:
+    """Return the version of a database's schema; Corrupt when it has none."""
     found = _version(database)
     if found is None:
         raise Corrupt(f"database {database.label} has no holdfast schema; name another one, or delete it to begin anew")
-    if found != VERSION:
-        newer = found > VERSION
-        remedy = "update holdfast" if newer else "run `holdfast db upgrade`, which makes a backup first"
-        raise Corrupt(f"database {database.label} has schema {found}, this program reads {VERSION}; {remedy}")
+    return found
+
+
+def refuse_newer(database: Database, found: str) -> None:
+    """Raise Corrupt when the schema ``found`` is newer than this program's."""
+    if found > VERSION:
+        raise Corrupt(f"database {database.label} has schema {found}, this program reads {VERSION}; update holdfast")
+
+
+def check_file(file: Path) -> None:
+    """Raise DatabaseError when a SQLite file is missing, Corrupt when it is empty or truncated."""
+    if not file.exists():
+        raise DatabaseError(f"database {file} is missing; put it back, or name another with --database")
+    if _is_empty(file):
+        raise Corrupt(f"database {file} is empty; put the lost file back, or delete it to begin anew")
 
 
 def _is_empty(file: Path) -> bool:
@@ -231,21 +280,24 @@ def _version(database: Database) -> str | None:
         return None if version is None else str(version)
 
 
+_DRAFT_FOLDER = ".holdfast-db-"
+_DRAFT_FILES = ("new.db", "new.db-wal", "new.db-shm", "new.db-journal")
+
+
 def _make(file: Path) -> None:
     """Create a SQLite database beside its final place, so that a crash leaves all of it or nothing."""
-    import os
-    import tempfile
-
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".holdfast-db-") as folder:
-            draft = Path(folder) / "new.db"
+        _sweep(file.parent)
+        with _draft_folder(file.parent) as folder:
+            draft = folder / _DRAFT_FILES[0]
             fresh = connect(sqlite_url(draft), create=True)
             _migrate(fresh)
             with fresh.engine.connect() as connection:
                 connection.exec_driver_sql("COMMIT")
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
             fresh.close()
+            faults.point("experiment.database-drafted")
             try:
                 os.link(draft, file)  # fails when another process was faster: its database is as good as ours
             except FileExistsError:
@@ -260,6 +312,55 @@ def _make(file: Path) -> None:
         raise DatabaseError(
             f"database {file} cannot be created: {error.strerror or error}; make its folder writable"
         ) from error
+
+
+@contextmanager
+def _draft_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder for a draft, locked while this process lives: what is not locked is a dead process's."""
+    lock = None
+    while lock is None:  # another process may sweep it before it is locked
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=_DRAFT_FOLDER))
+        lock = _lock(folder)
+    try:
+        yield folder
+    finally:
+        _remove_draft(folder)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder; None when another process has locked it, or has removed it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(folder)
+    except (BlockingIOError, FileNotFoundError):
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the drafts of processes that died while they made a database; whatever else lies in them stays."""
+    for folder in parent.glob(f"{_DRAFT_FOLDER}*"):
+        with suppress(OSError):  # not ours, then
+            lock = _lock(folder)
+            if lock is not None:
+                _remove_draft(folder)
+                os.close(lock)
+
+
+def _remove_draft(folder: Path) -> None:
+    with suppress(OSError):
+        for name in _DRAFT_FILES:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _migrate(database: Database) -> None:

@@ -14,6 +14,7 @@ from holdfast.core.values import Json, dumps
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.driver import add_audit
 from holdfast.storage.database.engine import Database, Statement
+from holdfast.storage.database.losses import repeatable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ class Leases:
             renewed=float(renewed),
         )
 
+    @repeatable
     def take(self, *, seen: int, epoch: int, holder: Mapping[str, Json], action: str, detail: Mapping[str, Json]) -> None:
         """Take the lease for ``epoch`` if its epoch still is ``seen``, with an audit row; LeaseHeld when it is not."""
         with self._database.write() as tx:
@@ -110,6 +112,7 @@ class Leases:
             raise Fenced(f"epoch {epoch} is over: another process took the experiment over")
         return int(rows[0][0]), bool(rows[0][1]), float(rows[0][2])
 
+    @repeatable
     def release(self, *, epoch: int, active: float, ended: str) -> None:
         """Give the lease back, noting why the drive ended."""
         with self._database.write() as tx:

@@ -15,6 +15,7 @@ from holdfast.core.trial import Attempt, ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import Config, Metrics, from_row, loads
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Statement, Transaction
+from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.rows import FINAL_STEP, moment, to_checkpoint
 
 
@@ -23,36 +24,47 @@ def _sql(body: str) -> Statement:
 
 
 # Trials with their config and current attempt, in number order.
-_TRIALS = _sql(
+_TRIALS_TEXT = (
     "SELECT t.number, t.status, c.body, t.config_id, t.seed, t.seq, t.ts_start, t.origin, t.metadata,"
+    " t.source, t.group_number, t.repeat,"
     " a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
     " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended"
     " FROM trial t JOIN config c ON c.id = t.config_id"
     " JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
     " LEFT JOIN attempt p ON p.id = a.parent_id"
-    " WHERE t.experiment_id = :experiment AND t.seq > :since AND t.number >= :first AND t.number <= :last"
-    " ORDER BY t.number"
+    " WHERE {scope} ORDER BY {number}"
 )
 
 # The metrics of each trial's final record and of its current attempt's last report.
-_METRICS = _sql(
+_METRICS_TEXT = (
     "SELECT t.number, r.step, m.name, m.kind, m.number, m.text FROM trial t"
     " JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
     " JOIN report r ON r.attempt_id = a.id AND (r.step = -1"
     " OR r.step = (SELECT MAX(x.step) FROM report x WHERE x.attempt_id = a.id AND x.step >= 0))"
     " LEFT JOIN metric m ON m.report_id = r.id"
-    " WHERE t.experiment_id = :experiment AND t.seq > :since AND t.number >= :first AND t.number <= :last"
+    " WHERE {scope}"
 )
 
 # The reports of trials whose current attempt has none yet: they stand on an earlier attempt of the chain.
-_INHERITED = _sql(
+_INHERITED_TEXT = (
     "SELECT t.number, a.number, p.number, a.parent_step, r.step, m.name, m.kind, m.number, m.text FROM trial t"
     " JOIN attempt a ON a.trial_id = t.id LEFT JOIN attempt p ON p.id = a.parent_id"
     " LEFT JOIN report r ON r.attempt_id = a.id AND r.step >= 0 LEFT JOIN metric m ON m.report_id = r.id"
-    " WHERE t.experiment_id = :experiment AND t.seq > :since AND t.number >= :first AND t.number <= :last"
+    " WHERE {scope}"
     " AND t.current_attempt > 1 AND NOT EXISTS (SELECT 1 FROM report x JOIN attempt y ON y.id = x.attempt_id"
     " WHERE y.trial_id = t.id AND y.number = t.current_attempt AND x.step >= 0)"
 )
+
+
+def _scoped(body: str, number: str) -> Statement:
+    scope = f"t.experiment_id = :experiment AND t.seq > :since AND {number} >= :first AND {number} <= :last"
+    return _sql(body.format(scope=scope, number=number))
+
+
+_TRIALS, _METRICS, _INHERITED = (_scoped(body, "t.number") for body in (_TRIALS_TEXT, _METRICS_TEXT, _INHERITED_TEXT))
+
+# The same for the few that changed of many: the plus keeps SQLite from walking all trials by number.
+_CHANGED = tuple(_scoped(body, "+t.number") for body in (_TRIALS_TEXT, _METRICS_TEXT, _INHERITED_TEXT))
 
 _ATTEMPTS = _sql(
     "SELECT t.number, a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
@@ -77,7 +89,7 @@ _CHECKPOINT_METRICS = _sql(
 _HISTORY = _sql(
     "SELECT t.number, a.number, r.step, r.seq, r.reported, r.decision, m.name, m.kind, m.number, m.text FROM report r"
     " JOIN attempt a ON a.id = r.attempt_id JOIN trial t ON t.id = a.trial_id LEFT JOIN metric m ON m.report_id = r.id"
-    " WHERE t.experiment_id = :experiment AND r.step >= 0 ORDER BY t.number, r.step, a.number, m.name"
+    " WHERE t.experiment_id = :experiment AND t.number >= 0 AND r.step >= 0 ORDER BY t.number, r.step, a.number, m.name"
 )
 
 _TELEMETRY = _sql(
@@ -88,17 +100,20 @@ _TELEMETRY = _sql(
 
 _AUDIT = _sql("SELECT seq, epoch, happened, action, detail FROM audit WHERE experiment_id = :experiment ORDER BY id")
 
+# Numbers below 0 are trials merged from other experiments: none of this one's own.
 _ENDED = _sql(
-    "SELECT number, ended_seq FROM trial WHERE experiment_id = :experiment AND ended_seq > :cursor ORDER BY ended_seq, number"
+    "SELECT number, ended_seq FROM trial WHERE experiment_id = :experiment AND number >= 0"
+    " AND seq > :cursor AND ended_seq > :cursor"  # what ended after it changed after it: the index is by seq
+    " ORDER BY ended_seq, number"
 )
 
-_COUNTS = _sql("SELECT status, COUNT(*) FROM trial WHERE experiment_id = :experiment GROUP BY status")
+_COUNTS = _sql("SELECT status, COUNT(*) FROM trial WHERE experiment_id = :experiment AND number >= 0 GROUP BY status")
 
 _SEQ = _sql("SELECT seq FROM experiment WHERE id = :experiment")
 
 _CONFIG = _sql("SELECT body FROM config WHERE id = :config")
 
-_IDS = _sql("SELECT number, id FROM trial WHERE experiment_id = :experiment")
+_IDS = _sql("SELECT number, id FROM trial WHERE experiment_id = :experiment AND number >= 0")
 
 ALL = 2**62
 
@@ -143,15 +158,20 @@ class Reader:
         """Return the experiment's counter: it rises with every write."""
         return int(self._fetch(_SEQ)[0][0])
 
+    @repeatable
     def trials(self, *, since: int = -1, first: int = 0, last: int = ALL) -> list[Trial]:
-        """Return the trials that changed after seq ``since``, with numbers from ``first`` to ``last``, in number order."""
+        """Return the trials that changed after seq ``since``, with numbers from ``first`` to ``last``, in number order.
+
+        Trials that were merged from other experiments have numbers below 0, and come with ``first=-ALL``.
+        """
         scope = {"experiment": self.experiment, "since": since, "first": first, "last": last}
+        of_trials, of_metrics, of_inherited = (_TRIALS, _METRICS, _INHERITED) if since < 0 else _CHANGED
         with self.database.snapshot() as state:
-            rows = state.run(_TRIALS, **scope)
-            metrics = state.run(_METRICS, **scope)
+            rows = state.run(of_trials, **scope)
+            metrics = state.run(of_metrics, **scope)
             steps = {number: step for number, step, *_ in metrics if step != FINAL_STEP}
             retried = any(row[_ATTEMPT_NUMBER] > 1 and row[0] not in steps for row in rows)
-            inherited = state.run(_INHERITED, **scope) if retried else []
+            inherited = state.run(of_inherited, **scope) if retried else []
         finals: dict[int, Metrics] = {}
         reports: dict[int, Metrics] = {}
         for number, step, name, *value in metrics:
@@ -196,6 +216,7 @@ class Reader:
         """Return every attempt by trial and number."""
         return _by_trial(self._fetch(_ATTEMPTS, first=first, last=last))
 
+    @repeatable
     def checkpoints(self, *, first: int = 0, last: int = ALL) -> list[Checkpoint]:
         """Return the checkpoint rows of every status, by trial, attempt and step, with the metrics reported with each."""
         with self.database.snapshot() as state:
@@ -208,6 +229,7 @@ class Reader:
             metrics.setdefault(identity, {})[name] = from_row(*value)
         return [to_checkpoint(row[0], row[1:], metrics.get(row[1])) for row in state.run(_CHECKPOINTS, **scope)]
 
+    @repeatable
     def candidates(self, trial: int, attempt: int) -> list[Checkpoint]:
         """Return the checkpoints that an attempt may continue from, the one to try first in front."""
         with self.database.snapshot() as state:
@@ -215,6 +237,7 @@ class Reader:
             checkpoints = self._checkpoints(state, first=trial, last=trial)
         return eligible(attempt, _by_trial(rows).get(trial, {}), checkpoints)
 
+    @repeatable
     def history(self) -> list[ReportRow]:
         """Return every report by trial, step and attempt; superseded ones are flagged, not left out."""
         with self.database.snapshot() as state:
@@ -267,11 +290,12 @@ _DECISIONS = _sql(
     "SELECT a.id, r.decision FROM trial t JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
     " JOIN report r ON r.attempt_id = a.id"
     " AND r.step = (SELECT MAX(x.step) FROM report x WHERE x.attempt_id = a.id AND x.step >= 0)"
-    " WHERE t.experiment_id = :experiment AND t.status = 'RUNNING'"
+    " WHERE t.experiment_id = :experiment AND t.number >= 0 AND t.status = 'RUNNING'"
 )
 
 _CANCEL_REQUESTS = _sql(
-    "SELECT number FROM trial WHERE experiment_id = :experiment AND cancel_requested = 1 AND status IN ('PENDING', 'RUNNING')"
+    "SELECT number FROM trial WHERE experiment_id = :experiment AND number >= 0 AND cancel_requested = 1"
+    " AND status IN ('PENDING', 'RUNNING')"
 )
 
 
@@ -327,12 +351,12 @@ def _attempt(row: Sequence[Any]) -> Attempt:
     )
 
 
-_ATTEMPT_NUMBER = 10
+_ATTEMPT_NUMBER = 13
 """The column of ``_TRIALS`` that holds the current attempt's number; its id stands before it, the rest of it after."""
 
 
 def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | None) -> Trial:
-    number, status, _, config_id, seed, seq, ts_start, origin, metadata, *attempt = row
+    number, status, _, config_id, seed, seq, ts_start, origin, metadata, source, group, repeat, *attempt = row
     current = _attempt(attempt)
     return Trial(
         number=number,
@@ -343,6 +367,9 @@ def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | Non
         seq=seq,
         ts_start=None if ts_start is None else moment(ts_start),
         origin=origin,
+        source=source,
+        group=group,
+        repeat=repeat,
         metadata={} if metadata == "{}" else loads(metadata),
         attempts=current.number if current.claimed else current.number - 1,  # only the current one can be unclaimed
         attempt=current,

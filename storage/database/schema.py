@@ -20,9 +20,10 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
-VERSION = "0001"
+VERSION = "0002"
 """The revision that this program writes and reads."""
 
 metadata = MetaData(
@@ -50,6 +51,11 @@ def _text(name: str, comment: str, *, nullable: bool = False, **options: Any) ->
 
 def _int(name: str, comment: str, *, nullable: bool = False, **options: Any) -> Column[int]:
     return Column(name, BigInteger, nullable=nullable, comment=comment, **options)
+
+
+def _partial(name: str, condition: str, *columns: str) -> Index:
+    """Return an index of the few rows that ``condition`` holds for: the others do not pay for it."""
+    return Index(name, *columns, sqlite_where=text(condition), postgresql_where=text(condition))
 
 
 def _value(*, nullable: bool = True) -> list[Column[Any]]:
@@ -114,7 +120,7 @@ trial = Table(
     metadata,
     _id(),
     _ref("experiment_id", "experiment.id", "whose"),
-    _int("number", "dense from 0 within the experiment"),
+    _int("number", "dense from 0 within the experiment; below 0: merged from another one"),
     _ref("config_id", "config.id", "what is evaluated"),
     _text("status", "PENDING, RUNNING, COMPLETED, PRUNED, FAILED, TIMED_OUT, CANCELLED or SKIPPED"),
     _int("seq", "the experiment's seq at the last change"),
@@ -126,14 +132,12 @@ trial = Table(
     _int("created", "microseconds since 1970 UTC"),
     _int("ts_start", "not to be started before; microseconds since 1970 UTC", nullable=True),
     _text("source", "proposed, queued, preset or merged"),
-    _text("origin", "UUID and number of the trial that it was merged from", nullable=True),
-    _text("metadata", "JSON of strings by name", default="{}"),
+    _text("origin", "NAME#NUMBER@UUID of the trial that it was merged from", nullable=True),
+    _text("metadata", "JSON values by name", default="{}"),
     _int("cancel_requested", "1 after `holdfast cancel`", default=0),
     UniqueConstraint("experiment_id", "number"),
     Index("ix_trial_changes", "experiment_id", "seq"),
-    Index("ix_trial_status", "experiment_id", "status"),
-    Index("ix_trial_ended", "experiment_id", "ended_seq"),
-    Index("ix_trial_config", "config_id"),
+    _partial("ix_trial_cancel", "cancel_requested = 1", "experiment_id", "number"),
     comment="one config under evaluation",
 )
 
@@ -166,7 +170,7 @@ attempt = Table(
     _int("pid", "of the child process", nullable=True),
     _text("pid_started", "start of that process, so that a recycled pid is told apart", nullable=True),
     UniqueConstraint("trial_id", "number"),
-    Index("ix_attempt_parent", "parent_id"),
+    _partial("ix_attempt_parent", "parent_id IS NOT NULL", "parent_id"),
     comment="one execution of a trial",
 )
 
@@ -201,6 +205,7 @@ telemetry = Table(
     _int("ts", "microseconds since 1970 UTC"),
     _text("name", "what was measured"),
     *_value(),
+    _int("seq", "the experiment's seq; 0: written under schema 0001", server_default="0"),
     UniqueConstraint("attempt_id", "ts", "name"),
     comment="measurements beside the reports; sent again, they are stored once",
 )
@@ -229,6 +234,7 @@ proposer_state = Table(
     _ref("experiment_id", "experiment.id", "whose"),
     _int("number", "the trial that was proposed with it"),
     Column("body", LargeBinary, nullable=False, comment="opaque to the store"),
+    _int("seq", "the experiment's seq; 0: written under schema 0001", server_default="0"),
     UniqueConstraint("experiment_id", "number"),
     comment="what an engine keeps beside the trials",
 )

@@ -25,18 +25,25 @@ CONFIG = _sql(
 )
 
 # Numbers are dense: the next one is counted under the lock that FENCE or REQUEST took.
-NEXT_NUMBER = _sql("SELECT COALESCE(MAX(number) + 1, 0) FROM trial WHERE experiment_id = :experiment")
+NEXT_NUMBER = _sql("SELECT COALESCE(MAX(number) + 1, 0) FROM trial WHERE experiment_id = :experiment AND number >= 0")
 
 ADD_TRIAL = _sql(
     "INSERT INTO trial (experiment_id, number, config_id, status, seq, current_attempt, seed, group_number, repeat, created,"
     " ts_start, source, metadata, cancel_requested)"
-    " VALUES (:experiment, :number, :config, 'PENDING', :seq, 1, :seed, :group_number, :repeat, :created,"
+    " VALUES (:experiment, :number, :config, :status, :seq, 1, :seed, :group_number, :repeat, :created,"
     " :ts_start, :source, :metadata, 0) RETURNING id"
 )
 
 ADD_ATTEMPT = _sql(
     "INSERT INTO attempt (trial_id, number, config_id, parent_id, parent_step, reason, note, created)"
     " VALUES (:trial, :number, :config, :parent, :parent_step, :reason, :note, :created) RETURNING id"
+)
+
+# The first attempt of a trial that runs at once: nobody else can have seen it.
+ADD_CLAIMED = _sql(
+    "INSERT INTO attempt (trial_id, number, config_id, reason, note, created, claimed_by, epoch, started, flow_run_id,"
+    " task_run_id, host, pid, pid_started) VALUES (:trial, 1, :config, 'first', '', :started, :token, :epoch, :started,"
+    " :flow_run_id, :task_run_id, :host, :pid, :pid_started) RETURNING id"
 )
 
 # Of two claimers one finds the row unclaimed; only a trial's current attempt can be claimed.
@@ -92,9 +99,15 @@ ADD_CHECKPOINT = _sql(
 
 MARK_CHECKPOINT = _sql("UPDATE checkpoint SET status = :status, reason = :reason, seq = :seq WHERE id = :checkpoint")
 
+# What changes beside a trial that does not run changes the trial, too: the journal looks at those that changed or run.
+TOUCH_TRIAL = _sql(
+    "UPDATE trial SET seq = :seq WHERE id ="
+    " (SELECT a.trial_id FROM checkpoint c JOIN attempt a ON a.id = c.attempt_id WHERE c.id = :checkpoint)"
+)
+
 ADD_TELEMETRY = _sql(
-    "INSERT INTO telemetry (attempt_id, ts, name, kind, number, text)"
-    " VALUES (:attempt, :ts, :name, :kind, :number, :text) ON CONFLICT (attempt_id, ts, name) DO NOTHING"
+    "INSERT INTO telemetry (attempt_id, ts, name, kind, number, text, seq)"
+    " VALUES (:attempt, :ts, :name, :kind, :number, :text, :seq) ON CONFLICT (attempt_id, ts, name) DO NOTHING"
 )
 
 ADD_AUDIT = _sql(
@@ -127,7 +140,7 @@ SET_SPEC = _sql("UPDATE experiment SET spec = :spec WHERE id = :experiment")
 
 SET_CODE = _sql("UPDATE experiment SET code_digest = :code, workdir = :workdir, location = :location WHERE id = :experiment")
 
-ADD_STATE = _sql("INSERT INTO proposer_state (experiment_id, number, body) VALUES (:experiment, :number, :body)")
+ADD_STATE = _sql("INSERT INTO proposer_state (experiment_id, number, body, seq) VALUES (:experiment, :number, :body, :seq)")
 
 STOP = _sql("UPDATE experiment SET stop_requested = 1 WHERE id = :experiment")
 

@@ -9,14 +9,12 @@ from pathlib import Path
 from types import TracebackType
 
 from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, Infrastructure, NotACheckpoint
-from holdfast.core.values import Metrics
+from holdfast.core.values import LONGEST_MESSAGE, LONGEST_TRACE, Metrics, shortened
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.tasks.workers.messages import Decision, Job, Rejected
 from holdfast.tasks.workers.randomness import seed_everything
 from holdfast.tasks.workers.trainables import Trainable, run
 from holdfast.tasks.workers.trial_api import Link, ResumedCheckpoint, Trial, TrialStopped
-
-LONGEST = 48 << 10  # characters of a traceback that are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +82,7 @@ def describe(error: BaseException) -> Failure:
         message = str(error)
     with contextlib.suppress(Exception):
         trace = "".join(traceback.format_exception(type(error), error, _users_frames(error)))
-    if len(trace) > LONGEST:
-        trace = trace[: LONGEST // 4] + "\n[...]\n" + trace[-LONGEST * 3 // 4 :]
+    message, trace = shortened(message, LONGEST_MESSAGE), shortened(trace, LONGEST_TRACE)
     return Failure(kind=kind, message=message or kind, traceback=trace, infrastructure=isinstance(error, Infrastructure))
 
 

@@ -58,6 +58,48 @@ def is_alive(host: str, pid: int, started: str) -> bool | None:
     return identity(pid) == started and not _ended(pid)
 
 
+def is_suspended(host: str, pid: int, started: str) -> bool:
+    """Tell whether the recorded process is one of this host that was stopped (SIGSTOP, Ctrl-Z, a debugger)."""
+    if host != same_host() or identity(pid) != started:
+        return False
+    if LINUX:
+        fields = _stat(pid)
+        return bool(fields) and fields[0] in "Tt"
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP))
+    except psutil.Error:
+        return False
+
+
+def kill(pid: int, started: str, *, timeout: float = 10.0) -> None:
+    """End the recorded process alone and wait until it is gone; nothing is done when its number means another one now.
+
+    Infrastructure when it does not end within ``timeout``, or is another user's.
+    """
+    handle = os.pidfd_open(pid) if LINUX and identity(pid) is not None else None
+    try:
+        if identity(pid) != started:
+            return
+        if handle is None:
+            os.kill(pid, signal.SIGKILL)
+        else:  # whoever gets the number meanwhile is not meant
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    except PermissionError:
+        raise Infrastructure(f"process {pid} is another user's; end it, then try again") from None
+    finally:
+        if handle is not None:
+            os.close(handle)
+    deadline = time.monotonic() + timeout
+    while identity(pid) == started and not _ended(pid):
+        if time.monotonic() > deadline:
+            raise Infrastructure(f"process {pid} does not end; end it, then try again")
+        time.sleep(0.005)
+
+
 def kill_group(pid: int, started: str, *, timeout: float = 10.0) -> bool:
     """End the recorded worker and what is left of its session, and wait until they are gone.
 

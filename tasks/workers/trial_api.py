@@ -160,12 +160,13 @@ class Trial:
     def telemetry(self, name: str, value: Any, timestamp: float | datetime | None = None) -> None:
         """Record ``value`` under ``name`` at ``timestamp``: seconds since 1970, an aware datetime, or now."""
         if isinstance(timestamp, datetime):
-            if timestamp.tzinfo is None:
+            if timestamp.utcoffset() is None:
                 raise InvalidInput(
                     f"timestamp is {timestamp.isoformat()} without a time zone; give it one, or seconds since 1970"
                 )
             timestamp = timestamp.timestamp()
-        row = (time.time() if timestamp is None else float(timestamp), str(name), plain(value, f"telemetry {name!r}"))
+        moment = time.time() if timestamp is None else _seconds(timestamp)
+        row = (moment, str(name), plain(value, f"telemetry {name!r}"))
         with self._lock:
             self._check_running()
             self._link.telemetry(row)
@@ -222,3 +223,15 @@ class Trial:
             self._checkpoints.discard(folder)
             raise
         return Staged(path=str(folder), serializer=serializer, files=tuple(files))
+
+
+_FIRST_SECOND, _LAST_SECOND = -62135596800, 253402300799
+"""of the years 1 to 9999, since 1970: what a date can be"""
+
+
+def _seconds(timestamp: object) -> float:
+    if isinstance(timestamp, bool) or not hasattr(timestamp, "__float__"):
+        raise InvalidInput(f"timestamp is {timestamp!r}; give seconds since 1970, or a datetime with its time zone")
+    if not _FIRST_SECOND <= timestamp < _LAST_SECOND:  # type: ignore[operator]  # NaN is not either
+        raise InvalidInput(f"timestamp is {timestamp!r:.40}; give seconds since 1970 within the years 1 to 9999")
+    return float(timestamp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,10 +15,13 @@ from support import Ended, Entry, Lab, executed, starts
 
 from holdfast.core.faults import POINTS
 
+SEARCHED = [name for name in POINTS if not name.startswith("upgrade.")]
+"""The points that a search or its restore passes."""
+
 AT_ONCE = 3
 """Scenarios that run side by side: each waits for its own processes most of the time."""
 
-BEFORE_THE_EXPERIMENT = {"experiment.path-made", "experiment.rows-made"}
+BEFORE_THE_EXPERIMENT = {"experiment.path-made", "experiment.database-drafted", "experiment.rows-made"}
 PASSES = {
     "attempt.claimed": 2,
     "checkpoint.staged": 5,
@@ -51,6 +55,10 @@ class Story:
     log: list[Entry]
     trials: list[dict[str, Any]]
     leftovers: list[str]
+    alone: dict[int, Any]
+    """the trials after a restore from a copy of the dead path, elsewhere and without its database"""
+    alone_log: list[Entry]
+    alone_said: str
 
 
 def spec_of(lab: Lab, name: str) -> Path:
@@ -73,10 +81,20 @@ def play(lab: Lab, name: str) -> Story:
     exists = name not in BEFORE_THE_EXPERIMENT
     state = (lab.outcome(), saved(lab)) if exists else ({}, set())
     log = lab.log()
+    if exists:
+        shutil.copytree(lab.path(), lab.folder / "alone" / "exp", symlinks=True)
     lab.run(*restore) if exists else lab.run("run", spec)
     left = [str(file) for file in lab.path().rglob("*") if file.name.startswith((".staging", ".trash"))]
     left += [str(file) for file in lab.path().glob("trials/*/checkpoints/*") if not (file / "manifest.json").exists()]
-    return Story(died, state, log, lab.outcome(), lab.log(), lab.trials(), left)
+    story = Story(died, state, log, lab.outcome(), lab.log(), lab.trials(), left, {}, [], "")
+    if exists:
+        (lab.folder / "runs").rename(lab.folder / "gone")
+        (lab.folder / "alone").rename(lab.folder / "runs2")
+        lab.clear_log()
+        story.alone_said = lab.run("restore", lab.folder / "runs2" / "exp").output
+        (lab.folder / "runs2").rename(lab.folder / "runs")
+        story.alone, story.alone_log = lab.outcome(), lab.log()
+    return story
 
 
 FAILS_ONCE = """\
@@ -115,11 +133,11 @@ def stories(
     def whole(name: str) -> Any:
         place = lab("whole")
         place.run("run", spec_of(place, name))
-        return Story(Ended(0, ""), ({}, set()), [], place.outcome(), place.log(), place.trials(), [])
+        return Story(Ended(0, ""), ({}, set()), [], place.outcome(), place.log(), place.trials(), [], {}, [], "")
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         futures = {"whole": pool.submit(whole, "")}
-        futures |= {name: pool.submit(lambda name=name: play(lab(name), name)) for name in POINTS if name in chosen}
+        futures |= {name: pool.submit(lambda name=name: play(lab(name), name)) for name in SEARCHED if name in chosen}
         yield futures
         for future in futures.values():
             future.cancel()
@@ -127,7 +145,7 @@ def stories(
         place.close()
 
 
-@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize("name", SEARCHED)
 def test_killed_at(name: str, stories: dict[str, Future[Story]]) -> None:
     story, whole = stories[name].result(), stories["whole"].result()
     assert story.died.code == DIED, f"{name} was not passed:\n{story.died.output}"
@@ -146,6 +164,19 @@ def test_killed_at(name: str, stories: dict[str, Future[Story]]) -> None:
         again = len(executed(story.log, number)) - STEPS
         assert again <= (2 if name == "report.committed" else 1), f"trial {number} executed {again} steps again"
     assert not story.leftovers
+
+
+@pytest.mark.parametrize("name", [name for name in SEARCHED if name not in BEFORE_THE_EXPERIMENT])
+def test_killed_at_and_restored_from_the_path_alone(name: str, stories: dict[str, Future[Story]]) -> None:
+    story, whole = stories[name].result(), stories["whole"].result()
+    assert "rebuilt from" in story.alone_said
+    assert story.alone == whole.after
+    trials, checkpoints = story.at_death
+    for number, (status, *_) in trials.items():
+        if status == "COMPLETED":
+            assert not starts(story.alone_log, number), f"finished trial {number} ran again"
+    for number, step in checkpoints:
+        assert all(first > step for _, first in starts(story.alone_log, number)), f"checkpoint {step} of {number} was lost"
 
 
 def test_adopts_a_persisted_result(stories: dict[str, Future[Story]]) -> None:

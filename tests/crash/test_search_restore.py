@@ -78,7 +78,6 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "experiment.json empty": ("exp/experiment.json", lambda file: file.write_bytes(b"")),
     "experiment.json truncated": ("exp/experiment.json", lambda file: file.write_bytes(file.read_bytes()[:200])),
     "lease.json truncated": ("exp/lease.json", lambda file: file.write_bytes(file.read_bytes()[:20])),
-    "database missing": ("holdfast.db", Path.unlink),
     "database empty": ("holdfast.db", lambda file: file.write_bytes(b"")),
     "database truncated": ("holdfast.db", lambda file: file.write_bytes(file.read_bytes()[:9000])),
     "database garbage": ("holdfast.db", lambda file: file.write_bytes(b"no database" * 1000)),

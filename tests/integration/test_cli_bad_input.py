@@ -140,9 +140,45 @@ def refuse_missing_trial(lab: Lab) -> str:
     return refused(lab, "cancel", lab.path(), "--trial", 7)
 
 
+def refuse_config(config: str, *options: object) -> Callable[[Lab], str]:
+    return lambda lab: refused(lab, "enqueue", lab.path(), "--config", config, *options)
+
+
+GOOD = '{"x": 1.5, "b": 2, "a": "r"}'
+
+
+def refuse_merging_itself(lab: Lab) -> str:
+    return refused(lab, "merge", lab.path(), "exp")
+
+
+def refuse_merging_the_unknown(lab: Lab) -> str:
+    return refused(lab, "merge", lab.path(), "nobody")
+
+
+def refuse_a_spec_that_merges_the_unknown(lab: Lab) -> str:
+    return refused(lab, "run", lab.spec(name="second", merge=["exp", "nobody"]))
+
+
 @pytest.mark.parametrize(
     ("refuse", "words"),
     [
+        (refuse_config('{"x": NaN, "b": 2, "a": "r"}'), ["x = nan", "finite"]),
+        (refuse_config('{"x": 9, "b": 2, "a": "r"}'), ["x = 9", "[0.0, 4.0]"]),
+        (refuse_config('{"x": 1}'), ["lacks 'b'"]),
+        (refuse_config('{"x": 1, "b": 2, "a": "r", "c": 1}'), ["'c'", "x, b, a"]),
+        (refuse_config('{"x": 1, "x": 2, "b": 2, "a": "r"}'), ["'x' twice"]),
+        (refuse_config("x=1"), ["--config holds no JSON"]),
+        (refuse_config("[1]"), ["config is a list"]),
+        (refuse_config("@absent.json"), ["absent.json cannot be read"]),
+        (refuse_config("-"), ["the standard input holds no JSON"]),
+        (refuse_config(GOOD, "--at", "2026-01-01T00:00:00"), ["time zone"]),
+        (refuse_config(GOOD, "--at", "tomorrow"), ["--at 'tomorrow'", "ISO 8601"]),
+        (refuse_config(GOOD, "--repeat", 0), ["repeats is 0"]),
+        (refuse_config(GOOD, "--metadata", "why"), ["KEY=VALUE"]),
+        (refuse_config(GOOD, "--metadata", "a=1", "--metadata", "a=2"), ["'a' twice"]),
+        (refuse_merging_itself, ["'exp' is this experiment itself"]),
+        (refuse_merging_the_unknown, ["no experiment 'nobody'", "no other"]),
+        (refuse_a_spec_that_merges_the_unknown, ["no experiment 'nobody'", "'exp'"]),
         (refuse_taken_name, ["'exp' is taken", "holdfast restore", "if_exists"]),
         (refuse_both_flags, ["resume_errored", "restart_errored", "choose one"]),
         (refuse_foreign_path, ["orders is no experiment", "holdfast list"]),

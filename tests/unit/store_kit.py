@@ -13,6 +13,7 @@ import pytest
 
 from holdfast import locate
 from holdfast.locate import Opened
+from holdfast.storage.database.leases import Leases
 from holdfast.testing.samples import sample_spec
 
 
@@ -60,3 +61,11 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.005)
+
+
+def driven_by(opened: Opened, *, release: bool = True) -> None:
+    """Let somebody drive an experiment for a moment, or from now on."""
+    leases = Leases(opened.database, opened.record.id)
+    leases.take(seen=0, epoch=1, holder={"pid": 1, "hostname": "here"}, action="started", detail={})
+    if release:
+        leases.release(epoch=1, active=0.0, ended="stopped")

@@ -300,3 +300,82 @@ def test_an_empty_grid_has_one_point_and_a_vast_one_is_not_listed():
     grid = GridProposer(Space.model_validate(wide))
     assert grid.size == 1000**20
     assert set(grid.propose(grid.size - 1).values()) == {1000}
+
+
+# Trials that were not proposed
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_queued_trials_neither_lose_nor_double_a_grid_point(samples):
+    space = space_of(
+        a={"type": "categorical", "choices": ["x", "y"]}, n={"type": "int", "low": 1, "high": 3, "when": {"a": "y"}}
+    )
+    alone = GridProposer(space, samples)
+    expected = [alone.propose(number) for number in range(alone.size)]
+    for pattern in range(2**6):
+        grid, trials, found = GridProposer(space, samples), {}, []
+        for number in range(200):
+            queued = number < 12 and bool(pattern >> (number % 6) & 1)
+            if not queued and len(found) == grid.size:
+                break
+            config = {"a": "x"} if queued else grid.propose(number)
+            found += [] if queued else [config]
+            trials[number] = sample_trial(number, config=config, source="queued" if queued else "proposed")
+            grid.observe(trials[number])
+            if len(found) < grid.size:
+                assert rebuilt(lambda: GridProposer(space, samples), trials).propose(number + 1) == grid.propose(number + 1)
+        assert found == expected
+
+
+def merged_trials(spec, count=14):
+    whole = rebuilt(lambda: make_proposer(spec, 99), {})
+    found = {}
+    for number in range(-count, 0):
+        config = whole.propose(count + number)
+        status, loss = (TrialStatus.FAILED, None) if number % 5 == 0 else (TrialStatus.COMPLETED, objective_of(config))
+        metrics = {} if loss is None else {"loss": loss}
+        found[number] = sample_trial(number, status, config=config, metrics=metrics, source="merged")
+    return found
+
+
+def test_merged_trials_warm_tpe_up_and_are_known_after_a_restart():
+    spec = sample_spec(space=SPACES["conditional"], search={"engine": "tpe", "num_trials": 20, "seed": 3})
+    merged = merged_trials(spec)
+    cold, warm = make_proposer(spec, 3), rebuilt(lambda: make_proposer(spec, 3), merged)
+    cold_configs, warm_configs, trials = [], [], dict(merged)
+    for number in range(8):
+        for proposer, configs in ((cold, cold_configs), (warm, warm_configs)):
+            configs.append(proposer.propose(number))
+        assert rebuilt(lambda: make_proposer(spec, 3), trials).propose(number) == warm_configs[-1]
+        for status in (TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.COMPLETED):
+            metrics = {"loss": objective_of(warm_configs[-1])} if status is TrialStatus.COMPLETED else {}
+            trials[number] = sample_trial(number, status, config=warm_configs[-1], metrics=metrics)
+            warm.observe(trials[number])
+            cold.observe(sample_trial(number, status, config=cold_configs[-1], metrics=metrics))
+    assert cold_configs != warm_configs
+
+
+def test_a_merge_while_tpe_runs_is_as_one_before_a_restart():
+    spec = sample_spec(space=SPACES["mixed"], search={"engine": "tpe", "num_trials": 20, "seed": 3})
+    trials = {}
+    live = make_proposer(spec, 3)
+    for number in range(12):
+        config = live.propose(number)
+        trials[number] = sample_trial(number, TrialStatus.COMPLETED, config=config, metrics={"loss": objective_of(config)})
+        live.observe(trials[number])
+    before = live.propose(12)
+    for number, trial in merged_trials(spec).items():
+        trials[number] = trial
+        live.observe(trial)
+    assert live.propose(12) == rebuilt(lambda: make_proposer(spec, 3), trials).propose(12) != before
+
+
+@pytest.mark.parametrize("engine", ["random", "grid"])
+def test_merged_trials_change_no_draw_and_no_grid(engine):
+    space = {"n": {"type": "int", "low": 0, "high": 9}}
+    spec = sample_spec(space=space, search={"engine": engine, "num_trials": 5, "seed": 3})
+    alone = make_proposer(spec, 3)
+    warm = make_proposer(spec, 3)
+    for number in range(-4, 0):
+        warm.observe(sample_trial(number, TrialStatus.COMPLETED, config={"n": 1}, metrics={"loss": 1.0}, source="merged"))
+    assert [warm.propose(number) for number in range(5)] == [alone.propose(number) for number in range(5)]

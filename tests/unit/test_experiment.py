@@ -16,8 +16,9 @@ from store_kit import create
 from holdfast.core.errors import Conflict, InvalidInput
 from holdfast.core.objective import Objective
 from holdfast.core.trial import Outcome, TrialStatus
-from holdfast.experiment import Experiment, best_of, result_of, results_df
+from holdfast.experiment import Experiment, best_of, result_of
 from holdfast.locate import Opened
+from holdfast.report.frames import results_df
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.leases import Leases
 from holdfast.testing.lab import FAILED, Lab
@@ -100,10 +101,14 @@ def test_pending_trials_are_due_inclusively(opened: Opened) -> None:
 
 def test_what_is_not_there_is_said(opened: Opened) -> None:
     experiment = Experiment(opened)
-    for work in (lambda: experiment.trial(0), lambda: experiment.load_config(99), lambda: experiment.cancel(0)):
-        with pytest.raises(InvalidInput, match=r"no (trial|config)"):
-            work()
-    assert experiment.load_telemetry(0) == []
+    unknown: Any
+    for unknown in (0, -1, 2**70, True, "0", None, 1.0):
+        for work in (experiment.trial, experiment.load_telemetry, experiment.load_config):
+            with pytest.raises(InvalidInput, match=r"no (trial|config)"):
+                work(unknown)
+    for number in (0, -1):
+        with pytest.raises(InvalidInput, match="no trial"):
+            experiment.cancel(number)
 
 
 # Tables
@@ -126,7 +131,7 @@ def test_results_have_a_column_each_in_a_fixed_order() -> None:
     ]
     table = results_df(trials, spec)
     assert list(table.columns) == [
-        *["trial", "status", "config.kind", "config.n", "config.x", "metric.loss", "metric.size"],
+        *["trial", "status", "group", "repeat", "config.kind", "config.n", "config.x", "metric.loss", "metric.size"],
         *["metric.a", "metric.m", "metric.z", "step", "attempts", "error"],
     ]
     assert table["trial"].dtype == "int64"
@@ -142,7 +147,7 @@ def test_results_of_an_experiment(tmp_path: Path, space: dict[str, Any]) -> None
     with closing(create(tmp_path / "runs", space=space)) as opened:
         lab, experiment = driven(opened), Experiment(opened)
         configs = [f"config.{name}" for name in space]
-        expected = ["trial", "status", *configs, "metric.loss", "step", "attempts", "error"]
+        expected = ["trial", "status", "group", "repeat", *configs, "metric.loss", "step", "attempts", "error"]
         assert list(experiment.results_df().columns) == expected
         assert len(experiment.results_df()) == 0
         first = lab.claim(lab.driver.propose({"x": 0.5} if space else {}))

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "report": {"core", "storage", "storage.checkpoints", "storage.database"},
     "testing": {"core", "storage", "storage.checkpoints", "storage.database"},
 }
-TOP = {"report", "experiment", "specfile", "settings", "locate", "callables"}
+TOP = {"report", "experiment", "specfile", "settings", "locate", "standing", "transfer", "callables"}
 MAY_IMPORT |= {name: {"core", "storage", "storage.checkpoints", "storage.database"} | TOP for name in TOP}
 MAY_IMPORT["settings"] = {"core"}
 MAY_IMPORT["flows"] = {"core", "engines", "tasks", "tasks.workers", *MAY_IMPORT["report"], *TOP}

@@ -35,7 +35,7 @@ from holdfast.testing import racing
 from holdfast.testing.lab import dump
 from holdfast.testing.racing import Racers, url_of
 
-FAST = Terms(duration=0.3, renewal=0.02)
+FAST = Terms(duration=5.0, renewal=0.02)
 FOREIGN = {"hostname": "elsewhere", "host": "elsewhere/boot", "pid": 4, "started": "then"}
 
 
@@ -382,6 +382,19 @@ def test_what_cannot_be_renewed_is_lost_before_it_runs_out(opened: Opened, kind:
     with pytest.raises(expected):
         kept.keeper.check()
     assert kept.calls == 1
+
+
+def test_a_renewal_that_does_not_come_back_is_given_up_in_time(opened: Opened) -> None:
+    kept = Kept(take(opened, terms=Terms(duration=1.0, renewal=0.05)))
+    assert opened.database.file is not None
+    kept.start()
+    with closing(sqlite3.connect(opened.database.file, isolation_level=None, timeout=60)) as other:
+        other.execute("BEGIN IMMEDIATE")  # a writer waits for it much longer than the lease lasts
+        assert kept.lost.wait(20)
+        with pytest.raises(DatabaseError, match="has not answered"):
+            kept.keeper.check()
+    assert kept.calls == 1
+    kept.keeper.abandon()
 
 
 def test_a_short_absence_of_the_database_is_survived(opened: Opened) -> None:

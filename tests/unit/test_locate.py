@@ -74,6 +74,7 @@ def test_what_a_crash_leaves_is_taken_over(tmp_path: Path, point: str) -> None:
     with closing(create(tmp_path / "runs")) as made:
         uuid = made.record.uuid
         assert len(experiments.every(made.database)) == 1
+    assert not [entry for entry in (tmp_path / "runs").iterdir() if entry.name.startswith(".holdfast-db-")]
     assert uuid_in(tmp_path / "runs" / "sample") == uuid
 
 
@@ -187,8 +188,9 @@ def test_the_environment_may_name_the_database(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "runs" / "holdfast.db").exists()
     monkeypatch.undo()
     locate.settings.cache_clear()
-    with pytest.raises(DatabaseError, match="missing"):
-        open_path(tmp_path / "runs" / "sample")
+    with closing(open_path(tmp_path / "runs" / "sample")) as opened:
+        assert opened.database.file == tmp_path / "runs" / "holdfast.db"
+        assert "did not know the experiment: rebuilt" in opened.notes[0]
 
 
 # Opening
@@ -199,18 +201,25 @@ def break_row(path: Path) -> None:
         tx.run(Statement(text("UPDATE experiment SET spec = '{\"name\": 3}'")))
 
 
-def forget_row(path: Path) -> None:
+def lose_row(path: Path) -> None:
+    """Forget an experiment that had trials, of which no journal was kept."""
     with closing(open_path(path)) as opened:
         experiments.delete(opened.database, opened.record.id)
+    (path / "trials" / "000000").mkdir(parents=True)
+
+
+def lose_database(path: Path) -> None:
+    (path.parent / "holdfast.db").unlink()
+    (path / "trials" / "000000").mkdir(parents=True)
 
 
 BAD = {
     "no folder": (shutil.rmtree, ExperimentNotFound, "no experiment.json"),
     "no experiment.json": (lambda path: (path / "experiment.json").unlink(), ExperimentNotFound, "no experiment.json"),
     "torn": (lambda path: (path / "experiment.json").write_text('{"format"'), Corrupt, "damaged"),
-    "no database": (lambda path: (path.parent / "holdfast.db").unlink(), DatabaseError, "missing"),
+    "no database": (lose_database, DatabaseError, "missing"),
     "empty database": (lambda path: (path.parent / "holdfast.db").write_bytes(b""), Corrupt, "empty"),
-    "no row": (forget_row, Corrupt, "does not know"),
+    "no row": (lose_row, Corrupt, "does not know .* no journal to rebuild it from"),
     "bad row": (break_row, Corrupt, "damaged"),
 }
 
@@ -246,30 +255,13 @@ def test_an_experiment_is_found_by_name_or_uuid(path: Path, tmp_path: Path, monk
         find("other", database=url)
 
 
-def test_a_copy_beside_the_original_is_refused(path: Path) -> None:
-    copy = path.with_name("copy")
-    shutil.copytree(path, copy)
-    before = content(path.parent)
-    with pytest.raises(Corrupt, match=f"{copy} is a copy of {path}"):
-        open_path(copy)
-    assert content(path.parent) == before
-    uuid_in(path)
-    shutil.rmtree(path)
-    uuid_in(copy)  # the original is gone: it was moved
-
-
-def test_a_copy_elsewhere_with_the_same_database_is_refused(path: Path, tmp_path: Path) -> None:
-    shutil.copytree(path, tmp_path / "copy")
-    with pytest.raises(Corrupt, match="is a copy of"):
-        open_path(tmp_path / "copy", database=str(sqlite_url(path.parent / "holdfast.db")))
-
-
 def test_a_storage_may_be_copied_as_a_whole(path: Path, tmp_path: Path) -> None:
     shutil.copytree(path.parent, tmp_path / "copy")
     with closing(open_path(tmp_path / "copy" / "sample")) as copied, closing(open_path(path)) as original:
         Leases(copied.database, copied.record.id).take(seen=0, epoch=1, holder={}, action="x", detail={})
         assert Leases(original.database, original.record.id).look().epoch == 0
         assert copied.spec.storage == str(tmp_path / "copy")
+        assert copied.record.uuid != original.record.uuid
 
 
 def test_an_experiment_may_be_moved(path: Path, tmp_path: Path) -> None:

@@ -43,6 +43,35 @@ def test_waiting_trials_come_first_and_by_number():
     assert decide(book, NOW) == Submit(0)
 
 
+def test_queued_trials_run_when_the_budget_is_used_up_and_count_against_it():
+    book = ledger(2)
+    book.update(sample_trial(0, TrialStatus.COMPLETED))
+    book.update(sample_trial(1, source="queued"))
+    assert decide(book, NOW) == Submit(1)
+    book.update(sample_trial(1, TrialStatus.COMPLETED, source="queued"))
+    assert decide(book, NOW) == Done("every trial of the budget was proposed")
+    book.update(sample_trial(2, source="queued"))
+    assert decide(book, NOW) == Submit(2)
+    assert (book.total, book.proposed) == (3, 1)
+
+
+def test_queued_trials_take_no_point_from_a_grid():
+    book = ledger(None, proposals=2)
+    book.update(sample_trial(0, TrialStatus.COMPLETED))
+    for number in (1, 2, 3):
+        book.update(sample_trial(number, TrialStatus.COMPLETED, source="queued"))
+    assert decide(book, NOW) == Propose(4)
+    book.update(sample_trial(4, TrialStatus.COMPLETED))
+    assert decide(book, NOW) == Done("every trial of the budget was proposed")
+
+
+def test_a_halt_does_not_wait_for_what_is_due_later():
+    book = ledger(1)
+    book.update(sample_trial(0, ts_start=NOW + timedelta(days=1)))
+    book.halt = "stopped on request"
+    assert decide(book, NOW) == Done("stopped on request")
+
+
 def test_a_trial_that_is_due_later_is_waited_for_even_while_another_runs():
     book = ledger(2, 2)
     later = NOW + timedelta(hours=1)
@@ -99,9 +128,11 @@ def test_actions_end_with_done():
 
 def test_a_grid_never_has_more_trials_than_points():
     grid = sample_spec(space={}, search={"engine": "grid"})
-    assert Budget.of(grid, grid_size=4).num_trials == 4
-    assert Budget.of(sample_spec(), grid_size=4).num_trials == 4
-    assert Budget.of(sample_spec()).num_trials == 20
+    assert (Budget.of(grid, grid_size=4).num_trials, Budget.of(grid, grid_size=4).proposals) == (None, 4)
+    assert (Budget.of(sample_spec()).num_trials, Budget.of(sample_spec()).proposals) == (20, None)
+    for limits in (Budget.of(grid, grid_size=4), Budget.of(sample_spec(), grid_size=4)):
+        assert limits.closed(trials=3, proposed=3, active_seconds=0.0, best=None) is None
+        assert limits.closed(trials=4, proposed=4, active_seconds=0.0, best=None) is not None
 
 
 @settings(max_examples=200)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -143,6 +145,24 @@ def test_an_empty_database_beside_experiments_is_never_begun_anew(tmp_path: Path
         assert names(database) == []
 
 
+def test_the_drafts_of_dead_processes_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    dead, mixed, living, foreign = (tmp_path / f".holdfast-db-{name}" for name in ("dead", "mixed", "living", "file"))
+    for folder in (dead, mixed, living):
+        folder.mkdir()
+        (folder / "new.db").write_text("half")
+    (dead / "new.db-wal").touch()
+    (mixed / "notes.txt").touch()
+    foreign.write_text("mine")
+    held = os.open(living, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        open_database(sqlite_url(tmp_path / "holdfast.db"), create_missing=True).close()
+    finally:
+        os.close(held)
+    kept = {foreign.name, "holdfast.db", living.name, f"{living.name}/new.db", mixed.name, f"{mixed.name}/notes.txt"}
+    assert content(tmp_path).keys() == kept
+
+
 def test_a_damaged_stored_spec_is_a_typed_error(file: Path) -> None:
     with closing(sqlite3.connect(file)) as connection:
         connection.execute("UPDATE experiment SET spec = '{\"name\": '")
@@ -239,7 +259,7 @@ def test_a_full_disk_is_said_and_can_be_mended(file: Path) -> None:
 def test_a_broken_connection_is_made_anew(file: Path) -> None:
     with closing(open_database(sqlite_url(file))) as database:
         add(database, "two")
-        database._writer.dbapi_connection.close()
+        database._writer.close()
         with pytest.raises(DatabaseError):
             add(database, "three")
         add(database, "three")

@@ -4,8 +4,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from holdfast.core.budget import has_conditions, values_of
-from holdfast.core.errors import InvalidConfig
+from holdfast.core.errors import InvalidConfig, SpecError
 from holdfast.core.space import Space, config_digest, config_text
+from holdfast.core.trial import TrialStatus
+from holdfast.engines.factory import make_proposer
+from holdfast.testing.samples import sample_spec, sample_trial
 
 SPACE = {
     "lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
@@ -154,3 +157,67 @@ def test_identity_tells_types_apart():
 )
 def test_how_many_values_a_grid_has(parameter, count):
     assert values_of(space_of(x={key: value for key, value in parameter.items() if key != "when"}).parameters["x"]) == count
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        {"type": "float", "low": -1e308, "high": 1e308},
+        {"type": "float", "low": -1.7e308, "high": 1.7e308, "step": 1e300},
+        {"type": "int", "low": 0, "high": 10**400},
+        {"type": "int", "low": -(10**308), "high": 10**308},
+    ],
+)
+def test_bounds_further_apart_than_a_float_reaches_are_refused(parameter):
+    with pytest.raises(SpecError, match=r"space\.x: .*too far apart; narrow them"):
+        sample_spec(space={"x": parameter}, search={"engine": "tpe", "num_trials": 1})
+
+
+@pytest.mark.parametrize("engine", ["tpe", "random"])
+def test_the_widest_bounds_can_be_searched(engine):
+    spec = sample_spec(space={"x": {"type": "float", "low": -8e307, "high": 8e307}}, search={"engine": engine, "num_trials": 1})
+    proposer = make_proposer(spec, 1)
+    for number in range(14):
+        config = proposer.propose(number)
+        proposer.observe(sample_trial(number, TrialStatus.COMPLETED, config=config, metrics={"loss": config["x"] / 1e300}))
+
+
+WITH_DEFAULTS = {
+    "act": {"type": "categorical", "choices": ["relu", "tanh"], "default": "relu"},
+    "beta": {"type": "float", "low": 0.0, "high": 1.0, "when": {"act": "relu"}, "default": 0.5},
+    "gamma": {"type": "float", "low": 0.0, "high": 1.0, "when": {"act": "tanh"}},
+    "kind": {"type": "constant", "value": None},
+    "x": {"type": "float", "low": 0.0, "high": 4.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"x": 1}, {"act": "relu", "beta": 0.5, "kind": None, "x": 1.0}),
+        ({"x": 1.0, "act": "tanh", "gamma": 0.25}, {"act": "tanh", "gamma": 0.25, "kind": None, "x": 1.0}),
+        ({"x": 1.0, "act": "tanh"}, None),
+        ({"act": "relu", "beta": 0.25, "kind": None}, None),
+        ({}, None),
+    ],
+)
+def test_a_config_of_another_space_is_completed(config, expected):
+    found = space_of(**WITH_DEFAULTS).completed(config)
+    assert found == expected
+    assert found is None or [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"x": 5.0}, "x = 5.0 is outside"),
+        ({"x": 1.0, "other": 1, "act": "tanh"}, "'other'"),
+        ({"x": 1.0, "act": "tanh", "gamma": 0.5, "beta": 0.5}, "'beta', which is inactive"),
+        ({"act": "gelu"}, "act = 'gelu' is none of"),
+        ({"beta": 2.0}, "beta = 2.0"),
+        ({"x": 1.0, "kind": 0}, "kind = 0"),
+    ],
+)
+def test_a_config_that_has_no_place_in_the_space_is_refused_also_when_it_lacks_something(config, message):
+    with pytest.raises(InvalidConfig, match=message):
+        space_of(**WITH_DEFAULTS).completed(config)

@@ -8,7 +8,6 @@ from holdfast.storage.database.leases import Leases
 
 SPEC = {
     "name": "order",
-    "trainable": "train.py:train",
     "objectives": {"z": "max", "a": "min"},
     "space": {
         "width": {"type": "int", "low": 1, "high": 4},
@@ -25,7 +24,9 @@ def orders(path: Path) -> tuple[list[str], list[str]]:
 
 
 def test_parameters_and_objectives_keep_their_order(tmp_path: Path) -> None:
-    with holdfast.create({**SPEC, "storage": str(tmp_path)}) as experiment:
+    (tmp_path / "train.py").write_text("def train(trial):\n    pass\n")
+    spec = {**SPEC, "storage": str(tmp_path / "runs"), "trainable": f"{tmp_path / 'train.py'}:train"}
+    with holdfast.create(spec) as experiment:
         path = experiment.path
         assert orders(path) == (["width", "act", "beta"], ["z", "a"])
         opened = experiment._opened

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.core.errors import NotStorable
-from holdfast.core.values import digest, dumps, from_row, loads, plain, plain_metrics, strict, to_row
+from holdfast.core.values import digest, dumps, from_row, loads, plain, plain_metrics, shortened, strict, to_row
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 keys = st.text().filter(lambda key: key != "$float")
@@ -79,3 +79,24 @@ def test_numpy_scalars_and_subclasses_become_plain():
 def test_what_cannot_be_stored_is_named(value, where):
     with pytest.raises(NotStorable, match=where):
         plain_metrics(value)
+
+
+@pytest.mark.parametrize("text", ["", "short", "é" * 50, "x" * 100])
+def test_a_short_text_stays_as_it_is(text):
+    assert shortened(text, 100) == text
+
+
+@given(st.text(alphabet=st.characters(), min_size=0, max_size=400), st.integers(60, 200))
+def test_a_long_text_keeps_head_and_tail(text, limit):
+    short = shortened(text, limit)
+    size = len(text.encode("utf-8", "backslashreplace"))
+    assert len(short.encode("utf-8", "backslashreplace")) <= max(limit, 0) or short == text
+    if size <= limit:
+        assert short == text
+    else:
+        assert "bytes left out" in short
+        assert short[0] == text[0] or text[0] > "\ud7ff"
+
+
+def test_tuples_travel_as_lists():
+    assert same(loads(dumps({"rows": [(1.0, "a", math.nan)]})), {"rows": [[1.0, "a", math.nan]]})

@@ -189,6 +189,33 @@ def test_telemetry(runner: Runner, tmp_path: Path) -> None:
     assert recorder.rows[-1][1:] == ("last", {"nested": [1, None]})
 
 
+def test_telemetry_that_is_not_finite_or_of_another_age(runner: Runner, tmp_path: Path) -> None:
+    _, recorder = run(runner, tmp_path, "strange_telemetry")
+    found = [value for _, name, value in recorder.rows if name == "strange"]
+    assert repr(found) == "[nan, inf, [-inf, {'a': nan}], [1.0, nan]]"
+    assert [moment for moment, name, _ in recorder.rows if name == "ends"] == [-62135596800, 253402300798.5]
+
+
+@pytest.mark.parametrize("when", [1e13, 1e300, -1e12, 253402300800, 10**400, math.nan, -math.inf, "now", True])
+def test_telemetry_at_a_time_that_is_none_is_refused(runner: Runner, tmp_path: Path, when: Any) -> None:
+    with pytest.raises(TrialFailed, match=r"timestamp is .*seconds since 1970") as caught:
+        run(runner, tmp_path, "telemetry_when", config={"when": when})
+    assert caught.value.kind == "InvalidInput"
+
+
+def test_a_long_error_is_cut_in_the_middle(runner: Runner, tmp_path: Path) -> None:
+    with pytest.raises(TrialFailed) as caught:
+        run(runner, tmp_path, "long_error")
+    message, trace = str(caught.value), caught.value.traceback
+    assert message.startswith("headé")
+    assert message.endswith("étail")
+    assert "bytes left out" in message
+    assert len(message.encode()) <= 10_000
+    assert trace.startswith("Traceback")
+    assert trace.endswith("étail\n")
+    assert len(trace.encode()) <= 100_000
+
+
 def test_reports_from_other_threads(runner: Runner, tmp_path: Path) -> None:
     metrics, recorder = run(runner, tmp_path, "reports_from_thread")
     assert metrics == {"errors": []}

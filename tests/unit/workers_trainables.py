@@ -461,3 +461,20 @@ def generator(trial):
 
 def no_arguments():
     return {}
+
+
+def strange_telemetry(trial):
+    import math
+
+    for value in (math.nan, math.inf, [-math.inf, {"a": math.nan}], (1.0, math.nan)):
+        trial.telemetry("strange", value, timestamp=1.0)
+    trial.telemetry("ends", 0, timestamp=-62135596800)
+    trial.telemetry("ends", 1, timestamp=253402300798.5)
+
+
+def telemetry_when(trial):
+    trial.telemetry("load", 1, timestamp=trial.config["when"])
+
+
+def long_error(trial):
+    raise ValueError("head" + "é" * 300_000 + "tail")

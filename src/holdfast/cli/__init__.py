@@ -9,9 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from holdfast.cli.common import EXIT_CODES, fail
+from holdfast.cli.databases import add_databases
 from holdfast.cli.managing import add_managing
+from holdfast.cli.queueing import add_queueing
 from holdfast.cli.reading import add_reading
 from holdfast.cli.running import add_running
+from holdfast.cli.transferring import add_transferring
 from holdfast.core.errors import HoldfastError, Infrastructure
 
 
@@ -64,4 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add_running(commands)
     add_reading(commands)
     add_managing(commands)
+    add_transferring(commands)
+    add_databases(commands)
+    add_queueing(commands)
     return parser

@@ -68,8 +68,9 @@ def terminal() -> Console:
 
 
 def print_json(value: object) -> None:
-    """Print strict JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print strict JSON; what is no Unicode text (an undecodable file name) as an escape, which JSON has for it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    print(text.encode("utf-8", "backslashreplace").decode())
 
 
 def open_experiment(options: argparse.Namespace, *, readonly: bool = True) -> Any:
@@ -77,4 +78,7 @@ def open_experiment(options: argparse.Namespace, *, readonly: bool = True) -> An
     from holdfast.experiment import Experiment
     from holdfast.locate import find
 
-    return Experiment(find(options.path, database=options.database, readonly=readonly, options=storage_options(options)))
+    opened = find(options.path, database=options.database, readonly=readonly, options=storage_options(options))
+    for note in () if getattr(options, "json", False) else opened.notes:
+        print(f"holdfast: {note}", file=sys.stderr)
+    return Experiment(opened)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from holdfast.cli.common import Commands, command, database_option, fail, open_experiment, storage_option
 from holdfast.core.errors import SpecError
@@ -14,7 +15,13 @@ def add_managing(commands: Commands) -> None:
     stop.add_argument("--wait", type=float, default=60.0, metavar="SECONDS", help="how long to wait for it (60)")
     cancel = command(commands, "cancel", _cancel, "end one trial for good", as_json=False)
     cancel.add_argument("--trial", type=int, required=True, metavar="N")
-    delete = command(commands, "delete", _delete, "delete an experiment; foreign files stay", as_json=False)
+    delete = command(
+        commands,
+        "delete",
+        _delete,
+        "delete an experiment, or what the database knows of one that is gone; foreign files stay",
+        as_json=False,
+    )
     delete.add_argument("--yes", action="store_true", help="do not ask")
     for parser in (stop, cancel, delete):
         parser.add_argument("path", metavar="PATH")
@@ -41,19 +48,21 @@ def _cancel(options: argparse.Namespace) -> int:
 
 
 def _delete(options: argparse.Namespace) -> int:
-    from holdfast.core.errors import LeaseHeld
+    from holdfast.core.errors import ExperimentNotFound
+    from holdfast.locate import find_gone
     from holdfast.storage.database.experiments import delete
 
-    with open_experiment(options, readonly=False) as experiment:
-        if experiment.lease.is_held:
-            raise LeaseHeld(f"{experiment.name} is being driven; end it first with `holdfast stop {experiment.path}`")
-        if not options.yes:
-            if not sys.stdin.isatty():
-                raise SpecError("delete asks before it deletes; say --yes where nobody can answer")
-            question = f"delete {experiment.path} with {sum(experiment.counts().values())} trials? [y/N] "
-            if input(question).strip().lower() != "y":
-                print("nothing was deleted")
-                return 0
+    try:
+        experiment = open_experiment(options, readonly=False)
+    except ExperimentNotFound:
+        gone = find_gone(options.path, database=options.database)
+        if gone is None:
+            raise
+        return _delete_rows(options, *gone)
+    with experiment:
+        _refuse_driven(experiment.name, experiment.lease)
+        if not _agreed(options, f"delete {experiment.path} with {sum(experiment.counts().values())} trials?"):
+            return 0
         opened = experiment._opened  # the same package
         left = opened.folder.delete()
         delete(opened.database, opened.record.id)
@@ -61,3 +70,38 @@ def _delete(options: argparse.Namespace) -> int:
         print(f"left alone, because holdfast did not write it: {path}")
     print(f"{options.path} is deleted")
     return 0
+
+
+def _delete_rows(options: argparse.Namespace, database: Any, record: Any) -> int:
+    """Delete what the database knows of an experiment whose folder is gone."""
+    from holdfast.storage.database.experiments import delete
+    from holdfast.storage.database.leases import Leases
+
+    try:
+        _refuse_driven(record.name, Leases(database, record.id).look())
+        question = f"the folder {record.location} is gone; delete what {database.label} knows of {record.name}?"
+        if _agreed(options, question):
+            delete(database, record.id)
+            print(f"{record.name} is deleted from {database.label}; its folder {record.location} was gone already")
+        return 0
+    finally:
+        database.close()
+
+
+def _refuse_driven(name: str, lease: Any) -> None:
+    from holdfast.core.errors import LeaseHeld
+
+    if lease.is_held:
+        raise LeaseHeld(f"{name} is being driven; end it first with `holdfast stop`")
+
+
+def _agreed(options: argparse.Namespace, question: str) -> bool:
+    """Ask before something is deleted; SpecError where nobody can answer."""
+    if options.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise SpecError("delete asks before it deletes; say --yes where nobody can answer")
+    if input(f"{question} [y/N] ").strip().lower() == "y":
+        return True
+    print("nothing was deleted")
+    return False

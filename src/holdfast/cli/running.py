@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,14 @@ def _driven(options: argparse.Namespace, call: Any) -> int:
 
 def _validate(options: argparse.Namespace) -> int:
     from holdfast.flows.prepare import check_spec
-    from holdfast.locate import check_free
+    from holdfast.locate import check_free, check_merge, dated
     from holdfast.specfile import ExperimentSpec
 
     spec = ExperimentSpec.from_file(options.spec, options.set)
+    named = spec.model_copy(update={"name": dated(spec.name, datetime.now().astimezone())})
     if spec.if_exists == "fail":
-        check_free(spec)
+        check_free(named)
+    check_merge(named)
     pool = check_spec(spec, workdir=str(Path(options.spec).absolute().parent))
     if pool is not None:
         pool.close()

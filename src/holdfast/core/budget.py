@@ -35,6 +35,9 @@ class Budget:
     """Limits on a search; each is None when it is no limit."""
 
     num_trials: int | None
+    """trials in all, queued ones included"""
+    proposals: int | None = None
+    """trials that the proposer has to give (a grid's size): queued ones take none of them away"""
     time_budget: float | None = None
     """seconds of active time"""
     target: float | None = None
@@ -43,17 +46,19 @@ class Budget:
     @classmethod
     def of(cls, spec: ExperimentSpec, *, grid_size: int | None = None) -> Self:
         """Return the budget of ``spec``; a grid (of ``grid_size`` trials, samples included) never has more than its size."""
-        limits = [limit for limit in (spec.search.num_trials, grid_size) if limit is not None]
         return cls(
-            num_trials=min(limits) if limits else None,
+            num_trials=spec.search.num_trials,
+            proposals=grid_size,
             time_budget=spec.search.time_budget,
             target=spec.search.target,
             objective=spec.goals[0],
         )
 
-    def closed(self, *, trials: int, active_seconds: float, best: float | None) -> str | None:
-        """Return why no further trial may be proposed, or None."""
+    def closed(self, *, trials: int, proposed: int, active_seconds: float, best: float | None) -> str | None:
+        """Return why no further trial may be proposed, or None; ``proposed`` of the ``trials`` came from the proposer."""
         if self.num_trials is not None and trials >= self.num_trials:
+            return "every trial of the budget was proposed"
+        if self.proposals is not None and proposed >= self.proposals:
             return "every trial of the budget was proposed"
         if self.time_budget is not None and active_seconds >= self.time_budget:
             return f"the time budget of {self.time_budget:g} s is used up"

@@ -22,6 +22,9 @@ HoldfastError
 ├── CheckpointNotFound (FileNotFoundError)
 ├── Infrastructure                     database, storage or Prefect failed; exit code 4
 │   ├── DatabaseError
+│   │   ├── RolledBack                 the database undid the call: it may be repeated
+│   │   │   └── ConnectionLost
+│   │   └── OutcomeUnknown             the connection was lost during a commit
 │   ├── StorageError (OSError)
 │   └── EngineError
 └── TrialFailure                       user code failed; ends one attempt
@@ -123,6 +126,21 @@ class Infrastructure(HoldfastError):
 
 class DatabaseError(Infrastructure):
     """The database could not be reached, opened or written."""
+
+
+class RolledBack(DatabaseError):
+    """The database undid the transaction (a deadlock, say): nothing was written, and the call may be repeated."""
+
+
+class ConnectionLost(RolledBack):
+    """The connection to the database's server was lost: nothing was written, and the call may be repeated."""
+
+    away: float = 0.0
+    """seconds since the server was last heard of"""
+
+
+class OutcomeUnknown(DatabaseError):
+    """The connection was lost during a commit; whether anything was written cannot be found out."""
 
 
 class StorageError(Infrastructure, OSError):

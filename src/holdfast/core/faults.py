@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 POINTS: dict[str, str] = {
     "experiment.path-made": "the experiment's folder exists, its database rows do not",
+    "experiment.database-drafted": "a new SQLite database is complete beside its place, which is empty",
     "experiment.rows-made": "the database rows exist, experiment.json does not",
     "lease.database-taken": "the lease is taken in the database, not in the path",
     "proposal.committed": "a proposal, its trial and first attempt are committed, not submitted",
@@ -27,7 +28,13 @@ POINTS: dict[str, str] = {
     "restore.lease-taken": "a restore holds the lease and has changed nothing else",
     "restore.reconciled": "dead attempts are closed, the plan is not applied",
     "restore.planned": "the plan is applied, nothing is submitted",
+    "journal.behind": "rows are committed that the journal does not hold",
+    "journal.written": "the journal holds every row, nobody has been told",
+    "journal.compacted": "the journal was written anew as one segment, the old ones are there",
     "search.finished": "every trial ended, the lease is not released",
+    "upgrade.backed-up": "a database's backup is in place, its schema is the old one",
+    "upgrade.migrated": "the new schema is written, not committed",
+    "upgrade.committed": "the new schema is committed, nobody has been told",
 }
 
 _hook: Callable[[str], None] | None = None

@@ -63,12 +63,16 @@ class Ledger:
     counts: Counter[TrialStatus] = field(default_factory=Counter)
     highest: int = -1
     """the last trial's number"""
+    proposed: int = 0
+    """how many of the trials came from the proposer"""
 
     def update(self, trial: Trial, *, fresh: bool = True) -> None:
         """Take in a trial's row; ``fresh`` rows changed in this run (an old error does not fail fast again)."""
         before = self.statuses.get(trial.number)
         if before is not None:
             self.counts[before] -= 1
+        elif trial.source == "proposed":
+            self.proposed += 1
         self.statuses[trial.number] = trial.status
         self.counts[trial.status] += 1
         self.highest = max(self.highest, trial.number)
@@ -105,10 +109,16 @@ class Ledger:
 
 
 def decide(ledger: Ledger, now: datetime) -> Action:
-    """Return the next action: waiting trials by number first, then proposals, never more than ``max_concurrent`` at once."""
+    """Return the next action: waiting trials by number first, then proposals, never more than ``max_concurrent`` at once.
+
+    A queued trial runs once it is due, also when the number of trials is used up; the search waits for one that is due
+    later before it is done. Only a halt, and a time budget that is used up, leave waiting trials as they are.
+    """
     if ledger.halt is not None:
         return Wait() if ledger.running else Done(ledger.halt)
-    closed = ledger.budget.closed(trials=ledger.total, active_seconds=ledger.active_seconds, best=ledger.best)
+    closed = ledger.budget.closed(
+        trials=ledger.total, proposed=ledger.proposed, active_seconds=ledger.active_seconds, best=ledger.best
+    )
     out_of_time = closed is not None and ledger.budget.time_budget is not None
     out_of_time = out_of_time and ledger.active_seconds >= (ledger.budget.time_budget or 0.0)
     if len(ledger.running) >= ledger.max_concurrent:

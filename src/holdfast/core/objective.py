@@ -49,6 +49,35 @@ def scores(metrics: Mapping[str, Json], objectives: Sequence[Objective]) -> list
     return finite if len(finite) == len(objectives) else None
 
 
+def pareto(points: Sequence[Sequence[float]], objectives: Sequence[Objective]) -> list[int]:
+    """Return the places of the points that no other one dominates, ascending; equal points stand or fall together.
+
+    A point dominates another when it is nowhere worse and somewhere better. In lexicographic order a dominator comes first,
+    so that each point is compared with the front so far alone; with two objectives with its last point, which is the best by
+    the second one.
+    """
+    signs = [1.0 if objective.direction is Direction.MIN else -1.0 for objective in objectives]
+    costs = [tuple(sign * value for sign, value in zip(signs, point, strict=True)) for point in points]
+    front: list[tuple[float, ...]] = []
+    kept = []
+    for place in sorted(range(len(costs)), key=costs.__getitem__):
+        cost = costs[place]
+        if front and front[-1] == cost:
+            kept.append(place)
+            continue
+        rivals = front[-1:] if len(signs) <= 2 else reversed(front)
+        if not any(all(ours <= theirs for ours, theirs in zip(other, cost, strict=True)) for other in rivals):
+            front.append(cost)
+            kept.append(place)
+    return sorted(kept)
+
+
 def missing(metrics: Mapping[str, Json], objectives: Sequence[Objective]) -> list[str]:
-    """Return the names of the objectives that have no number in ``metrics`` (NaN is a number)."""
-    return [objective.name for objective in objectives if score(metrics, objective) is None]
+    """Return the names of the objectives that are not in ``metrics``."""
+    return [objective.name for objective in objectives if objective.name not in metrics]
+
+
+def no_numbers(metrics: Mapping[str, Json], objectives: Sequence[Objective]) -> dict[str, Json]:
+    """Return the values of the objectives that are in ``metrics`` and no numbers (NaN is one, a bool is none)."""
+    given = [objective for objective in objectives if objective.name in metrics]
+    return {objective.name: metrics[objective.name] for objective in given if score(metrics, objective) is None}

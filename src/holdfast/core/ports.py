@@ -22,7 +22,9 @@ class Proposer(Protocol):
     def observe(self, trial: Trial) -> None:
         """Take in a trial as it stands.
 
-        Called for every stored trial in number order on a rebuild, and again whenever one of them changes. PENDING and
+        Called for every stored trial in number order on a rebuild, and again whenever one of them changes. Numbers below 0
+        are trials merged from other experiments; what has another ``source`` than proposed was not asked for by
+        :meth:`propose`, and stands between proposals whose numbers are then not dense. PENDING and
         RUNNING ones count as running with their parameters; COMPLETED and PRUNED ones with finite values of every
         objective count as results; all others are known to have been tried, without a result.
         """

@@ -54,6 +54,8 @@ class _Numeric(_Parameter):
         low, high, step = (getattr(self, name) for name in ("low", "high", "step"))
         if low > high:
             raise ValueError(f"low ({low}) is above high ({high}); swap them")
+        if not _is_finite(high - low):  # samplers and grids need the width as a float
+            raise ValueError(f"low ({low!r:.24}) and high ({high!r:.24}) are too far apart; narrow them")
         if getattr(self, "log", False):
             if low <= 0:
                 raise ValueError(f"log: true needs low above 0, not {low}; raise low or drop log")
@@ -78,7 +80,7 @@ class FloatParameter(_Numeric):
     default: Number | None = None
 
     def problem(self, value: Scalar) -> str | None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
             return "is no finite number"
         if not self.low <= value <= self.high:
             return f"is outside [{self.low}, {self.high}]"
@@ -89,7 +91,7 @@ class FloatParameter(_Numeric):
         return None
 
     def coerce(self, value: Scalar) -> Scalar:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) and _is_finite(value) else value
 
 
 class IntParameter(_Numeric):
@@ -113,6 +115,13 @@ class IntParameter(_Numeric):
 
     def coerce(self, value: Scalar) -> Scalar:
         return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the range of floats
+        return False
 
 
 def _same(left: Scalar, right: Scalar) -> bool:
@@ -234,10 +243,39 @@ class Space(RootModel[dict[str, Parameter]]):
             if reason := parameter.problem(value):
                 raise InvalidConfig(f"config: {name} = {config[name]!r} {reason}")
             result[name] = value
-        unknown = sorted(set(config) - set(self.root))
-        if unknown:
-            raise InvalidConfig(f"config names {', '.join(map(repr, unknown))}; allowed: {', '.join(self.root) or 'nothing'}")
+        self._refuse_unknown(config)
         return result
+
+    def _refuse_unknown(self, config: Mapping[str, Scalar]) -> None:
+        unknown = sorted(map(repr, set(config) - set(self.root)))
+        if unknown:
+            raise InvalidConfig(f"config names {', '.join(unknown)}; allowed: {', '.join(self.root) or 'nothing'}")
+
+    def completed(self, config: Mapping[str, Scalar]) -> Config | None:
+        """Return another space's ``config`` in this one: what it lacks has its default, or is a constant's value.
+
+        None when an active parameter that it lacks has no default; InvalidConfig for what has no place here.
+        """
+        known: Config = {}
+        lacking = False
+        for name, parameter in self.root.items():
+            if not self.is_active(name, known):
+                continue
+            if name in config:
+                known[name] = parameter.coerce(config[name])
+            elif isinstance(parameter, ConstantParameter):
+                known[name] = parameter.value
+            elif parameter.default is not None:
+                known[name] = parameter.coerce(parameter.default)
+            else:
+                lacking = True
+        if not lacking:
+            return self.validate_config({**config, **known})
+        self._refuse_unknown(config)
+        for name, value in known.items():
+            if reason := self.root[name].problem(value):
+                raise InvalidConfig(f"config: {name} = {value!r} {reason}")
+        return None
 
     def difference(self, other: Space) -> list[str]:
         """Return one line for each parameter that differs from ``other`` (ours first), in declared order; [] when equal."""
@@ -258,8 +296,31 @@ def _show(parameter: Parameter | None) -> str:
 
 
 def config_text(config: Mapping[str, Scalar]) -> str:
-    """Return the canonical JSON of a validated config: equal configs, equal text, whatever their key order."""
+    """Return the canonical JSON of a validated config: equal configs, equal text, whatever their key order.
+
+    InvalidConfig when something in it is no value of any parameter.
+    """
+    for name, value in config.items():
+        what = _no_scalar(value) or _no_text(name) or _no_text(value)
+        if what is not None or not isinstance(name, str):
+            raise InvalidConfig(
+                f"parameter {name!r} is {what or 'not named by text'}; "
+                "allowed are finite numbers, true, false, null and Unicode text"
+            )
     return dumps(dict(config))
+
+
+def _no_text(value: object) -> str | None:
+    """Return a string that is no Unicode (an undecodable file name, say), else None."""
+    return repr(value) if isinstance(value, str) and not value.isascii() and _has_surrogates(value) else None
+
+
+def _has_surrogates(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def config_digest(config: Mapping[str, Scalar]) -> str:

@@ -120,6 +120,9 @@ class ExperimentSpec(Section):
         description="metrics that count, each min or max; the first one decides what is best"
     )
     space: Space = Field(description="parameters by name: float, int, categorical or constant")
+    merge: tuple[str, ...] = Field(
+        default=(), description="names or UUIDs of experiments in the same database whose trials warm this one up"
+    )
     search: SearchSection = SearchSection()
     stopping: StoppingSection = StoppingSection()
     checkpoints: CheckpointConfig = CheckpointConfig()
@@ -150,6 +153,16 @@ class ExperimentSpec(Section):
         if not storage.strip():
             raise ValueError("the storage is empty; name a folder")
         return storage
+
+    @field_validator("merge")
+    @classmethod
+    def _each_once(cls, merge: tuple[str, ...]) -> tuple[str, ...]:
+        for name in merge:
+            if not name.strip():
+                raise ValueError("merge holds an empty name; name experiments")
+            if merge.count(name) > 1:
+                raise ValueError(f"merge names {name!r} more than once; name each experiment once")
+        return merge
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from holdfast.core.errors import Conflict
-from holdfast.core.values import Config, Metrics
+from holdfast.core.values import Config, Json, Metrics
 
 
 class TrialStatus(StrEnum):
@@ -164,8 +164,15 @@ class Trial:
     step: int | None = None
     """the last canonical step"""
     ts_start: datetime | None = None
+    source: str = "proposed"
+    """where its config came from: proposed, queued or merged"""
     origin: str | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
+    """NAME#NUMBER@UUID of the trial that it was merged from"""
+    group: int | None = None
+    """number of the first of the trials that repeat one config; None: it stands alone"""
+    repeat: int = 0
+    """place within the group"""
+    metadata: dict[str, Json] = field(default_factory=dict)
 
     @property
     def error(self) -> ErrorInfo | None:

@@ -62,7 +62,7 @@ def tagged(value: Json) -> Json:
         return {_TAG: "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"}
     if isinstance(value, dict):
         return {key: tagged(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [tagged(item) for item in value]
     return value
 
@@ -107,6 +107,23 @@ def strict(value: Json) -> Json:
     if isinstance(value, (list, tuple)):
         return [strict(item) for item in value]
     return value
+
+
+LONGEST_MESSAGE, LONGEST_TRACE = 10_000, 100_000
+"""Bytes that are kept of an error's message and traceback."""
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return ``text`` in at most ``limit`` bytes of UTF-8: a longer one keeps its head and twice as much of its tail."""
+    if len(text) <= limit // 10:  # an escaped surrogate has six bytes, so nothing has more than that
+        return text
+    data = text.encode("utf-8", "backslashreplace")
+    if len(data) <= limit:
+        return text
+    note = f"\n[... {len(data) - limit} or more bytes left out ...]\n"
+    room = max(limit - len(note), 0)
+    head, tail = data[: room // 3], data[len(data) - (room - room // 3) :]
+    return head.decode("utf-8", "ignore") + note + tail.decode("utf-8", "ignore")
 
 
 def digest(text: str) -> str:

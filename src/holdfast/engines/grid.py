@@ -11,7 +11,9 @@ from holdfast.engines.values import nth_value
 
 
 class GridProposer:
-    """Gives trial ``number`` the point ``number % points``: the samples of a point are whole passes apart.
+    """Gives its ``n``-th proposal the point ``n % points``: the samples of a point are whole passes apart.
+
+    What was queued or merged is none of its proposals: it neither takes a point away nor adds one.
 
     A parameter that is inactive under a point's earlier values adds no combinations, so no point comes twice. Points are
     counted, never listed: a grid of any size costs nothing until it is walked.
@@ -26,14 +28,17 @@ class GridProposer:
         self._referred = {other for parameter in space.parameters.values() for other in parameter.when or {}}
         self.points = self._count(0, {})
         self.size = self.points * samples
+        self._others: set[int] = set()
 
     def observe(self, trial: Trial) -> None:
-        """Nothing that was tried changes the grid."""
+        if trial.number >= 0 and trial.source != "proposed":
+            self._others.add(trial.number)
 
     def propose(self, number: int) -> Config:
-        if self.size is None or not 0 <= number < self.size:
-            raise InvalidInput(f"the grid has {self.size} trials, numbered from 0; there is no number {number}")
-        rest = number % self.points
+        place = number - sum(other < number for other in self._others)
+        if self.size is None or not 0 <= place < self.size:
+            raise InvalidInput(f"the grid has {self.size} trials, numbered from 0; there is no number {place}")
+        rest = place % self.points
         config: Config = {}
         for place, name in enumerate(self._names):
             if self._space.is_active(name, config):

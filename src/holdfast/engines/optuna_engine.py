@@ -52,6 +52,8 @@ class TPEProposer:
             if (distribution := distribution_of(parameter)) is not None
         }
         self._standings: dict[int, _Standing] = {}
+        self._merged = 0
+        """how many of them have numbers below 0"""
         self._study: _Study | None = None
 
     def observe(self, trial: Trial) -> None:
@@ -59,11 +61,14 @@ class TPEProposer:
         before = self._standings.get(trial.number)
         if standing == before:
             return
-        expected = before is not None or trial.number == len(self._standings)
+        if before is None and trial.number < 0:
+            self._merged += 1
+            self._study = None  # it comes before all others
+        expected = before is not None or trial.number == len(self._standings) - self._merged
         self._standings[trial.number] = standing
         if self._study is None:
             return
-        if not expected or not self._study.follow(trial.number, before, standing):
+        if not expected or not self._study.follow(trial.number + self._merged, before, standing):
             self._study = None
 
     def propose(self, number: int) -> Config:
@@ -90,7 +95,7 @@ class TPEProposer:
 
 
 class _Study:
-    """An Optuna study whose trial numbers are ours, and a second one whose only trial lends its id to samplers."""
+    """An Optuna study of our trials in their order, merged ones first, and one whose only trial lends its id to samplers."""
 
     def __init__(self, objectives: Sequence[Objective], distributions: dict[str, BaseDistribution], space: Space) -> None:
         self._storage = optuna.storages.InMemoryStorage()
@@ -120,14 +125,14 @@ class _Study:
         self._storage.create_new_trial(self._id, template_trial=trial)
         self._count += 1
 
-    def follow(self, number: int, before: _Standing | None, now: _Standing) -> bool:
+    def follow(self, place: int, before: _Standing | None, now: _Standing) -> bool:
         """Take over a change; False when only a rebuild can (a trial that had ended in the study runs again)."""
         if before is None:
             self.add(now)
             return True
         if before.state is not TrialState.RUNNING or before.config != now.config:
             return False
-        identity = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
+        identity = self._storage.get_trial_id_from_study_id_trial_number(self._id, place)
         self._storage.set_trial_state_values(identity, now.state, now.values)
         return True
 

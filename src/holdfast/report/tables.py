@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -25,8 +25,8 @@ COLOURS = {
 
 
 def brief(value: object) -> str:
-    """Return a value as short text: floats with five significant digits."""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    """Return a value as short text that can be printed: floats with five significant digits."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def config_words(trial: Trial) -> str:
@@ -48,10 +48,9 @@ def trial_json(trial: Trial) -> dict[str, Any]:
     }
 
 
-def show_json(experiment: Experiment) -> dict[str, Any]:
-    """Return an experiment as ``show --json`` prints it."""
+def summary_json(experiment: Experiment) -> dict[str, Any]:
+    """Return what is known of an experiment without reading its trials."""
     lease = experiment.lease
-    best = experiment.best_trial()
     return {
         "name": experiment.name,
         "id": experiment.id,
@@ -59,8 +58,13 @@ def show_json(experiment: Experiment) -> dict[str, Any]:
         "path": str(experiment.path),
         "epoch": lease.epoch,
         "trials": {status.value: count for status, count in experiment.counts().items()},
-        "best": None if best is None else trial_json(best),
     }
+
+
+def show_json(experiment: Experiment) -> dict[str, Any]:
+    """Return an experiment as ``show --json`` prints it."""
+    best = experiment.best_trial()
+    return {**summary_json(experiment), "best": None if best is None else trial_json(best)}
 
 
 def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -100,18 +104,44 @@ def trials_table(trials: Sequence[Trial], objectives: Sequence[Objective], *, ti
     table.add_column("config", overflow="fold")
     for trial in trials:
         colour = COLOURS.get(trial.status, "")
-        words = config_words(trial)
-        if trial.error is not None and trial.status not in SCORED:
-            words += f"  {trial.error.kind}: {trial.error.message.splitlines()[0] if trial.error.message else ''}"
-        table.add_row(
-            str(trial.number),
-            f"[{colour}]{trial.status.value}[/]" if colour else trial.status.value,
-            *(brief(trial.metrics.get(objective.name, "")) for objective in objectives),
-            "" if trial.step is None else str(trial.step),
-            str(trial.attempts),
-            escape(words),
-        )
+        number, status, *numbers, words = _cells(trial, objectives)
+        table.add_row(number, f"[{colour}]{status}[/]" if colour else status, *numbers, escape(words))
     return table
+
+
+def _cells(trial: Trial, objectives: Sequence[Objective]) -> list[str]:
+    """Return a trial as the columns of a table."""
+    words = config_words(trial)
+    if trial.error is not None and trial.status not in SCORED:
+        words += f"  {trial.error.kind}: {trial.error.message.splitlines()[0] if trial.error.message else ''}"
+    return [
+        str(trial.number),
+        trial.status.value,
+        *(brief(trial.metrics.get(objective.name, "")) for objective in objectives),
+        "" if trial.step is None else str(trial.step),
+        str(trial.attempts),
+        words,
+    ]
+
+
+def trial_lines(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Iterator[str]:
+    """Yield trials as the lines of a plain table, one each: what a pipe gets, and a table that is too long to be drawn."""
+    header = ["trial", "status", *(objective.name for objective in objectives), "step", "attempts", "config"]
+    rows = [header, *(_cells(trial, objectives) for trial in trials)]
+    rows = [[cell if cell.isprintable() else _printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        number, status, *numbers, words = row
+        padded = [number.rjust(widths[0]), status.ljust(widths[1])]
+        padded += [cell.rjust(width) for cell, width in zip(numbers, widths[2:-1], strict=True)]
+        yield f"{'  '.join(padded)}  {words}".rstrip()
+
+
+def _printable(text: str) -> str:
+    """Return ``text`` with what would break a line, or cannot be printed, escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode() for letter in text
+    )
 
 
 def leaderboard(trials: Sequence[Trial], objectives: Sequence[Objective], *, rows: int = 5) -> Table:

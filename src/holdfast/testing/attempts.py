@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,9 +13,11 @@ from holdfast.core.errors import (
     AlreadyFinished,
     Conflict,
     Fenced,
+    HoldfastError,
     InvalidInput,
     LeaseHeld,
 )
+from holdfast.core.seeding import trial_seed
 from holdfast.core.trial import Outcome, TrialStatus
 from holdfast.storage.database import experiments, requests
 from holdfast.storage.database.attempts import AttemptWriter, Saved
@@ -48,6 +52,7 @@ class AttemptContract:
         saved = Saved(path="late", digest="d", bytes=1)
         writes: dict[str, Callable[[], object]] = {
             "propose": lambda: driver.propose({"x": 0.9}, state=b"s"),
+            "start": lambda: driver.start({"x": 0.9}, token="late", state=b"s"),
             "end": lambda: driver.end(writer.attempt, Ending(outcome=Outcome.COMPLETED, metrics={"loss": 0.0})),
             "end, retry": lambda: driver.end(writer.attempt, FAILED, retry=True),
             "skip": lambda: driver.skip([rows[waiting]]),
@@ -160,6 +165,40 @@ class AttemptContract:
         lab.epoch = 2
         assert lab.claim(0).fail(FAILED, max_failures=1) is TrialStatus.PENDING
         assert lab.claim(0).fail(FAILED, max_failures=1) is TrialStatus.FAILED
+
+    def test_a_trial_that_starts_at_once_is_as_one_that_was_claimed(self, lab: Lab) -> None:
+        class Child:
+            host, pid, started = "here", 7, "then"
+
+        number = lab.driver.propose({"x": 0.5}, state=b"s")
+        attempt = lab.trial(number).attempt.id
+        options: dict[str, Any] = {"token": "t", "process": Child(), "flow_run_id": "flow", "task_run_id": "task"}
+        writers = [
+            AttemptWriter.claim(lab.database, lab.id, 1, attempt, **options),
+            lab.driver.start({"x": 0.5}, state=b"s", **options),
+        ]
+        trials = lab.reader.trials()
+        assert [trial.number for trial in trials] == [0, 1]
+        assert [(trial.status, trial.attempts, trial.config_id) for trial in trials] == [
+            (TrialStatus.RUNNING, 1, trials[0].config_id)
+        ] * 2
+        first, second = (replace(trial.attempt, id=0, started=None) for trial in trials)
+        assert first == second
+        assert [trial.seed for trial in trials] == [trial_seed(lab.record.seed, place) for place in range(2)]
+        assert [row[1:3] for row in dump(lab.database)["proposer_state"]] == [(0, b"s"), (1, b"s")]
+        for writer in writers:
+            writer.check()
+            lab.save(writer, 0)
+            lab.end(writer, loss=1.0)
+        assert lab.reader.counts() == {TrialStatus.COMPLETED: 2}
+        assert lab.driver.propose({"x": 0.5}) == 2
+
+    def test_what_cannot_start_leaves_nothing(self, lab: Lab) -> None:
+        before = dump(lab.database)
+        with pytest.raises(HoldfastError):
+            lab.driver.start({"x": 0.1}, token=object())  # type: ignore[arg-type]  # no value for the last statement
+        assert dump(lab.database) == before
+        assert lab.driver.start({"x": 0.5}, token="t").number == 1
 
     def test_a_cancelled_attempt_is_not_retried(self, lab: Lab) -> None:
         ending = Ending(outcome=Outcome.CANCELLED)

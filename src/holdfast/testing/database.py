@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -29,22 +30,28 @@ from holdfast.core.errors import (
     InvalidStep,
     NotStorable,
 )
-from holdfast.core.trial import ErrorInfo, Outcome, TrialStatus
-from holdfast.core.values import Config
-from holdfast.storage.database import experiments
+from holdfast.core.trial import ERRORED, SCORED, ErrorInfo, Outcome, TrialStatus
+from holdfast.core.values import Config, Metrics
+from holdfast.storage.database import experiments, requests
 from holdfast.storage.database.attempts import AttemptWriter, Saved
-from holdfast.storage.database.driver import Ending, add_trial
+from holdfast.storage.database.driver import Driver, Ending, add_trial
 from holdfast.storage.database.engine import Statement, Transaction
+from holdfast.storage.database.loading import load
 from holdfast.testing import racing
 from holdfast.testing.attempts import AttemptContract
 from holdfast.testing.lab import FAILED, TYPED, Lab, dump, same
+from holdfast.testing.queueing import QueueContract
 from holdfast.testing.racing import Racers, url_of
 from holdfast.testing.samples import sample_spec
 
 PROCESSES = 8
 
 
-class DatabaseContract(AttemptContract):
+def sorted_by_key(metrics: Metrics | None) -> Metrics | None:
+    return None if metrics is None else dict(sorted(metrics.items()))
+
+
+class DatabaseContract(AttemptContract, QueueContract):
     """What every database keeps. Give the fixture ``database``."""
 
     @pytest.fixture(scope="class")
@@ -109,6 +116,46 @@ class DatabaseContract(AttemptContract):
             writer.save(step, Saved(path="p", digest="d", bytes=1))
         assert dump(lab.database) == before
 
+    @pytest.mark.parametrize(
+        "value",
+        [math.nan, math.inf, -math.inf, {1, 2}, object(), b"x", [1.0], {"a": 1}, "caf\udce9"],
+        ids=["nan", "inf", "-inf", "set", "object", "bytes", "list", "dict", "surrogate"],
+    )
+    def test_a_config_that_is_none_is_refused_and_nothing_is_written(self, lab: Lab, value: Any) -> None:
+        before = dump(lab.database)
+        with pytest.raises(InvalidInput, match="'x'"):
+            lab.driver.propose({"good": 1.0, "x": value})
+        with pytest.raises(InvalidInput):
+            lab.driver.propose({3: 1.0})  # type: ignore[dict-item]  # what else it is given
+        assert dump(lab.database) == before
+
+    @pytest.mark.parametrize("unknown", [-1, 10**9, 2**63, -(2**70)])
+    def test_ids_that_nothing_has_are_refused_and_nothing_is_written(self, lab: Lab, unknown: int) -> None:
+        writer = lab.started()
+        before = dump(lab.database)
+        calls: dict[str, Callable[[], object]] = {
+            "claim": lambda: AttemptWriter.claim(lab.database, lab.id, 1, unknown, token="t"),
+            "end": lambda: lab.driver.end(unknown, FAILED),
+            "skip": lambda: lab.driver.skip([unknown]),
+            "cancel": lambda: lab.driver.cancel(unknown),
+            "rerun": lambda: lab.driver.rerun(unknown, restart=False),
+            "reject": lambda: lab.driver.reject({unknown: "bad"}),
+            "forget": lambda: writer.forget([unknown]),
+            "request": lambda: requests.request_cancel(lab.database, lab.id, unknown),
+            "note": lambda: requests.note(lab.database, unknown, "noted", {}),
+            "driver": lambda: Driver(lab.database, unknown, 1, seed=1).propose({"x": 0.5}),
+        }
+        for name, call in calls.items():
+            with pytest.raises(HoldfastError):
+                call()
+            assert dump(lab.database) == before, name
+        assert lab.reader.trials(first=10**9) == []
+
+    def test_text_that_no_database_holds_finds_nothing(self, lab: Lab) -> None:
+        for name in ("caf\udce9", "nul\0"):
+            with suppress(HoldfastError):  # refused is as good
+                assert experiments.by_name(lab.database, name) is None
+
     def test_configs_and_seeds_come_back(self, lab: Lab) -> None:
         config: Config = {"f": 1.0, "i": 1, "b": True, "n": None, "s": "ü'\"\\", "$float": "NaN"}
         number = lab.driver.propose(config)
@@ -149,6 +196,17 @@ class DatabaseContract(AttemptContract):
         assert (found.error.kind, found.error.message) == ("ValueError", "in caf\\udce9.py")
         assert found.error.traceback == 'File "caf\\udce9.py", line 1\nValueError: \\x00'
 
+    def test_a_long_error_keeps_its_head_and_tail(self, lab: Lab) -> None:
+        writer = lab.started()
+        error = ErrorInfo(kind="ValueError", message="a" * 10**6 + "z", traceback="a" * 10**6 + "\udce9" * 10**5 + "z")
+        writer.fail(Ending(outcome=Outcome.FAILED, error=error), max_failures=0)
+        found = lab.trial(0).error
+        assert found is not None
+        for kept, limit in ((found.message, 10_000), (found.traceback, 100_000)):
+            assert kept.startswith("aaa")
+            assert kept.endswith("z")
+            assert len(kept.encode()) <= limit
+
     def test_the_first_final_update_stands(self, lab: Lab) -> None:
         writer = lab.started()
         lab.end(writer, loss=1.0)
@@ -173,6 +231,37 @@ class DatabaseContract(AttemptContract):
         lab.end(writers[1], loss=1.0)
         lab.driver.end(writers[0].attempt, FAILED)
         assert [number for number, _ in lab.reader.ended_since(cursor)] == [1, 0]
+
+    def test_load_says_what_trials_say(self, lab: Lab) -> None:
+        overlaid, whole, pruned, failed, resumed, again, bare, _ = (lab.started(place / 10) for place in range(8))
+        lab.driver.propose({"x": 0.9})
+        for step in range(3):
+            overlaid.report(step, {**TYPED, "loss": float(step), "step": step})
+        lab.end(overlaid, loss=math.nan, final=2**60)
+        lab.end(whole, **TYPED)
+        pruned.report(0, {"loss": 3.0, "n": 1})
+        lab.end(pruned, Outcome.PRUNED)
+        failed.report(0, {"loss": 2.0})
+        failed.fail(FAILED, max_failures=0)
+        lab.save(resumed, 4, loss=4.0, note="x")
+        lab.driver.end(resumed.attempt, Ending(outcome=Outcome.PREEMPTED))
+        lab.end(lab.claim(4), final=0.5)  # its last report is its predecessor's
+        lab.save(again, 0, loss=1.0, gone=True)
+        lab.driver.end(again.attempt, Ending(outcome=Outcome.LOST))
+        lab.claim(5).report(1, {"loss": 0.25})
+        lab.driver.end(lab.trial(5).attempt.id, Ending(outcome=Outcome.COMPLETED))
+        lab.end(bare)
+        for first in (0, 1, 4, 6, 7):
+            listed = [trial for trial in lab.reader.trials(first=first) if trial.status in SCORED | ERRORED]
+            numbers, configs, found, statuses, origins = load(lab.reader, first=first)
+            assert numbers == [trial.number for trial in listed]
+            assert configs == [trial.config for trial in listed]
+            assert statuses == [trial.status for trial in listed]
+            assert origins == [trial.origin for trial in listed]
+            for trial, score in zip(listed, found, strict=True):
+                expected = trial.metrics if trial.status in SCORED else None
+                assert same(sorted_by_key(score), sorted_by_key(expected)), trial.number
+        assert load(lab.reader, first=4)[2] == [{"loss": 4.0, "note": "x", "final": 0.5}, {"loss": 0.25}, {}]
 
     def test_changes_since_a_seq(self, lab: Lab) -> None:
         writers = [lab.started(x) for x in (0.1, 0.2)]

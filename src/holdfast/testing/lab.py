@@ -17,7 +17,7 @@ from holdfast.storage.database.engine import Database
 from holdfast.storage.database.experiments import Record
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.reads import Reader
-from holdfast.storage.database.requests import _request
+from holdfast.storage.database.requests import begin_request
 from holdfast.storage.database.schema import metadata
 from holdfast.testing.samples import sample_spec
 
@@ -114,11 +114,23 @@ class Lab:
     def queue(self, start: datetime | None) -> int:
         """Add a trial as a person does, to be started at ``start``; return its number."""
         with self.database.write() as tx:
-            seq, _ = _request(tx, self.id)
+            seq, _ = begin_request(tx, self.id)
             return add_trial(tx, self.id, seq, {"x": 0.5}, seed=7, source="queued", ts_start=start)
 
     def claim(self, number: int, *, token: str = "token") -> AttemptWriter:
         return AttemptWriter.claim(self.database, self.id, self.epoch, self.trial(number).attempt.id, token=token)
+
+    def writer(self, number: int) -> AttemptWriter:
+        """Return the writer of a trial's running attempt, which was claimed with the token of :meth:`claim`."""
+        return AttemptWriter(
+            database=self.database,
+            experiment=self.id,
+            epoch=self.epoch,
+            attempt=self.trial(number).attempt.id,
+            trial=self.row(number),
+            number=self.trial(number).attempt.number,
+            token="token",
+        )
 
     def started(self, x: float = 0.5) -> AttemptWriter:
         """Propose a trial and claim its attempt."""

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from holdfast.core.errors import HoldfastError
+from holdfast.storage.database import queueing
 from holdfast.storage.database.attempts import AttemptWriter
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.engine import Database, connect
@@ -79,6 +80,12 @@ def propose(url: str, experiment: int, epoch: int, configs: list[dict[str, Any]]
     """Propose every config."""
     driver = Driver(connect(url), experiment, epoch, seed=1)
     return lambda: [driver.propose(config) for config in configs]
+
+
+def enqueue(url: str, experiment: int, config: dict[str, Any], repeats: int, times: int) -> Run:
+    """Queue a group of repeats so many times; return the numbers of each."""
+    database = connect(url)
+    return lambda: [queueing.enqueue(database, experiment, config, seed=1, repeats=repeats) for _ in range(times)]
 
 
 def claim(url: str, experiment: int, epoch: int, attempts: list[int], token: str) -> Run:

@@ -32,6 +32,9 @@ def sample_trial(
     attempt: int = 1,
     claimed: bool | None = None,
     ts_start: datetime | None = None,
+    source: str = "proposed",
+    group: int | None = None,
+    repeat: int = 0,
 ) -> Trial:
     """Return a trial as a store would; its attempt counts as claimed unless the trial is PENDING for the first time."""
     started = claimed if claimed is not None else status is not TrialStatus.PENDING
@@ -48,4 +51,7 @@ def sample_trial(
         metrics=found,
         step=0 if found else None,
         ts_start=ts_start,
+        source=source,
+        group=group,
+        repeat=repeat,
     )

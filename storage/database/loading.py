@@ -1,0 +1,81 @@
+"""Loading trials in bulk: numbers, configs, scores and statuses alone, without attempts, errors and processes."""
+
+from __future__ import annotations
+
+from sqlalchemy import text
+
+from holdfast.core.trial import ERRORED, SCORED, TrialStatus
+from holdfast.core.values import Config, Metrics, from_row, loads
+from holdfast.storage.database.engine import Statement
+from holdfast.storage.database.losses import repeatable
+from holdfast.storage.database.reads import _INHERITED, ALL, Reader, _inherit
+from holdfast.storage.database.rows import FINAL_STEP
+
+Columns = tuple[list[int], list[Config], list[Metrics | None], list[TrialStatus], list[str | None]]
+"""Numbers, configs, scores, statuses and origins of trials, in number order."""
+
+
+def _names(statuses: frozenset[TrialStatus]) -> str:
+    return ", ".join(f"'{status.value}'" for status in sorted(statuses))
+
+
+_LOADED = Statement(
+    text(
+        "SELECT t.number, t.status, c.body, t.current_attempt, t.origin FROM trial t JOIN config c ON c.id = t.config_id"
+        f" WHERE t.experiment_id = :experiment AND t.number >= :first AND t.status IN ({_names(SCORED | ERRORED)})"
+        " ORDER BY t.number"
+    )
+)
+
+_VALUES = (
+    "SELECT t.number, m.name, m.kind, m.number, m.text FROM trial t"
+    " JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
+    " JOIN report r ON r.attempt_id = a.id AND r.step = {step} JOIN metric m ON m.report_id = r.id"
+    f" WHERE t.experiment_id = :experiment AND t.number >= :first AND t.status IN ({_names(SCORED)})"
+)
+
+# The final record of each scored trial's current attempt.
+_FINALS = Statement(text(_VALUES.format(step=FINAL_STEP)))
+
+# What its last report says beyond that: looking a name up costs less than fetching a value that is overlaid.
+_LASTS = Statement(
+    text(
+        _VALUES.format(step="(SELECT MAX(x.step) FROM report x WHERE x.attempt_id = a.id AND x.step >= 0)")
+        + " AND NOT EXISTS (SELECT 1 FROM report f JOIN metric g ON g.report_id = f.id"
+        f" WHERE f.attempt_id = a.id AND f.step = {FINAL_STEP} AND g.name = m.name)"
+    )
+)
+
+_STATUSES = {status.value: status for status in TrialStatus}
+
+
+@repeatable
+def load(reader: Reader, *, first: int = 0) -> Columns:
+    """Return the trials with numbers from ``first`` that ended with or without scores, in three or four statements.
+
+    COMPLETED and PRUNED ones have their last canonical report, overlaid by the final record, as scores; FAILED and TIMED_OUT
+    ones None.
+    """
+    scope = {"experiment": reader.experiment, "first": first}
+    with reader.database.snapshot() as state:
+        rows = state.run(_LOADED, **scope)
+        lasts, finals = state.run(_LASTS, **scope), state.run(_FINALS, **scope)
+        retried = any(row[3] > 1 for row in rows)
+        inherited = state.run(_INHERITED, since=-1, last=ALL, **scope) if retried else []
+    scores: dict[int, Metrics] = {}
+    _inherit(inherited, scores, {})
+    for values in (lasts, finals):
+        for number, name, kind, value, words in values:
+            found = value if kind == "float" and value is not None else from_row(kind, value, words)
+            if number in scores:
+                scores[number][name] = found
+            else:
+                scores[number] = {name: found}
+    statuses = [_STATUSES[row[1]] for row in rows]
+    return (
+        [row[0] for row in rows],
+        loads(f"[{','.join([row[2] for row in rows])}]"),  # at once: a call costs more than what it parses
+        [scores.get(row[0], {}) if status in SCORED else None for row, status in zip(rows, statuses, strict=True)],
+        statuses,
+        [row[4] for row in rows],
+    )

@@ -1,0 +1,175 @@
+"""What changed in an experiment since a seq, read in one state of the database: the journal's source."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from sqlalchemy import text
+
+from holdfast.storage.database.engine import Database, Statement, Transaction
+from holdfast.storage.database.losses import repeatable
+from holdfast.storage.journal import Batch, Row, Rows
+
+
+def _sql(body: str) -> Statement:
+    return Statement(text(body))
+
+
+_HEAD = _sql(
+    "SELECT seq, uuid, name, spec, workdir, code_digest, copied_from, seed, created, active_seconds, stop_requested, ended,"
+    " spec_source, git_commit FROM experiment WHERE id = :experiment"
+)
+
+_TRIALS = _sql(
+    "SELECT t.number, t.status, c.body, t.seq, t.ended_seq, t.current_attempt, t.seed, t.group_number, t.repeat, t.created,"
+    " t.ts_start, t.source, t.origin, t.metadata, t.cancel_requested FROM trial t JOIN config c ON c.id = t.config_id"
+    " WHERE t.experiment_id = :experiment AND t.seq > :since ORDER BY +t.number"  # +: by the index of changes, not of numbers
+)
+
+_ATTEMPTS = _sql(
+    "SELECT t.number, a.number, c.body, p.number, a.parent_step, a.reason, a.note, a.created, a.epoch, a.claimed_by, a.started,"
+    " a.ended, a.outcome, a.error_kind, a.error, a.traceback, a.result, a.flow_run_id, a.task_run_id, a.host, a.pid,"
+    " a.pid_started FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN config c ON c.id = a.config_id"
+    " LEFT JOIN attempt p ON p.id = a.parent_id"
+    " WHERE t.experiment_id = :experiment AND t.seq > :since ORDER BY +t.number, a.number"
+)
+
+# What attempts write beside their trial's row belongs to trials that run, or have changed since. Once, at the beginning: it
+# looks at every trial.
+_LIVE = "t.experiment_id = :experiment AND (t.seq > :since OR t.status = 'RUNNING')"
+
+_REPORT = "t.number, a.number, r.step, r.seq, r.reported, r.decision, r.id, m.name, m.kind, m.number, m.text"
+_REPORTS = _sql(
+    f"SELECT {_REPORT} FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN report r ON r.attempt_id = a.id"
+    f" LEFT JOIN metric m ON m.report_id = r.id WHERE {_LIVE} AND r.seq > :since ORDER BY r.id, m.name"
+)
+
+# The same where the last row that was read is known: a look at the newest rows alone, however long the attempts are.
+# It is one of this experiment: ids of another one that is deleted are given again. CROSS JOIN keeps SQLite to this order.
+_NEW_REPORTS = _sql(
+    f"SELECT {_REPORT} FROM report r CROSS JOIN attempt a CROSS JOIN trial t LEFT JOIN metric m ON m.report_id = r.id"
+    " WHERE r.id > :last AND a.id = r.attempt_id AND t.id = a.trial_id AND t.experiment_id = :experiment AND r.seq > :since"
+    " ORDER BY r.id, m.name"
+)
+
+_TELEMETRY = "t.number, a.number, e.ts, e.name, e.kind, e.number, e.text, e.seq, e.id"
+_ALL_TELEMETRY = _sql(
+    f"SELECT {_TELEMETRY} FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN telemetry e ON e.attempt_id = a.id"
+    f" WHERE {_LIVE} AND e.seq > :since ORDER BY e.id"
+)
+_NEW_TELEMETRY = _sql(
+    f"SELECT {_TELEMETRY} FROM telemetry e CROSS JOIN attempt a CROSS JOIN trial t"
+    " WHERE e.id > :last AND a.id = e.attempt_id AND t.id = a.trial_id AND t.experiment_id = :experiment AND e.seq > :since"
+    " ORDER BY e.id"
+)
+
+_CHECKPOINTS = _sql(
+    "SELECT t.number, a.number, c.step, c.seq, c.path, c.digest, c.bytes, c.created, c.status, c.reason, c.pinned"
+    " FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN checkpoint c ON c.attempt_id = a.id"
+    f" WHERE {_LIVE} AND c.seq > :since ORDER BY t.number, a.number, c.step"
+)
+
+_CHECKPOINTS_OF = _sql(
+    "SELECT t.number, a.number, c.step, c.seq, c.path, c.digest, c.bytes, c.created, c.status, c.reason, c.pinned"
+    " FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN checkpoint c ON c.attempt_id = a.id"
+    " WHERE t.experiment_id = :experiment AND t.number = :number AND c.seq > :since ORDER BY a.number, c.step"
+)
+
+_RUNNING = _sql("SELECT number FROM trial WHERE experiment_id = :experiment AND status = 'RUNNING'")
+
+_STATES = _sql(
+    "SELECT number, body, seq FROM proposer_state WHERE experiment_id = :experiment AND seq > :since ORDER BY number"
+)
+
+_AUDIT = _sql(
+    "SELECT seq, epoch, happened, action, detail FROM audit WHERE experiment_id = :experiment AND seq > :since ORDER BY id"
+)
+
+_FIXED = ("uuid", "name", "seed", "created", "copied_from", "spec_source", "git_commit")
+
+
+class Outbox:
+    """Reads an experiment's changes, batch after batch."""
+
+    def __init__(self, database: Database, experiment: int) -> None:
+        self._database = database
+        self._experiment = experiment
+        self._reached = -2
+        self._last_report = 0
+        self._last_telemetry = 0
+        self._running: set[int] = set()
+        """numbers of the trials that ran when the last batch was read"""
+        self._spec = ""
+
+    @repeatable
+    def __call__(self, since: int) -> Batch:
+        """Return what changed after seq ``since``: -1 for everything."""
+        with self._database.snapshot() as state:
+            return self._batch(state, since)
+
+    def _batch(self, state: Transaction, since: int) -> Batch:
+        head = state.run(_HEAD, experiment=self._experiment)[0]
+        end, uuid, name, spec, workdir, code, copied, seed, created, active, stop, ended, source, commit = head
+        if end == since:
+            return Batch(start=since, end=end, rows={}, experiment={})
+        experiment: dict[str, Any] = {"active_seconds": active, "stop_requested": stop, "ended": ended}
+        if since == -1:
+            fixed = (uuid, name, seed, created, copied, source, commit)
+            experiment |= dict(zip(_FIXED, fixed, strict=True))
+        if since == -1 or spec != self._spec:
+            experiment |= {"spec": spec, "workdir": workdir, "code_digest": code}
+        scope = {"experiment": self._experiment, "since": since}
+        trials = _lists(state.run(_TRIALS, **scope))
+        changed = {row[0] for row in trials}
+        rows: Rows = {
+            "trial": trials,
+            "attempt": _lists(state.run(_ATTEMPTS, **scope)),
+            "report": self._reports(state, since),
+            "telemetry": self._telemetry(state, since),
+            "checkpoint": self._checkpoints(state, since, changed),
+            "proposer_state": [
+                [number, base64.b64encode(bytes(body)).decode(), seq] for number, body, seq in state.run(_STATES, **scope)
+            ],
+            "audit": _lists(state.run(_AUDIT, **scope)),
+        }
+        before = (
+            self._running if since == self._reached else {row[0] for row in state.run(_RUNNING, experiment=self._experiment)}
+        )
+        self._running = before.difference(changed) | {row[0] for row in trials if row[1] == "RUNNING"}
+        self._reached, self._spec = end, spec
+        return Batch(start=since, end=end, rows=rows, experiment=experiment)
+
+    def _checkpoints(self, state: Transaction, since: int, changed: set[int]) -> list[Row]:
+        scope = {"experiment": self._experiment, "since": since}
+        if since != self._reached:
+            return _lists(state.run(_CHECKPOINTS, **scope))
+        numbers = sorted(self._running | changed)
+        return [list(row) for number in numbers for row in state.run(_CHECKPOINTS_OF, **scope, number=number)]
+
+    def _reports(self, state: Transaction, since: int) -> list[Row]:
+        scope = {"experiment": self._experiment, "since": since}
+        if since == self._reached and self._last_report:
+            found = state.run(_NEW_REPORTS, **scope, last=self._last_report)
+        else:
+            found = state.run(_REPORTS, **scope)
+        rows: dict[int, Row] = {}
+        for *report, identity, name, kind, number, value in found:
+            row = rows.setdefault(identity, [*report, []])
+            if name is not None:
+                row[-1].append([name, kind, number, value])
+        self._last_report = max(rows, default=self._last_report)
+        return list(rows.values())
+
+    def _telemetry(self, state: Transaction, since: int) -> list[Row]:
+        scope = {"experiment": self._experiment, "since": since}
+        if since == self._reached and self._last_telemetry:
+            found = state.run(_NEW_TELEMETRY, **scope, last=self._last_telemetry)
+        else:
+            found = state.run(_ALL_TELEMETRY, **scope)
+        self._last_telemetry = max((row[-1] for row in found), default=self._last_telemetry)
+        return [list(row[:-1]) for row in found]
+
+
+def _lists(rows: list[tuple[Any, ...]]) -> list[Row]:
+    return [list(row) for row in rows]

@@ -1,0 +1,122 @@
+"""What an experiment's files say beyond its journal: manifests and results are durable before the journal follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from holdfast.core.space import config_digest
+from holdfast.core.trial import ACTIVE, TrialStatus
+from holdfast.core.values import Json, Metrics, loads
+from holdfast.storage.checkpoints.manifest import Manifest
+from holdfast.storage.database.rows import typed
+from holdfast.storage.folder import Folder, Identity
+from holdfast.storage.journal import Contents
+
+TOKEN = "recovered"
+"""The claim of an attempt that ran, as its files show, and whose claim the journal does not have."""
+
+Told = Sequence[Json]
+"""A report that the journal may lack: step, microseconds since 1970 UTC, decision, metrics."""
+
+
+class Checkpoints(Protocol):
+    def scan(self, trial: int) -> list[tuple[str, Manifest, str]]: ...
+
+
+def complete(contents: Contents, identity: Identity, folder: Folder, checkpoints: Checkpoints) -> int:
+    """Add to ``contents`` what the files of unfinished trials hold beyond it; return how many rows were added.
+
+    Only attempts that the journal knows are looked at: it is written before a trial is submitted. What is added gets the next
+    seq, so that it is new to whoever drives next.
+    """
+    recovery = _Recovery(contents, folder)
+    uuids = {identity.uuid, *identity.ancestors}
+    for (number,), trial in list(contents.tables["trial"].items()):
+        if trial["status"] in ACTIVE and number >= 0:
+            recovery.published(number, [item for item in checkpoints.scan(number) if item[1].experiment in uuids])
+            recovery.result(number, trial)
+    if recovery.added:
+        contents.end += 1
+    return recovery.added
+
+
+class _Recovery:
+    def __init__(self, contents: Contents, folder: Folder) -> None:
+        self._tables = contents.tables
+        self._folder = folder
+        self._seq = contents.end + 1
+        self._epoch = contents.epoch
+        self.added = 0
+
+    def published(self, number: int, found: Iterable[tuple[str, Manifest, str]]) -> None:
+        """Take in the published checkpoints of a trial's known attempts."""
+        for path, manifest, digest in found:
+            attempt = self._tables["attempt"].get((number, manifest.attempt))
+            key = (number, manifest.attempt, manifest.step)
+            if attempt is None or key in self._tables["checkpoint"]:
+                continue
+            parent = manifest.beside.get("parent")
+            if attempt["claimed_by"] is None and parent is not None:
+                attempt["parent"], attempt["parent_step"] = parent
+            created = int(manifest.beside.get("reported", attempt["created"]))
+            self._ran(number, attempt, created)
+            self._tables["checkpoint"][key] = {
+                "trial": number,
+                "attempt": manifest.attempt,
+                "step": manifest.step,
+                "seq": self._seq,
+                "path": path,
+                "digest": digest,
+                "bytes": manifest.size + len(manifest.to_bytes()),
+                "created": created,
+                "status": "valid",
+                "reason": "",
+                "pinned": 0,
+            }
+            self.added += 1
+            self._reports(number, manifest.attempt, manifest.beside.get("reports", []))
+            self._report(number, manifest.attempt, (manifest.step, created, "continue", manifest.metrics))
+
+    def result(self, number: int, trial: Mapping[str, Any]) -> None:
+        """Take in what the persisted result of a trial's current attempt says beside the result, if it is this config's."""
+        attempt = self._tables["attempt"][number, trial["current_attempt"]]
+        result = self._folder.result(number, attempt["number"])
+        if result is None or result.get("config", "") not in ("", config_digest(loads(attempt["config"]))):
+            return
+        self._ran(number, attempt, attempt["created"])
+        self._reports(number, attempt["number"], result.get("reports", []))
+
+    def _ran(self, number: int, attempt: dict[str, Any], started: int) -> None:
+        """Note that an attempt was claimed; its trial runs if it is the current one."""
+        trial = self._tables["trial"][number,]
+        if attempt["claimed_by"] is None:
+            attempt |= {"claimed_by": TOKEN, "epoch": self._epoch, "started": started}
+            self.added += 1
+        if attempt["number"] == trial["current_attempt"] and trial["status"] == TrialStatus.PENDING:
+            trial["status"] = TrialStatus.RUNNING.value
+        trial["seq"] = self._seq
+
+    def _reports(self, number: int, attempt: int, reports: Sequence[Told]) -> None:
+        for told in reports:
+            self._report(number, attempt, told)
+
+    def _report(self, number: int, attempt: int, told: Told) -> None:
+        step, reported, decision, metrics = told
+        key = (number, attempt, step)
+        if key not in self._tables["report"]:
+            self._tables["report"][key] = {
+                "trial": number,
+                "attempt": attempt,
+                "step": step,
+                "seq": self._seq,
+                "reported": reported,
+                "decision": decision,
+                "metrics": _rows(metrics),
+            }
+            self.added += 1
+
+
+def _rows(metrics: Metrics) -> list[list[Any]]:
+    rows = [typed(name, value) for name, value in metrics.items()]
+    return [[row["name"], row["kind"], row["number"], row["text"]] for row in rows]
