@@ -57,7 +57,7 @@ class Drive:
         self._done: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
         self._seq = -1
         self._task = run_trial.with_options()
-        self._task.result_storage = results_in(session.opened.folder.path)
+        self._task.result_storage = results_in(session.opened.folder)
         self._ticked = time.monotonic()
 
     def run(self) -> str:

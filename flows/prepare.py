@@ -92,7 +92,7 @@ def checked_spec(
     if isinstance(spec, (str, Path)):
         folder = Path(spec).absolute().parent
         checked = specfile.ExperimentSpec.from_file(spec, overrides)
-        source = specfile.without_password(Path(spec).read_text())
+        source = specfile.without_options(specfile.without_password(Path(spec).read_text()), checked)
         return checked, Origin(source=source, commit=git_commit(folder), workdir=str(folder))
     if overrides:
         raise SpecError("overrides change a spec that is read from a file; change the spec itself")
@@ -298,11 +298,11 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
         observer.opened(opened, restored=True)
         observer.planned(plan)
         return Restored(opened=opened, plan=plan, session=None)
-    check_storage(spec)
+    check_storage(spec.model_copy(update={"database": request.database or spec.database}))
     _refuse_held(opened, force=request.force)
     observer.preparing()
     pool = make_pool(spec)
-    probe(runnable(spec, opened.folder.path), pool, opened.record.workdir)
+    probe(runnable(spec, opened.folder), pool, opened.record.workdir)
     try:
         session = _take_over(opened, pool, request, changes, observer)
     except BaseException:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
-from holdfast.core.errors import CheckpointNotFound, Corrupt
+from holdfast.core.errors import CheckpointNotFound, Corrupt, StorageError
 from holdfast.core.resume import Action, Planned, ResumePolicy, Standing, plan_trial
 from holdfast.core.space import config_digest
 from holdfast.core.trial import ACTIVE, Attempt, Outcome, Trial, TrialStatus
 from holdfast.flows.session import Session
-from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import Folder
@@ -66,7 +67,7 @@ class Survey:
 
     def _newest(self, trial: Trial) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest checkpoint whose files are what its manifest says, and why newer ones are not."""
-        store = LocalCheckpoints(self._folder.path)
+        store = checkpoints_in(self._folder)
         reasons = []
         candidates = eligible(trial.attempt.number, self.attempts[trial.number], self._checkpoints.get(trial.number, []))
         for candidate in candidates:
@@ -115,6 +116,8 @@ def close_attempts(session: Session, survey: Survey, plan: Mapping[int, Planned]
     for trial in survey.trials:
         if trial.status is not TrialStatus.RUNNING:
             continue
+        with suppress(StorageError):  # only words, and only where its driver ran on this host
+            session.opened.folder.keep_log(trial.number, trial.attempt.number)
         session.runtime.checkpoints.sweep(trial.number, survey.valid_paths(trial.number))
         if plan[trial.number].action is Action.ADOPT:
             _adopt(session, trial)

@@ -27,16 +27,18 @@ def restore(
     restart_errored: bool = False,
     new_trials: bool = True,
     force: bool = False,
+    storage_options: dict[str, Any] | None = None,
 ) -> State[Any]:
     """Restore an experiment and drive it to the end of its budget.
 
     Args:
-        path: The experiment's folder.
+        path: The experiment's folder, or its URL on an object store.
         resume_unfinished: Go on with unfinished trials from their newest checkpoints; else leave them out.
         resume_errored: Go on with errored trials from their newest checkpoints.
         restart_errored: Begin errored trials again at step 0.
         new_trials: Propose new trials up to the budget.
         force: Take over from a holder that seems alive.
+        storage_options: An object store's, such as its endpoint; no credentials, because Prefect keeps parameters.
     """
     watcher = watcher_here()
     session = prepared.get()
@@ -44,7 +46,7 @@ def restore(
         policy = ResumePolicy.from_flags(
             resume_unfinished=resume_unfinished, resume_errored=resume_errored, restart_errored=restart_errored
         )
-        request = RestoreRequest(path=path, policy=policy, new_trials=new_trials, force=force)
+        request = RestoreRequest(path=path, policy=policy, new_trials=new_trials, force=force, storage_options=storage_options)
         restored = prepare_restore(request, watcher)
         if restored.session is None:
             return nothing_left(restored)

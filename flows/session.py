@@ -19,11 +19,12 @@ from holdfast.locate import Opened
 from holdfast.report.observer import Observer
 from holdfast.settings import visible_gpus
 from holdfast.storage import journal
-from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
+from holdfast.storage.folder import TRAINABLE, Folder
 from holdfast.storage.journal import JournalWriter
 from holdfast.storage.leasing import Claimant, Keeper, describe, take
 from holdfast.tasks.runtime import Runtime
@@ -63,6 +64,8 @@ class Session:
         self.keeper.abandon()
         if self.runtime.pool is not None:
             self.runtime.pool.close()
+        if not self.keeper.is_lost:
+            self.opened.folder.tidy()
         self.opened.close()
 
 
@@ -98,10 +101,18 @@ def make_pool(spec: ExperimentSpec) -> WorkerPool | None:
     return WorkerPool(spec.search.max_concurrent, cpu_per_trial=resources.cpu, gpus=gpus, gpus_per_trial=resources.gpu)
 
 
-def runnable(spec: ExperimentSpec, root: Path) -> ExperimentSpec:
-    """Return the spec with the trainable as a worker finds it: a pickled one lies in the experiment's folder."""
+def runnable(spec: ExperimentSpec, place: Folder | Path) -> ExperimentSpec:
+    """Return the spec with the trainable as a worker finds it: a pickled one lies in the experiment's folder.
+
+    From an object store it is fetched; Corrupt when it is not there.
+    """
     kind, _, rest = spec.trainable.partition(":")
-    return spec.model_copy(update={"trainable": f"pickle:{root / rest}"}) if kind == "pickle" else spec
+    if kind != "pickle":
+        return spec
+    if isinstance(place, Folder):
+        place.bring(TRAINABLE)
+    root = place.path if isinstance(place, Folder) else place
+    return spec.model_copy(update={"trainable": f"pickle:{root / rest}"})
 
 
 _PROBE_SECONDS = 2.0
@@ -145,12 +156,12 @@ def begin(
         uuid=opened.record.uuid,
         experiment=opened.record.id,
         epoch=keeper.epoch,
-        spec=runnable(opened.spec, opened.folder.path),
+        spec=runnable(opened.spec, opened.folder),
         workdir=opened.record.workdir,
         database=opened.database,
         reader=reader,
         folder=opened.folder,
-        checkpoints=LocalCheckpoints(opened.folder.path),
+        checkpoints=checkpoints_in(opened.folder),
         pool=pool,
         journal=writer,
     )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import Corrupt, ExperimentExists, ExperimentNotFound, LeaseHeld, StorageError
 from holdfast.core.values import Json, dumps, loads
-from holdfast.storage.atomic import is_draft
+from holdfast.storage.atomic import is_draft, make_folder, write_file
 from holdfast.storage.root import DAMAGE, LOCK, LocalRoot, Root, checked, damaged, join, open_root
 
 FORMAT = 1
@@ -21,6 +22,8 @@ IDENTITY = "experiment.json"
 LEASE = "lease.json"
 JOURNAL = "journal"
 TRAINABLE = "trainable.pkl"
+LONGEST_LOG = 4 << 20
+"""Bytes of an attempt's log that are kept on an object store: its end."""
 _PROBE = ".probe"
 _BY_THE_WAY = (LOCK, _PROBE, TRAINABLE)
 _OWN_IN_TRIAL = re.compile(r"(result-a\d+\.json|log-a\d+\.txt)(\.\d+)?")
@@ -91,6 +94,48 @@ class Folder:
     @property
     def is_local(self) -> bool:
         return isinstance(self.root, LocalRoot)
+
+    @property
+    def place(self) -> Path | str:
+        """The location as people name it: a path, or an object store's URL."""
+        return self.path if self.is_local else self.location
+
+    def bring(self, name: str) -> None:
+        """Have a file of the experiment under ``path``, where processes of this host read it; Corrupt when it is missing."""
+        if self.is_local:
+            return
+        content = self.root.read(name)
+        if content is None:
+            raise Corrupt(f"{join(self.location, name)} is missing; put it back")
+        make_folder(self.path)
+        write_file(self.path / name, content, durable=False)
+
+    def keep_log(self, number: int, attempt: int) -> None:
+        """Keep the end of an attempt's log on the object store, and not here any more; StorageError when it refuses."""
+        if self.is_local:
+            return
+        log = self.log_file(number, attempt)
+        with suppress(FileNotFoundError):
+            with log.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(max(size - LONGEST_LOG, 0))
+                text = stream.read(LONGEST_LOG)
+            left_out = f"[{size - len(text)} bytes left out]\n".encode() if size > len(text) else b""
+            if text:
+                self.root.write(f"{self.trial_name(number)}/{log.name}", left_out + text)
+            log.unlink()
+
+    def tidy(self) -> None:
+        """Remove what a remote experiment's work left on this host; what is in use, or unknown, stays."""
+        if self.is_local or not self.path.is_dir():
+            return
+        with suppress(OSError):
+            (self.path / TRAINABLE).unlink(missing_ok=True)
+        for folder in sorted((entry for entry in self.path.rglob("*") if entry.is_dir()), reverse=True):
+            with suppress(OSError):
+                folder.rmdir()
+        with suppress(OSError):
+            self.path.rmdir()
 
     def leftovers(self) -> list[str]:
         """Return what a creation that was cut off leaves without ``experiment.json``: the lock, the trainable, drafts."""
@@ -214,6 +259,8 @@ class Folder:
         self.root.delete_folder(JOURNAL)
         for name in (LEASE, *self.leftovers()):
             self.root.delete(name)
+        if self.path != Path(self.location):
+            shutil.rmtree(self.path, ignore_errors=True)  # where this host worked on it
         return [join(self.location, name) for name in self.root.names()]
 
 

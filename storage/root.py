@@ -23,7 +23,10 @@ def is_url(location: str | Path) -> bool:
 
 def absolute(location: str | Path) -> str:
     """Return a location without what depends on the working directory, and without a slash at its end."""
-    return str(location).rstrip("/") if is_url(location) else os.path.abspath(location)
+    if not is_url(location):
+        return os.path.abspath(location)
+    protocol, separator, rest = str(location).partition("://")
+    return protocol + separator + rest.rstrip("/")
 
 
 def parent_of(location: str) -> str:
@@ -48,8 +51,11 @@ class Root(Protocol):
     """
 
     location: str
-    conditional: bool
-    """whether :meth:`replace` and :meth:`create` hold between hosts"""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether :meth:`replace` holds between hosts."""
+        ...
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file as it is now, or None when there is none; never what a cache remembers."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path, PurePath
 
-from prefect.filesystems import LocalFileSystem
+from prefect.filesystems import LocalFileSystem, WritableFileSystem
 from pydantic import PrivateAttr
 
 from holdfast.core.errors import StorageError
 from holdfast.storage.atomic import make_folder, sync_folder, write_file
+from holdfast.storage.folder import Folder
+from holdfast.storage.root import Root
 
 
 class HoldfastResults(LocalFileSystem):
@@ -57,6 +59,48 @@ class HoldfastResults(LocalFileSystem):
         return Path(str(self.basepath)) / path  # Prefect's own resolves links, at the price of a stat for each part
 
 
-def results_in(folder: Path) -> HoldfastResults:
-    """Return the result storage of the experiment in ``folder``."""
-    return HoldfastResults(basepath=str(folder))
+class RemoteResults(WritableFileSystem):
+    """An experiment's prefix on an object store as Prefect result storage: a record is one PUT.
+
+    It has no fields: Prefect stores those, and the place knows credentials.
+    """
+
+    _block_type_name = "Holdfast Remote Results"
+    _block_type_slug = "holdfast-remote-results"
+
+    _root: Root = PrivateAttr()
+
+    def write_path(self, path: str, content: bytes, _sync: bool = True) -> str:  # type: ignore[override]  # as Prefect's engine calls it
+        if "/" in _inside(path):  # else one of Prefect's own keys, as above
+            self._root.write(path, content)
+        return path
+
+    async def awrite_path(self, path: str, content: bytes) -> str:
+        return self.write_path(path, content)
+
+    def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]  # as Prefect's engine calls it
+        found = self._root.read(_inside(path))
+        if found is None:
+            raise FileNotFoundError(f"there is no result {path}")
+        return found
+
+    async def aread_path(self, path: str) -> bytes:
+        return self.read_path(path)
+
+    def _resolve_path(self, path: str) -> None:
+        """Say that keys are what they are: Prefect would resolve them against the working directory."""
+
+
+def _inside(path: str) -> str:
+    if path.startswith("/") or ".." in path.split("/"):
+        raise StorageError(f"result key {path!r} leaves the experiment's folder")
+    return path
+
+
+def results_in(folder: Folder) -> HoldfastResults | RemoteResults:
+    """Return the result storage of an experiment."""
+    if folder.is_local:
+        return HoldfastResults(basepath=str(folder.path))
+    results = RemoteResults()
+    results._root = folder.root
+    return results

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from holdfast.core.errors import HoldfastError
 from holdfast.core.spec import ExperimentSpec
-from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.storage.checkpoints.ports import Checkpoints
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import Folder
@@ -28,7 +28,7 @@ class Runtime:
     database: Database
     reader: Reader
     folder: Folder
-    checkpoints: LocalCheckpoints
+    checkpoints: Checkpoints
     pool: WorkerPool | None
     """None with ``isolation: inline``"""
     journal: JournalWriter | None = None

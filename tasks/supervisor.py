@@ -11,11 +11,12 @@ from typing import Any, cast
 
 from holdfast.core import faults, retention
 from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.errors import CheckpointConflict
+from holdfast.core.errors import CheckpointConflict, CheckpointNotFound, Corrupt, Infrastructure
 from holdfast.core.values import Config, Metrics
 from holdfast.storage.checkpoints.local import Published
 from holdfast.storage.checkpoints.manifest import Kind, Manifest
 from holdfast.storage.database.attempts import AttemptWriter, Saved
+from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.rows import micros
 from holdfast.storage.recovery import Told
 from holdfast.tasks.runtime import Runtime
@@ -38,6 +39,8 @@ class Supervisor:
     reported: int | None = None
     resumed: Checkpoint | None = None
     _writer: AttemptWriter | None = None
+    _missed: list[Rejected] = field(default_factory=list)
+    """checkpoints that could not be brought here"""
     _told: list[tuple[int, Told]] = field(default_factory=list)
     """seq and content of each report that the journal may lack"""
 
@@ -53,12 +56,50 @@ class Supervisor:
             return None
         return next(known for known in self.candidates if known.path == candidate.path)
 
+    def fetched(self) -> tuple[Candidate, ...]:
+        """Return the checkpoints that the attempt may continue from, newest first; on an object store, the newest good one.
+
+        That one is here then; newer ones that are missing, torn or altered are rejected. StorageError passes.
+        """
+        if self.runtime.folder.is_local:
+            return tuple(candidate_of(checkpoint) for checkpoint in self.candidates)
+        for checkpoint in self.candidates:
+            try:
+                self.runtime.checkpoints.fetch(
+                    checkpoint.path,
+                    digest=checkpoint.digest,
+                    trial=self.trial,
+                    attempt=checkpoint.attempt,
+                    step=checkpoint.step,
+                )
+            except (Corrupt, CheckpointNotFound) as error:
+                self._missed.append(Rejected(candidate=candidate_of(checkpoint), reason=str(error)))
+            else:
+                return (candidate_of(checkpoint),)
+        return ()
+
+    def tidy(self) -> None:
+        """Remove what the ended attempt left on this host only, its log first kept with the experiment; failures are logged.
+
+        Nothing happens when somebody else runs the trial: it may be on this host, too.
+        """
+        if self.runtime.folder.is_local or self._writer is None or self.runtime.lost is not None:
+            return
+        try:
+            if Leases(self.runtime.database, self.runtime.experiment).look().epoch != self.runtime.epoch:
+                return
+            self.runtime.folder.keep_log(self.trial, self.attempt)
+            self.runtime.checkpoints.release(self.trial)
+        except (OSError, Infrastructure) as error:
+            self.logger.warning("the trial's log stays on this host: %s", error)
+
     def started(self, process: ProcessIdentity | None, resumed: Candidate | None, rejected: Sequence[Rejected]) -> None:
         """Claim the attempt for the process that is ready to run it, with what it really continues from.
 
         Raises AlreadyClaimed when another process runs it: user code has not been called then.
         """
         bad: dict[int, str] = {}
+        rejected = [*self._missed, *rejected]
         for rejection in rejected:
             checkpoint = self._checkpoint(rejection.candidate)
             if checkpoint is not None:

@@ -27,7 +27,7 @@ from holdfast.core.values import Metrics, tagged
 from holdfast.storage.database.attempts import AttemptWriter
 from holdfast.storage.database.driver import Ending
 from holdfast.tasks.runtime import Runtime, find
-from holdfast.tasks.supervisor import Supervisor, candidate_of, full_metrics
+from holdfast.tasks.supervisor import Supervisor, full_metrics
 from holdfast.tasks.workers.inline import run_inline
 from holdfast.tasks.workers.messages import Ended, Job
 
@@ -73,6 +73,8 @@ def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: 
         return _run(runtime, supervisor)
     except TrialFailure as failure:
         _commit_failure(runtime, supervisor.writer, failure)
+    finally:
+        supervisor.tidy()
 
 
 def _text(value: object) -> str | None:
@@ -80,8 +82,8 @@ def _text(value: object) -> str | None:
 
 
 def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any]:
-    job = make_job(runtime, supervisor)
     try:
+        job = make_job(runtime, supervisor)
         ended = run_inline(job, supervisor) if runtime.pool is None else runtime.pool.run(job, supervisor)
     except Infrastructure as error:
         # This is no fault of the trial's: the search is interrupted by it, and a restore goes on.
@@ -107,7 +109,7 @@ def make_job(runtime: Runtime, supervisor: Supervisor) -> Job:
         trainable=spec.trainable,
         workdir=runtime.workdir,
         root=str(runtime.folder.path),
-        candidates=tuple(candidate_of(checkpoint) for checkpoint in supervisor.candidates),
+        candidates=supervisor.fetched(),
         save_period=spec.checkpoints.save_period,
         saves=spec.checkpoints.saves,
         serializer=spec.checkpoints.serializer,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import S3
 from support import Lab, holdfast_environment
 from support_postgres import MISSING, Postgres, binaries
 
@@ -31,6 +32,14 @@ def prefect_url(prefect_home: Path) -> Iterator[str]:
         os.environ.clear()
         os.environ.update(before)
     yield server.url()
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server in a process of its own, or the one that HOLDFAST_TEST_S3_ENDPOINT names."""
+    server = S3.start()
+    yield server
     server.stop()
 
 

@@ -147,6 +147,9 @@ class Lab:
     folder: Path
     environment: Mapping[str, str]
     steps: int = 3
+    storage: str | None = None
+    """an object store's URL, or None for a local folder"""
+    options: Mapping[str, Any] | None = None
     running: list[Running] = field(default_factory=list)
     _runs: int = 0
 
@@ -169,6 +172,8 @@ class Lab:
             },
             "search": {"engine": "random", "num_trials": 4, "seed": 7, "max_concurrent": 1},
         }
+        if self.storage is not None:
+            data["storage"] = self.storage
         for key, value in changes.items():
             merge = key in ("search", "failure", "checkpoints") and isinstance(value, Mapping)
             data[key] = {**data.get(key, {}), **value} if merge else value
@@ -176,12 +181,20 @@ class Lab:
         file.write_text(yaml.safe_dump(data, sort_keys=False))
         return file
 
-    def path(self, name: str = "exp") -> Path:
-        return self.folder / "runs" / name
+    def path(self, name: str = "exp") -> Any:
+        """Return the experiment's folder, or its URL."""
+        return self.folder / "runs" / name if self.storage is None else f"{self.storage}/{name}"
+
+    def open(self, name: str = "exp") -> holdfast.Experiment:
+        if self.storage is None:
+            return holdfast.open(self.path(name))
+        return holdfast.open(self.path(name), database=f"sqlite:///{self.database}", storage_options=self.options)
 
     @property
     def database(self) -> Path:
-        return self.folder / "runs" / "holdfast.db"
+        if self.storage is None:
+            return self.folder / "runs" / "holdfast.db"
+        return next((self.folder / "data" / "holdfast").glob("*.db"))
 
     def order(self, action: str, trial: int, step: int) -> Path:
         """Let the trainable do ``action`` whenever it comes to that step of that trial; return the file that says so."""
@@ -274,7 +287,7 @@ class Lab:
 
     def trials(self, name: str = "exp") -> list[dict[str, Any]]:
         """Return the trials as ``trials --json`` prints them."""
-        with holdfast.open(self.path(name)) as experiment:
+        with self.open(name) as experiment:
             return [trial_json(trial) for trial in experiment.trials]
 
     def statuses(self, name: str = "exp") -> list[str]:
@@ -282,7 +295,7 @@ class Lab:
 
     def outcome(self, name: str = "exp") -> dict[int, Any]:
         """Return what an interruption must not change: status, config, metrics and canonical reports of each trial."""
-        with holdfast.open(self.path(name)) as experiment:
+        with self.open(name) as experiment:
             steps: dict[int, list[Any]] = {}
             for row in experiment.history():
                 if row.canonical and row.step >= 0:
@@ -294,7 +307,7 @@ class Lab:
 
     def checkpoints(self, trial: int, name: str = "exp") -> list[Any]:
         """Return the valid checkpoints of a trial, oldest first."""
-        with holdfast.open(self.path(name)) as experiment:
+        with self.open(name) as experiment:
             return [one for one in experiment.checkpoints() if one.trial == trial and one.status == "valid"]
 
     def dump(self, *, audit: bool = True) -> list[str]:

@@ -111,6 +111,7 @@ def restore(
     new_trials: bool = True,
     force: bool = False,
     database: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     observer: Observer | None = None,
 ) -> SearchResult:
     """Restore an experiment from its path and run it to the end of its budget; return every trial of every status.
@@ -118,6 +119,7 @@ def restore(
     Finished trials never run again. Unfinished ones go on from their newest valid checkpoint (``resume_unfinished``), or are
     left out; errored ones are kept, resumed or restarted. ``policy`` says the same in full and excludes the flags. ``space``
     is compared, ``references`` replace the stored ones, ``changes`` are new values such as ``{"search.num_trials": 40}``.
+    ``storage_options`` are an object store's, as in the spec; they are stored nowhere.
 
     Raises SpecError before anything is changed, LeaseHeld when a live process drives the experiment.
     """
@@ -134,6 +136,7 @@ def restore(
         new_trials=new_trials,
         force=force,
         database=database,
+        storage_options=storage_options,
     )
     server = EmbeddedServer()
     watcher = _Recorder(observer or Observer(), server)
@@ -157,6 +160,7 @@ def request_of(
     new_trials: bool = True,
     force: bool = False,
     database: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> RestoreRequest:
     """Check a restore's arguments and return the request; SpecError for what contradicts itself."""
     flags = ResumePolicy.from_flags(
@@ -179,6 +183,7 @@ def request_of(
         space=space,
         references=references,
         database=database,
+        storage_options=storage_options,
         new_trials=new_trials,
         force=force,
     )
@@ -191,25 +196,27 @@ def plan(request: RestoreRequest) -> list[Planned]:
     return planned
 
 
-def can_restore(path: str | Path, *, database: str | None = None) -> bool:
+def can_restore(path: str | Path, *, database: str | None = None, storage_options: Mapping[str, Any] | None = None) -> bool:
     """Tell whether :func:`restore` would work: the path is an intact experiment that no live process drives."""
     try:
-        plan(RestoreRequest(path=path, database=database))
-        with open(path, database=database) as experiment:
+        plan(RestoreRequest(path=path, database=database, storage_options=storage_options))
+        with open(path, database=database, storage_options=storage_options) as experiment:
             experiment._opened.folder.lease()  # the same package; a damaged lease.json has to be seen to first
             return not experiment.lease.is_held
     except (HoldfastError, OSError):
         return False
 
 
-def open(target: str | Path, *, database: str | None = None) -> Experiment:  # holdfast.open
-    """Return a handle on a stored experiment, by its path or, with ``database``, by its name or UUID.
+def open(
+    target: str | Path, *, database: str | None = None, storage_options: Mapping[str, Any] | None = None
+) -> Experiment:  # holdfast.open
+    """Return a handle on a stored experiment, by its path or URL or, with ``database``, by its name or UUID.
 
     A database that does not have the experiment, or an older state of it, is brought up to date from the path, and a copy
     whose original still exists becomes an experiment of its own: the log says so. Raises ExperimentNotFound, Corrupt or
     DatabaseError; nothing is changed then.
     """
-    opened = find(target, database=database)
+    opened = find(target, database=database, options=storage_options)
     for note in opened.notes:
         log.warning("%s", note)
     return Experiment(opened)

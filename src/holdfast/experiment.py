@@ -96,8 +96,9 @@ class Experiment:
         return self._opened.record.name
 
     @property
-    def path(self) -> Path:
-        return self._opened.folder.path
+    def path(self) -> Path | str:
+        """The folder, or the URL on an object store."""
+        return self._opened.folder.place
 
     @property
     def spec(self) -> ExperimentSpec:
@@ -409,7 +410,7 @@ class SearchResult:
     """What a search or restore leaves: every trial of every status."""
 
     name: str
-    path: Path
+    path: Path | str
     trials: list[Trial]
     best: Trial | None
     reason: str
@@ -437,7 +438,7 @@ def result_of(opened: Opened, reason: str, *, fast_failed: bool = False) -> Sear
     trials = Reader(opened.database, opened.record.id).trials()
     return SearchResult(
         name=opened.record.name,
-        path=opened.folder.path,
+        path=opened.folder.place,
         trials=trials,
         best=best_of(trials, opened.spec.goals),
         reason=reason,

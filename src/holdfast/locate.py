@@ -72,6 +72,11 @@ def database_url(storage: str, given: str | None) -> Location:
     """
     if given or settings().database_url:
         return given or str(settings().database_url)
+    return default_database(storage)
+
+
+def default_database(storage: str) -> Location:
+    """Return the SQLite file of a storage that has no other database."""
     if not is_url(storage):
         return sqlite_url(Path(storage) / DATABASE_FILE)
     return sqlite_url(settings().data_folder / f"{digest(storage)[:16]}.db")
@@ -187,10 +192,12 @@ def _together(
     )
 
 
-def find(target: str | Path, *, database: str | None = None, readonly: bool = False) -> Opened:
-    """Open an experiment by its folder or, where a database is named, by its name or UUID."""
-    if database is None or os.path.exists(os.path.join(target, "experiment.json")):
-        return open_path(target, database=database, readonly=readonly)
+def find(
+    target: str | Path, *, database: str | None = None, readonly: bool = False, options: Mapping[str, Any] | None = None
+) -> Opened:
+    """Open an experiment by its location or, where a database is named, by its name or UUID."""
+    if database is None or is_url(target) or os.path.exists(os.path.join(target, "experiment.json")):
+        return open_path(target, database=database, readonly=readonly, options=options)
     opened = open_database(database, readonly=True)
     try:
         record = experiments.by_name(opened, str(target)) or experiments.by_uuid(opened, str(target))
@@ -198,7 +205,7 @@ def find(target: str | Path, *, database: str | None = None, readonly: bool = Fa
         opened.close()
     if record is None:
         raise ExperimentNotFound(f"{str(target)!r} is neither an experiment's folder nor an experiment of {opened.label}")
-    return open_path(record.location, database=database, readonly=readonly)
+    return open_path(record.location, database=database, readonly=readonly, options=options)
 
 
 def find_gone(target: str, *, database: str | None = None) -> tuple[Database, Record] | None:

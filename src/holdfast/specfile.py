@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from holdfast.core import spec as core
 from holdfast.core.errors import SpecError
 from holdfast.core.spec import known_keys, nearest
 
-__all__ = ["ExperimentSpec", "apply_overrides"]
+__all__ = ["ExperimentSpec", "apply_overrides", "without_options"]
 
 
 class ExperimentSpec(core.ExperimentSpec):
@@ -238,6 +238,33 @@ def _line_of(node: yaml.Node | None, parts: Sequence[str]) -> int | None:
             return line
         line, node = found[0].start_mark.line + 1, found[1]
     return line
+
+
+def without_options(text: str, spec: core.ExperimentSpec) -> str:
+    """Return the text of a spec's file without its storage options, which are stored nowhere."""
+    kept, skipping = [], False
+    for line in text.splitlines(keepends=True):
+        if re.match(r"""["']?storage_options["']?\s*:""", line):
+            skipping = True
+        elif not skipping or line[:1] not in " \t\r\n#-":
+            skipping = False
+            kept.append(line)
+    left = "".join(kept)
+    for value in _texts(spec.storage_options):  # in a file of another shape
+        left = left.replace(value, "***") if len(value) > 3 else left
+    return left
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield every text in nested mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for below in value.values():
+            yield from _texts(below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _texts(below)
 
 
 def _make_absolute(data: dict[str, Any], folder: Path) -> None:

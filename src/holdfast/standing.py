@@ -14,7 +14,7 @@ from typing import Any
 
 from holdfast.core.errors import Corrupt, HoldfastError
 from holdfast.storage import journal, recovery
-from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database import rebuild
 from holdfast.storage.database.engine import Database, sqlite_url
 from holdfast.storage.database.experiments import Record, by_uuid, open_database
@@ -123,7 +123,7 @@ def contents_of(folder: Folder, identity: Identity) -> Contents | None:
     if contents is None:
         # Nobody has driven it since journals are written: then the description is all there is, or rows are lost.
         return None if folder.root.names("trials") else Contents(end=1)
-    recovery.complete(contents, identity, folder, LocalCheckpoints(folder.path))
+    recovery.complete(contents, identity, folder, checkpoints_in(folder))
     return contents
 
 

@@ -89,7 +89,7 @@ class LocalCheckpoints:
 
         Raises StorageError when the file system refuses; then the staged files are gone, and nothing else has changed.
         """
-        path = self._published_path(staged, manifest)
+        path = self.published_path(staged, manifest)
         data = manifest.to_bytes()
         final = self.root / path
         renamed = False
@@ -126,7 +126,7 @@ class LocalCheckpoints:
         Raises CheckpointNotFound when the directory is gone, NotACheckpoint when it has no valid manifest,
         CheckpointCorrupt when the manifest is another directory's, and StorageError.
         """
-        match = self._match(path)
+        named = match_path(path)
         folder = self.root / path
         with storage_errors(f"read {folder / MANIFEST}"):
             try:
@@ -139,8 +139,7 @@ class LocalCheckpoints:
             manifest = Manifest.parse(data)
         except NotACheckpoint as error:
             raise NotACheckpoint(f"{folder / MANIFEST}: {error}") from error
-        named = {name: int(match[name]) for name in ("trial", "attempt", "step")}
-        _compare(folder, manifest, named)
+        compare(folder, manifest, named)
         return manifest, digest_of(data)
 
     def verify(
@@ -190,8 +189,14 @@ class LocalCheckpoints:
 
         A failure is logged, and :meth:`sweep` tries again.
         """
-        self._match(path)
+        match_path(path)
         _retire(self.root / path)
+
+    def fetch(self, path: str, *, digest: str, trial: int, attempt: int, step: int) -> None:
+        """Do nothing: workers load where checkpoints are, and verify them then."""
+
+    def release(self, trial: int) -> None:
+        """Do nothing: nothing is kept only for workers."""
 
     def sweep(self, trial: int, keep: Collection[str]) -> list[str]:
         """Remove what holdfast left of the trial and ``keep`` (relative paths) does not name; return what was removed.
@@ -224,15 +229,8 @@ class LocalCheckpoints:
             except FileNotFoundError:
                 return []
 
-    def _match(self, path: str) -> re.Match[str]:
-        match = _PATH.fullmatch(path)
-        if match is None:
-            raise InvalidInput(
-                f"{path!r} is no checkpoint's path; one looks like trials/000007/checkpoints/step_00000012-a2-3f9c"
-            )
-        return match
-
-    def _published_path(self, staged: Path, manifest: Manifest) -> str:
+    def published_path(self, staged: Path, manifest: Manifest) -> str:
+        """Return the path that a staged directory is published as; InvalidInput when it was not staged for that."""
         match = _STAGED.fullmatch(self._relative(staged))
         if match is None:
             raise InvalidInput(f"{staged} is no staged checkpoint of {self.root}")
@@ -248,7 +246,7 @@ class LocalCheckpoints:
 
     def _checked(self, path: str, digest: str | None, expected: dict[str, int | None]) -> Manifest:
         manifest, found = self.read_manifest(path)
-        _compare(self.root / path, manifest, expected)
+        compare(self.root / path, manifest, expected)
         if digest is not None and found != digest:
             raise CheckpointCorrupt(
                 f"{self.root / path} is another checkpoint: its manifest's digest is {found}, recorded is {digest}"
@@ -265,7 +263,21 @@ class LocalCheckpoints:
             self._synced.add(trial)
 
 
-def _compare(folder: Path, manifest: Manifest, expected: Mapping[str, int | None]) -> None:
+def match_path(path: str) -> dict[str, int]:
+    """Return trial, attempt and step of a published checkpoint's path; InvalidInput when it is none."""
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise InvalidInput(f"{path!r} is no checkpoint's path; one looks like trials/000007/checkpoints/step_00000012-a2-3f9c")
+    return {name: int(match[name]) for name in ("trial", "attempt", "step")}
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a published checkpoint's folder may have this name."""
+    return re.fullmatch(_STEP, name) is not None
+
+
+def compare(folder: object, manifest: Manifest, expected: Mapping[str, int | None]) -> None:
+    """Raise CheckpointCorrupt when a manifest in ``folder`` says something else than what is expected of it."""
     for name, value in expected.items():
         if value is not None and getattr(manifest, name) != value:
             raise CheckpointCorrupt(

@@ -120,4 +120,4 @@ def test_no_file_is_too_long(name):
 def test_what_runs_beside_user_code_is_light(module):
     code = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"prefect", "sqlalchemy", "pandas", "optuna"} & set(loaded)
+    assert not {"prefect", "sqlalchemy", "pandas", "optuna", "fsspec"} & set(loaded)

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from holdfast.core.errors import SpecError
-from holdfast.specfile import ExperimentSpec, apply_overrides
+from holdfast.specfile import ExperimentSpec, apply_overrides, without_options
 
 TEXT = """\
 name: digits
@@ -151,3 +151,21 @@ def test_files_that_cannot_be_read(file, tmp_path):
 def test_reading_a_spec_imports_nothing_heavy():
     code = "import sys, holdfast.specfile;assert not {'prefect', 'sqlalchemy', 'pandas', 'numpy', 'optuna'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "storage: s3://b/x\nstorage_options:\n  # mine\n  key: abcd\n\n  secret: word\n  x: {x: [deep]}\nname: exp\n",
+        'name: exp\n"storage_options": {key: abcd, secret: "word", client_kwargs: {x: [deep]}}\nstorage: s3://b/x\n',
+        '{"name": "exp", "storage": "s3://b/x", "storage_options": {"key": "abcd", "secret": "word", "x": ["deep"]}}',
+    ],
+)
+def test_the_kept_text_holds_no_credentials(text):
+    options = {"key": "abcd", "secret": "word", "client_kwargs": {"x": ["deep"]}}
+    spec = ExperimentSpec.from_text(TEXT, source="digits.yaml").model_copy(update={"storage_options": options})
+    kept = without_options(text, spec)
+    assert not any(word in kept for word in ("abcd", "word", "deep"))
+    assert "exp" in kept
+    assert "s3://b/x" in kept
+    assert without_options("# a\nname: exp\n", spec) == "# a\nname: exp\n"

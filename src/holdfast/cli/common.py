@@ -38,6 +38,30 @@ def database_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--database", metavar="URL", help="the experiment's database, if it is not beside it")
 
 
+def storage_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--storage-option``."""
+    parser.add_argument(
+        "--storage-option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an object store's, such as endpoint_url=http://...; credentials are better left to the environment",
+    )
+
+
+def storage_options(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what ``--storage-option`` says, its values read as YAML, or None when it is not given; SpecError for no pair."""
+    from holdfast.core.errors import SpecError
+    from holdfast.specfile import apply_overrides
+
+    for pair in options.storage_option:
+        if not all(pair.partition("=")[:2]):
+            raise SpecError("--storage-option takes KEY=VALUE, such as --storage-option endpoint_url=http://127.0.0.1:9000")
+    data = apply_overrides({}, [f"storage_options.{pair}" for pair in options.storage_option], "--storage-option")
+    found: dict[str, Any] | None = data.get("storage_options")
+    return found
+
+
 def terminal() -> Console:
     """Return the console for people; with a pipe it is wide, so that no line is cut."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -54,7 +78,7 @@ def open_experiment(options: argparse.Namespace, *, readonly: bool = True) -> An
     from holdfast.experiment import Experiment
     from holdfast.locate import find
 
-    opened = find(options.path, database=options.database, readonly=readonly)
+    opened = find(options.path, database=options.database, readonly=readonly, options=storage_options(options))
     for note in () if getattr(options, "json", False) else opened.notes:
         print(f"holdfast: {note}", file=sys.stderr)
     return Experiment(opened)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from holdfast.cli.common import Commands, command, database_option, fail, open_experiment
+from holdfast.cli.common import Commands, command, database_option, fail, open_experiment, storage_option
 from holdfast.core.errors import SpecError
 
 
@@ -26,6 +26,7 @@ def add_managing(commands: Commands) -> None:
     for parser in (stop, cancel, delete):
         parser.add_argument("path", metavar="PATH")
         database_option(parser)
+        storage_option(parser)
 
 
 def _stop(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from holdfast.cli.common import Commands, command, database_option, open_experiment, print_json
+from holdfast.cli.common import Commands, command, database_option, open_experiment, print_json, storage_option
 from holdfast.core.errors import InvalidConfig, InvalidInput
 
 
@@ -28,6 +28,7 @@ def add_queueing(commands: Commands) -> None:
     merge.add_argument("names", metavar="NAME", nargs="+", help="name or UUID of an experiment in the same database")
     for parser in (enqueue, merge):
         database_option(parser)
+        storage_option(parser)
 
 
 def _enqueue(options: argparse.Namespace) -> int:

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.cli.common import Commands, command, database_option, open_experiment, print_json, terminal
+from holdfast.cli.common import (
+    Commands,
+    command,
+    database_option,
+    open_experiment,
+    print_json,
+    storage_option,
+    storage_options,
+    terminal,
+)
 from holdfast.core.errors import Corrupt, HoldfastError, SpecError
 
 SHOWN = 100
@@ -22,6 +31,7 @@ def add_reading(commands: Commands) -> None:
     listing = command(commands, "list", _list, "list the experiments of a storage")
     listing.add_argument("storage", metavar="STORAGE", nargs="?", default="./runs")
     database_option(listing)
+    storage_option(listing)
     show = command(commands, "show", _show, "show an experiment: status, holder, best trials")
     trials = command(commands, "trials", _trials, "list the trials of an experiment")
     shown = trials.add_mutually_exclusive_group()
@@ -33,23 +43,25 @@ def add_reading(commands: Commands) -> None:
     for parser in (show, trials, checkpoints):
         parser.add_argument("path", metavar="PATH")
         database_option(parser)
+        storage_option(parser)
 
 
 def _list(options: argparse.Namespace) -> int:
     from holdfast.experiment import Experiment
     from holdfast.locate import open_path
     from holdfast.report.tables import show_json, summary_json
+    from holdfast.storage.root import absolute, is_url, name_of
 
-    storage = Path(options.storage).absolute()
-    if options.database is None and not storage.is_dir():
+    storage, choices = absolute(options.storage), storage_options(options)
+    if options.database is None and not is_url(storage) and not Path(storage).is_dir():
         raise SpecError(f"storage {storage} does not exist; name one: `holdfast list STORAGE`")
     rows = []
-    for path, known in _experiments(storage, options.database).items():
+    for path, known in _experiments(storage, options.database, choices).items():
         try:
-            with Experiment(open_path(path, database=options.database, readonly=True)) as experiment:
+            with Experiment(open_path(path, database=options.database, readonly=True, options=choices)) as experiment:
                 rows.append(show_json(experiment) if options.json else summary_json(experiment))
         except HoldfastError as error:
-            rows.append({"name": Path(path).name, "id": known, "status": f"unreadable: {error}", "path": path})
+            rows.append({"name": name_of(path), "id": known, "status": f"unreadable: {error}", "path": path})
     if options.json:
         print_json(rows)
     else:
@@ -57,26 +69,26 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-def _experiments(storage: Path, database: str | None) -> dict[str, str | None]:
+def _experiments(storage: str, database: str | None, choices: dict[str, Any] | None) -> dict[str, str | None]:
     """Return the paths of all experiments of a storage or a database, and the UUID of those that the database knows."""
-    from holdfast.locate import database_url
+    from holdfast.locate import database_url, folder_at
     from holdfast.storage.database.experiments import every, open_database
+    from holdfast.storage.root import join, name_of
 
-    url = database_url(str(storage), database)
+    inside = [join(storage, name) for name in folder_at(storage, choices).root.names()]
+    inside = [path for path in inside if folder_at(path, choices).exists()]
+    url = database_url(storage, database)
     found: dict[str, str | None] = {}
     if isinstance(url, str) or Path(str(url.database)).exists():
         with_database = open_database(url, readonly=True)
         for record in every(with_database):
-            beside = storage / Path(record.location).name
-            found[str(beside) if (beside / "experiment.json").exists() else record.location] = record.uuid
+            beside = join(storage, name_of(record.location))
+            found[beside if beside in inside else record.location] = record.uuid
         with_database.close()
-    if storage.is_dir():
-        inside = sorted(str(entry.parent) for entry in storage.glob("*/experiment.json"))
-        found |= {path: found.get(path) for path in inside}
-    return found
+    return found | {path: found.get(path) for path in inside}
 
 
-def _print_list(rows: Sequence[dict[str, Any]], storage: Path) -> None:
+def _print_list(rows: Sequence[dict[str, Any]], storage: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -144,11 +156,11 @@ def _count(text: str) -> int:
 def _checkpoints(options: argparse.Namespace) -> int:
     from holdfast.core.errors import CheckpointNotFound
     from holdfast.report.tables import checkpoint_json, checkpoints_table
-    from holdfast.storage.checkpoints.local import LocalCheckpoints
+    from holdfast.storage.checkpoints.ports import checkpoints_in
 
     with open_experiment(options) as experiment:
         rows = [item for item in experiment.checkpoints() if item.status != "deleted"]
-        store = LocalCheckpoints(experiment.path)
+        store = checkpoints_in(experiment._opened.folder)  # the same package
         bad = {}
         for item in rows if options.verify else ():
             try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from holdfast.cli.common import Commands, command, database_option, print_json, terminal
+from holdfast.cli.common import Commands, command, database_option, print_json, storage_option, storage_options, terminal
 from holdfast.core.trial import ERRORED
 
 
@@ -19,6 +19,7 @@ def add_running(commands: Commands) -> None:
     run = command(commands, "run", _run, "run a search as a spec says")
     run.add_argument("spec", metavar="SPEC", help="a YAML file")
     run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change the spec, such as search.seed=1")
+    storage_option(run)
     restore = command(commands, "restore", _restore, "go on with an experiment that was interrupted")
     restore.add_argument("path", metavar="PATH")
     restore.add_argument("--resume-errored", action="store_true", help="errored trials go on from their newest checkpoints")
@@ -30,6 +31,7 @@ def add_running(commands: Commands) -> None:
     restore.add_argument("--trainable", metavar="T", help="where the same trainable is now")
     restore.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="such as search.num_trials=40")
     database_option(restore)
+    storage_option(restore)
     validate = command(commands, "validate", _validate, "check a spec, and load its trainable")
     validate.add_argument("spec", metavar="SPEC")
     validate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
@@ -55,7 +57,9 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
 def _run(options: argparse.Namespace) -> int:
     from holdfast import api
 
-    return _driven(options, lambda observer: api.search(options.spec, overrides=options.set, observer=observer))
+    storage_options(options)  # what is no pair is refused under its own name
+    changes = [*options.set, *(f"storage_options.{pair}" for pair in options.storage_option)]
+    return _driven(options, lambda observer: api.search(options.spec, overrides=changes, observer=observer))
 
 
 def _restore(options: argparse.Namespace) -> int:
@@ -69,6 +73,7 @@ def _restore(options: argparse.Namespace) -> int:
         "new_trials": not options.no_new_trials,
         "force": options.force,
         "database": options.database,
+        "storage_options": storage_options(options),
     }
     if options.plan:
         return _plan(options, api.plan(api.request_of(options.path, options.trainable, **arguments)))

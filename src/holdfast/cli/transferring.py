@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from holdfast.cli.common import Commands, command, database_option, open_experiment, print_json
+from holdfast.cli.common import Commands, command, database_option, open_experiment, print_json, storage_option
 
 
 def add_transferring(commands: Commands) -> None:
@@ -13,6 +13,7 @@ def add_transferring(commands: Commands) -> None:
     export.add_argument("path", metavar="PATH")
     export.add_argument("--to", metavar="FILE", required=True, type=Path)
     database_option(export)
+    storage_option(export)
     taken = command(commands, "import", _import, "write the rows in an exported file into a database")
     taken.add_argument("file", metavar="FILE", type=Path)
     taken.add_argument("--database", metavar="URL", help="the database; else that of the storage it was exported from")

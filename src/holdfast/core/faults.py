@@ -16,7 +16,7 @@ POINTS: dict[str, str] = {
     "attempt.claimed": "an attempt is claimed and running, user code has not started",
     "attempt.failed": "a failure is committed, the task has not raised",
     "checkpoint.staged": "files are staged and fsynced, no manifest exists",
-    "checkpoint.manifest-written": "the manifest is written, the directory is not renamed",
+    "checkpoint.manifest-written": "the manifest is written, the directory is not renamed (or: the manifest is not uploaded)",
     "checkpoint.renamed": "the checkpoint is in place, no row names it",
     "checkpoint.committed": "checkpoint and report rows are committed, the trial has not been told",
     "checkpoint.pruned-row": "a pruned checkpoint's row is marked, its files are there",

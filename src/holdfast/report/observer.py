@@ -11,7 +11,8 @@ from typing import Any
 from holdfast.core.resume import Action, Planned
 from holdfast.core.trial import ACTIVE, Trial
 from holdfast.experiment import SearchResult
-from holdfast.locate import DATABASE_FILE, Opened
+from holdfast.locate import Opened, default_database
+from holdfast.storage.root import parent_of
 
 
 class Observer:
@@ -109,8 +110,8 @@ class RunLog(Observer):
 def restore_command(opened: Opened) -> str:
     """Return the command that continues an experiment; of a database elsewhere it shows all but the password."""
     words = ["holdfast", "restore", shlex.quote(opened.folder.location)]
-    file = opened.database.file
-    if file is None or file.parent != opened.folder.path.parent or file.name != DATABASE_FILE:
+    default = default_database(parent_of(opened.folder.location))
+    if opened.database.file is None or isinstance(default, str) or str(opened.database.file) != default.database:
         words += ["--database", shlex.quote(opened.database.label)]
     return " ".join(words)
 

@@ -1,0 +1,64 @@
+"""What drives a search asks of a store of checkpoints, and which store an experiment has."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from holdfast.storage.checkpoints.local import LocalCheckpoints, Published
+from holdfast.storage.checkpoints.manifest import Manifest
+
+if TYPE_CHECKING:
+    from holdfast.storage.folder import Folder
+
+
+class Checkpoints(Protocol):
+    """A store of checkpoints. Workers stage into, and load from, the local folder that :class:`LocalCheckpoints` has there."""
+
+    def publish(self, staged: Path, manifest: Manifest) -> Published:
+        """Make the staged files a checkpoint, durably; StorageError when it cannot, and then the staged files are gone."""
+        ...
+
+    def verify(
+        self,
+        path: str,
+        *,
+        digest: str | None = None,
+        trial: int | None = None,
+        attempt: int | None = None,
+        step: int | None = None,
+    ) -> Manifest:
+        """Read every file and return the manifest; Corrupt or CheckpointNotFound say what is wrong."""
+        ...
+
+    def fetch(self, path: str, *, digest: str, trial: int, attempt: int, step: int) -> None:
+        """Have a checkpoint where workers load it from; raises as :meth:`verify` where that reads its files."""
+        ...
+
+    def release(self, trial: int) -> None:
+        """Drop what is kept of the trial only for its workers: none of them runs now."""
+        ...
+
+    def scan(self, trial: int) -> list[tuple[str, Manifest, str]]:
+        """Return (path, manifest, digest) of the trial's checkpoints by attempt and step."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Delete a checkpoint, if it is there; a failure is logged, and :meth:`sweep` tries again."""
+        ...
+
+    def sweep(self, trial: int, keep: Collection[str]) -> list[str]:
+        """Remove what holdfast left of the trial and ``keep`` does not name; return what was removed."""
+        ...
+
+
+def checkpoints_in(folder: Folder) -> Checkpoints:
+    """Return the store of an experiment's checkpoints."""
+    if folder.is_local:
+        return LocalCheckpoints(folder.path)
+    from holdfast.storage.checkpoints.remote import RemoteCheckpoints
+    from holdfast.storage.objects import ObjectRoot
+
+    assert isinstance(folder.root, ObjectRoot)
+    return RemoteCheckpoints(folder.root, folder.path)

@@ -1,0 +1,321 @@
+"""What an object store is asked for, by S3's own calls or by any fsspec file system's; and what its errors mean."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from holdfast.core.errors import SpecError
+
+Result = TypeVar("Result")
+
+STAMP = "holdfast-write"
+"""Metadata by which a conditional write is known again when its answer was lost."""
+_PART = 16 << 20  # bytes of a part of a big upload; four at a time are in memory
+_AT_ONCE = 16
+_LOCAL = {"file", "local"}
+
+
+class Fault(Enum):
+    """What an error of a store means."""
+
+    ABSENT = "there is no such object"
+    NO_BUCKET = "there is no such bucket"
+    DENIED = "the credentials are refused, or missing"
+    CHANGED = "the condition of a write does not hold"
+    UNSUPPORTED = "the server does not know what it was asked"
+    PASSING = "the server does not answer, or asks for patience"
+    OTHER = "anything else"
+
+
+_CODES = {
+    "NoSuchBucket": Fault.NO_BUCKET,
+    "PreconditionFailed": Fault.CHANGED,
+    "ConditionalRequestConflict": Fault.CHANGED,
+    "ExpiredToken": Fault.DENIED,
+    "InvalidToken": Fault.DENIED,
+    "TokenRefreshRequired": Fault.DENIED,
+    "NotImplemented": Fault.UNSUPPORTED,
+    "SlowDown": Fault.PASSING,
+    "RequestTimeout": Fault.PASSING,
+    "InternalError": Fault.PASSING,
+    "Throttling": Fault.PASSING,
+    "TooManyRequests": Fault.PASSING,
+}
+_STATUSES = {400: Fault.UNSUPPORTED, 401: Fault.DENIED, 403: Fault.DENIED, 404: Fault.ABSENT, 409: Fault.CHANGED}
+_STATUSES |= {412: Fault.CHANGED, 429: Fault.PASSING, 501: Fault.UNSUPPORTED}
+_NAMES = {
+    "NoCredentialsError": Fault.DENIED,
+    "PartialCredentialsError": Fault.DENIED,
+    "HTTPClientError": Fault.PASSING,  # botocore's: timeouts and broken connections
+    "EndpointConnectionError": Fault.PASSING,
+    "ConnectionError": Fault.PASSING,
+    "ClientError": Fault.PASSING,  # aiohttp's: the body of an answer broke off; botocore's has a response
+    "IncompleteRead": Fault.PASSING,
+    "ResponseParserError": Fault.PASSING,
+}
+
+
+def fault_of(error: BaseException) -> Fault:
+    """Return what an error of a file system means."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    if isinstance(response, Mapping) and "Error" in response:
+        code = str(response["Error"].get("Code"))
+        status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+        return _CODES.get(code) or _STATUSES.get(status) or (Fault.PASSING if status >= 500 else Fault.OTHER)
+    if isinstance(error, FileNotFoundError):
+        return Fault.ABSENT
+    if isinstance(error, PermissionError):
+        return Fault.DENIED
+    if isinstance(error, (TimeoutError, ConnectionError)):
+        return Fault.PASSING
+    return next((_NAMES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _NAMES), Fault.OTHER)
+
+
+class Store(Protocol):
+    """The objects below one URL, by keys relative to it. Raises whatever its library raises; :func:`fault_of` tells."""
+
+    conditions: bool
+    """whether a write can have a condition at all"""
+
+    def get(self, key: str, *, limit: float) -> tuple[bytes, str | None]:
+        """Return an object's content and ETag; ``limit`` in seconds."""
+        ...
+
+    def part(self, key: str, start: int, end: int, *, limit: float) -> bytes:
+        """Return the bytes of an object from ``start`` up to ``end``."""
+        ...
+
+    def put(self, key: str, content: bytes, *, limit: float, **arguments: Any) -> str | None:
+        """Write an object whole; return its ETag."""
+        ...
+
+    def upload(self, file: Path, key: str) -> None:
+        """Write a file as an object, a big one in parts that become one object at the end."""
+        ...
+
+    def head(self, key: str, *, limit: float) -> tuple[str | None, str | None]:
+        """Return an object's metadata STAMP and its ETag."""
+        ...
+
+    def entries(self, folder: str, *, deep: bool, limit: float) -> dict[str, int | None]:
+        """Return the names below a folder (relative to it) and their sizes; of folders (not ``deep``) None."""
+        ...
+
+    def remove(self, keys: Iterable[str], *, limit: float) -> None:
+        """Delete objects; missing ones do not matter."""
+        ...
+
+
+@dataclass
+class Connection:
+    """A file system's client, shared by all roots with the same options."""
+
+    fs: Any
+    answered: bool = False
+    """whether it ever answered: what never did is not waited for"""
+    bare_tags: bool = False
+    """whether ``If-Match`` wants ETags without their quotes, as Ceph 16 does"""
+    conditional: dict[str, bool] = field(default_factory=dict)
+    """by bucket"""
+
+
+class S3Store:
+    """S3 by its own calls through s3fs: each is one request, no listing is cached, and no name is a pattern."""
+
+    conditions = True
+
+    def __init__(self, connection: Connection, location: str) -> None:
+        self._fs = connection.fs
+        self._bucket, _, self._prefix = location.partition("://")[2].partition("/")
+
+    def get(self, key: str, *, limit: float) -> tuple[bytes, str | None]:
+        return self._run(lambda: self._get(key), limit)
+
+    def part(self, key: str, start: int, end: int, *, limit: float) -> bytes:
+        return self._run(lambda: self._get(key, Range=f"bytes={start}-{end - 1}"), limit)[0]
+
+    async def _get(self, key: str, **arguments: Any) -> tuple[bytes, str | None]:
+        answer = await self._call("get_object", key, **arguments)
+        async with answer["Body"] as body:
+            return bytes(await body.read()), answer.get("ETag")
+
+    def put(self, key: str, content: bytes, *, limit: float, **arguments: Any) -> str | None:
+        answer = self._run(lambda: self._call("put_object", key, Body=content, **arguments), limit)
+        tag: str | None = answer.get("ETag")
+        return tag
+
+    def upload(self, file: Path, key: str) -> None:
+        self._fs.put_file(str(file), f"{self._bucket}/{self._key(key)}", chunksize=_PART, max_concurrency=4)
+
+    def head(self, key: str, *, limit: float) -> tuple[str | None, str | None]:
+        answer = self._run(lambda: self._call("head_object", key), limit)
+        return answer.get("Metadata", {}).get(STAMP), answer.get("ETag")
+
+    def entries(self, folder: str, *, deep: bool, limit: float) -> dict[str, int | None]:
+        return self._run(lambda: self._list(folder, deep), limit)
+
+    async def _list(self, folder: str, deep: bool) -> dict[str, int | None]:
+        prefix = self._key(folder).rstrip("/") + "/" if self._key(folder) else ""
+        arguments = {"Bucket": self._bucket, "Prefix": prefix, **({} if deep else {"Delimiter": "/"})}
+        found: dict[str, int | None] = {}
+        while True:
+            page = await self._fs._call_s3("list_objects_v2", **arguments)
+            found |= {entry["Key"][len(prefix) :]: entry["Size"] for entry in page.get("Contents", ())}
+            found |= {entry["Prefix"][len(prefix) : -1]: None for entry in page.get("CommonPrefixes", ())}
+            if not page.get("IsTruncated"):
+                found.pop("", None)  # some tools make an object for the folder itself
+                return found
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+    def remove(self, keys: Iterable[str], *, limit: float) -> None:
+        self._run(lambda: self._remove(list(keys)), limit)
+
+    async def _remove(self, keys: list[str]) -> None:
+        # One by one: older servers want a digest with DeleteObjects that botocore no longer sends.
+        for start in range(0, len(keys), _AT_ONCE):
+            await asyncio.gather(*(self._call("delete_object", key) for key in keys[start : start + _AT_ONCE]))
+
+    async def _call(self, method: str, key: str, **arguments: Any) -> Any:
+        return await self._fs._call_s3(method, Bucket=self._bucket, Key=self._key(key), **arguments)
+
+    def _key(self, key: str) -> str:
+        return f"{self._prefix}/{key}" if self._prefix and key else self._prefix or key
+
+    def _run(self, call: Callable[[], Coroutine[Any, Any, Result]], limit: float) -> Result:
+        from fsspec.asyn import sync
+
+        async def limited() -> Result:
+            return await asyncio.wait_for(call(), max(limit, 0.1))
+
+        result: Result = sync(self._fs.loop, limited)
+        return result
+
+
+class AnyStore:
+    """Any fsspec file system whose writes appear whole. Conditions are not known to it."""
+
+    conditions = False
+
+    def __init__(self, connection: Connection, location: str) -> None:
+        self._fs = connection.fs
+        self._base = str(self._fs._strip_protocol(location)).rstrip("/")
+
+    def get(self, key: str, *, limit: float) -> tuple[bytes, str | None]:
+        return bytes(self._fs.cat_file(self._path(key))), None
+
+    def part(self, key: str, start: int, end: int, *, limit: float) -> bytes:
+        return bytes(self._fs.cat_file(self._path(key), start=start, end=end))
+
+    def put(self, key: str, content: bytes, *, limit: float, **arguments: Any) -> str | None:
+        self._in_folder(key, lambda path: self._fs.pipe_file(path, content))
+        return None
+
+    def upload(self, file: Path, key: str) -> None:
+        self._in_folder(key, lambda path: self._fs.put_file(str(file), path))
+
+    def _in_folder(self, key: str, write: Callable[[str], Any]) -> None:
+        path = self._path(key)
+        try:
+            write(path)
+        except FileNotFoundError:  # it has folders that must be made
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            write(path)
+
+    def head(self, key: str, *, limit: float) -> tuple[str | None, str | None]:
+        return None, None
+
+    def entries(self, folder: str, *, deep: bool, limit: float) -> dict[str, int | None]:
+        self._fs.invalidate_cache()
+        path = self._path(folder)
+        try:
+            found = self._fs.find(path, detail=True).values() if deep else self._fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        sizes = {}
+        for entry in found:
+            name = str(entry["name"]).rstrip("/")
+            if name.startswith(path + "/"):
+                sizes[name[len(path) + 1 :]] = None if entry["type"] == "directory" else int(entry["size"] or 0)
+        return sizes
+
+    def remove(self, keys: Iterable[str], *, limit: float) -> None:
+        for key in keys:
+            try:
+                self._fs.rm_file(self._path(key))
+            except FileNotFoundError:
+                continue
+
+    def _path(self, key: str) -> str:
+        return f"{self._base}/{key}" if key else self._base
+
+
+_connections: dict[str, Connection] = {}
+_connecting = threading.Lock()
+
+
+def open_store(location: str, options: Mapping[str, Any]) -> tuple[Store, Connection]:
+    """Return the store at a URL and its connection; nothing is asked yet.
+
+    Raises SpecError for a URL that is none of an object store, and for a file system that is not installed.
+    """
+    protocol, _, rest = location.partition("://")
+    if "::" in location:
+        raise SpecError(
+            f"storage {location}: chained file systems keep copies; name the object store itself, as in s3://bucket"
+        )
+    if protocol in _LOCAL:
+        raise SpecError(f"storage {location}: name a local folder by its path, {rest or '/'}")
+    if "@" in rest.partition("/")[0]:
+        raise SpecError(f"storage {protocol}://...: a URL holds no credentials; use storage_options or the environment")
+    if not rest.partition("/")[0]:
+        raise SpecError(f"storage {location}: it names no bucket; write {protocol}://bucket/prefix")
+    connection = _connection(protocol, options)
+    if any(kind.__name__ == "S3FileSystem" for kind in type(connection.fs).__mro__):
+        return S3Store(connection, location), connection
+    return AnyStore(connection, location), connection
+
+
+def _connection(protocol: str, options: Mapping[str, Any]) -> Connection:
+    """Return the connection for a protocol and options; one for all, because a client takes a while to be made."""
+    try:
+        key = json.dumps([os.getpid(), protocol, dict(options)], sort_keys=True)
+    except (TypeError, ValueError):
+        return Connection(_file_system(protocol, options))
+    with _connecting:
+        if key not in _connections:
+            _connections[key] = Connection(_file_system(protocol, options))
+        return _connections[key]
+
+
+def _file_system(protocol: str, options: Mapping[str, Any]) -> Any:
+    import fsspec
+    from fsspec.registry import known_implementations
+
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+    except ValueError:
+        raise SpecError(f"storage {protocol}://: fsspec knows no such file system; use s3://") from None
+    except ImportError as error:
+        wanted = known_implementations.get(protocol, {}).get("err") or str(error)
+        raise SpecError(f"storage {protocol}:// needs a package that is not installed: {wanted}") from None
+    defaults: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    given = dict(options)
+    if protocol in ("s3", "s3a"):
+        # s3fs repeats broken connections and SlowDown, botocore also 5xx; together they must not outlast a lease.
+        retries = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool_connections": 32}
+        given["config_kwargs"] = {**retries, **(given.get("config_kwargs") or {})}
+    try:
+        fs = kind(**{**defaults, **given})
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"storage_options of {protocol}://: {error}") from None
+    if protocol in ("s3", "s3a"):
+        fs.retries = 2
+    return fs

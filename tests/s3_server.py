@@ -1,0 +1,161 @@
+"""An S3 server for tests: moto's, made atomic (it takes one request at a time), with faults on demand.
+
+Run as a program it prints its port and ends with its standard input. Buckets whose name begins with ``refuses-`` answer
+conditional writes with 400, as Ceph 16 does; those that begin with ``ignores-`` do not look at conditions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+KEY, SECRET = "testkey", "testsecret"
+
+
+@dataclass
+class S3:
+    """An S3 server: its endpoint, and how to reach it."""
+
+    endpoint: str
+    environment: dict[str, str] = field(default_factory=dict)
+    own: bool = True
+    """whether it is ours, and knows faults"""
+    process: subprocess.Popen[str] | None = None
+    made: int = 0
+
+    @classmethod
+    def start(cls) -> S3:
+        """Start one on a free port, or use the one that HOLDFAST_TEST_S3_ENDPOINT names."""
+        given = os.environ.get("HOLDFAST_TEST_S3_ENDPOINT")
+        process = None
+        if not given:
+            process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            assert process.stdout is not None
+            given = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        key, secret = (
+            (os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")) if not process else (None, None)
+        )
+        environment = {
+            "AWS_ENDPOINT_URL": given,
+            "AWS_ACCESS_KEY_ID": key or KEY,
+            "AWS_SECRET_ACCESS_KEY": secret or SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        return cls(given, environment, process is not None, process)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``storage_options`` have to say."""
+        return {
+            "key": self.environment["AWS_ACCESS_KEY_ID"],
+            "secret": self.environment["AWS_SECRET_ACCESS_KEY"],
+            "endpoint_url": self.endpoint,
+        }
+
+    def bucket(self, kind: str = "test") -> str:
+        """Make a bucket and return its URL."""
+        import s3fs
+
+        self.made += 1
+        name = f"{kind}-{os.getpid()}-{self.made}"
+        s3fs.S3FileSystem(**self.options, skip_instance_cache=True).mkdir(name, region_name="")
+        return f"s3://{name}"
+
+    def fault(self, kind: str, *, method: str = "PUT", part: str = "", count: int = 1) -> None:
+        """Let the next ``count`` requests of a method whose path holds ``part`` go wrong.
+
+        ``kind`` is an HTTP status that answers without doing anything, or ``lost``: done, but answered with 503; ``clear``
+        takes back what was ordered.
+        """
+        body = json.dumps({"kind": kind, "method": method, "part": part, "count": count}).encode()
+        urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/_faults", body)).close()
+
+    def requests(self, method: str, part: str) -> int:
+        """Return how many requests of a method there were whose path holds ``part``."""
+        with urllib.request.urlopen(f"{self.endpoint}/_seen") as answer:
+            return sum(seen == method and part in path for seen, path in json.load(answer))
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
+
+
+Start = Callable[..., Any]
+
+
+class Server:
+    """Moto's application behind one lock, with faults."""
+
+    def __init__(self) -> None:
+        from moto.server import DomainDispatcherApplication, create_backend_app
+
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._lock = threading.Lock()
+        self._faults: list[dict[str, Any]] = []
+        self._seen: list[tuple[str, str]] = []
+
+    def __call__(self, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        with self._lock:
+            if path == "/_faults":
+                fault = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+                self._faults = [] if fault["kind"] == "clear" else [*self._faults, fault]
+                return _answer(start, "204 No Content")
+            if path == "/_seen":
+                return _answer(start, "200 OK", json.dumps(self._seen).encode())
+            self._seen.append((method, path))
+            if _drop_conditions(environ, path):
+                return _answer(start, "400 Bad Request", _error("InvalidArgument"))
+            fault = next((f for f in self._faults if f["count"] and f["method"] == method and f["part"] in path), None)
+            if fault is None:
+                return list(self._app(environ, start))
+            fault["count"] -= 1
+            if fault["kind"] == "lost":
+                list(self._app(environ, lambda *_: lambda _: None))
+                return _answer(start, "503 Service Unavailable", _error("ServiceUnavailable"))
+            code = "AccessDenied" if fault["kind"] == "403" else "InternalError"
+            return _answer(start, f"{fault['kind']} Fault", _error(code))
+
+
+def _drop_conditions(environ: dict[str, Any], path: str) -> bool:
+    """Take conditions away where the bucket ignores them; tell whether it refuses the request for them."""
+    names = [name for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH") if name in environ]
+    if environ["REQUEST_METHOD"] != "PUT" or not names:
+        return False
+    if path.startswith("/ignores-"):
+        for name in names:
+            del environ[name]
+    return path.startswith("/refuses-")
+
+
+def _error(code: str) -> bytes:
+    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>as ordered</Message></Error>".encode()
+
+
+def _answer(start: Start, status: str, body: bytes = b"") -> list[bytes]:
+    start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def main() -> None:
+    import logging
+
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").disabled = True
+    server = make_server("127.0.0.1", 0, Server(), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(server.server_port, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
