@@ -145,6 +145,23 @@ def test_killed_in_the_middle_and_restored(remote: Make, s3: S3, cache: str) -> 
     assert work(lab) == []
 
 
+def test_the_prefix_is_enough(remote: Make) -> None:
+    """R17: killed, then restored by a host that has neither the database nor the work folder."""
+    lab = remote(steps=6)
+    hold = lab.order("hold", 1, 3)
+    process = lab.start("run", lab.spec(search={"num_trials": 3}))
+    lab.until_logged("hold", 1, 3, process)
+    process.kill()
+    hold.unlink()
+    for name in ("data", "cache"):
+        shutil.rmtree(lab.folder / name)
+    assert [row["path"] for row in lab.json("list", lab.storage)] == [lab.path()]
+    lab.run("restore", lab.path())
+    assert lab.statuses() == ["COMPLETED"] * 3
+    assert starts(lab.log(), 1) == [(1, 0), (2, 3)]
+    assert all(executed(lab.log(), number) == steps_of(lab, number) == list(range(6)) for number in range(3))
+
+
 def test_a_damaged_checkpoint_is_not_used(remote: Make, s3: S3) -> None:
     """R15: the one before counts, and the reason is shown."""
     lab = remote(steps=5)
