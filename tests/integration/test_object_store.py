@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
 from s3_server import S3
-from support import Lab, executed, starts, steps_of
+from support import DIED, Lab, executed, starts, steps_of
 
 import holdfast
 from holdfast.storage.objects import ObjectRoot
@@ -51,6 +49,10 @@ def objects(lab: Lab, s3: S3) -> list[str]:
     """Return the names of all objects of the storage."""
     assert lab.storage is not None
     return list(ObjectRoot(lab.storage, s3.options).files(""))
+
+
+def below(lab: Lab, s3: S3, prefix: str) -> list[str]:
+    return [name for name in objects(lab, s3) if name.startswith(prefix)]
 
 
 def work(lab: Lab) -> list[str]:
@@ -274,22 +276,17 @@ def test_a_store_that_fails_for_a_moment_does_not_end_the_search(remote: Make, s
 
 
 def test_two_hosts_with_a_database_each_do_not_both_drive(remote: Make, s3: S3) -> None:
-    """R19: both restore the prefix at once; one drives, the other is refused, whatever its database says."""
+    """R19: both restore the prefix at once; one drives, the other is refused. Each learns from the path what the other did."""
     first = remote("first", steps=3)
     first.order("hold", 0, 1)
     process = first.start("run", first.spec(search={"num_trials": 6}))
     first.until_logged("hold", 0, 1, process)
     process.kill()
     second = remote("second", storage=first.storage)
-    target = second.folder / "data" / "holdfast" / first.database.name
     for number in range(3):
         for file in (first.folder / "orders").glob("hold-*"):
             file.unlink()
         first.order("hold", number, 2)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        with closing(sqlite3.connect(first.database)) as source, closing(sqlite3.connect(target)) as copy:
-            source.backup(copy)
         first.clear_log()
         racers = [lab.start("restore", lab.path()) for lab in (first, second)]
         first.until(lambda: any(racer.process.poll() is not None for racer in racers))  # noqa: B023  # called at once
@@ -300,8 +297,43 @@ def test_two_hosts_with_a_database_each_do_not_both_drive(remote: Make, s3: S3) 
         entries = first.log()
         assert len([entry for entry in entries if entry.event == "start" and entry.trial == number]) == 1
         winner.kill()
-        if winner is racers[1]:  # its database is the one that knows what happened
-            with closing(sqlite3.connect(target)) as source, closing(sqlite3.connect(first.database)) as copy:
-                source.backup(copy)
+    (first.folder / "orders" / "hold-2-2").unlink()
+    second.run("restore", second.path())
+    assert all(steps_of(lab, number) == [0, 1, 2] for lab in (first, second) for number in range(6))
     lease = json.loads(ObjectRoot(first.path(), s3.options).read("lease.json") or b"{}")
-    assert lease["epoch"] >= 4
+    assert lease["epoch"] >= 5
+
+
+def copied(source: str, target: str, s3: S3, *, keep: bool) -> None:
+    """Copy every object of a prefix below another one, or move it there."""
+    old, new = ObjectRoot(source, s3.options), ObjectRoot(target, s3.options)
+    for name in old.files(""):
+        new.write(name, old.read(name) or b"")
+    if not keep:
+        for name in old.files(""):
+            old.delete(name)
+
+
+def test_a_moved_prefix_and_a_copied_one(remote: Make, s3: S3) -> None:
+    """R17: old and new trials run and write only in the new place; a copy beside the original is another experiment."""
+    lab = remote(steps=4)
+    lab.run("run", lab.spec(search={"num_trials": 3}), fault="checkpoint.committed:6", code=DIED)
+    storage = str(lab.storage)
+    copied(lab.path(), f"{storage}/copy", s3, keep=True)
+    before = objects(lab, s3)
+    said = lab.run("restore", f"{storage}/copy").output
+    assert "an experiment of its own" in said
+    assert [name for name in objects(lab, s3) if name.startswith("exp/")] == [
+        name for name in before if name.startswith("exp/")
+    ]
+
+    copied(lab.path(), f"{storage}/elsewhere/exp", s3, keep=False)
+    shutil.rmtree(lab.folder / "data")
+    lab.clear_log()
+    lab.run("restore", f"{storage}/elsewhere/exp")
+    assert not starts(lab.log(), 0)
+    assert below(lab, s3, "exp/") == []
+    assert below(lab, s3, "elsewhere/exp/trials/000002/result-a") == ["elsewhere/exp/trials/000002/result-a1.json"]
+    copy, moved = (lab.json("show", f"{storage}/{name}") for name in ("copy", "elsewhere/exp"))
+    assert copy["id"] != moved["id"]
+    assert copy["trials"] == moved["trials"] == {"COMPLETED": 3}
