@@ -24,7 +24,9 @@ Frame = dict[str, Any]
 TelemetryRow = tuple[float, str, Json]
 """(seconds since 1970 in UTC, name, value)"""
 
-HEADER = 4
+MAGIC = b"\xffhf\x01"
+"""Begins every frame. User code that writes to descriptors it does not know is noticed by its first byte."""
+HEADER = len(MAGIC) + 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +180,7 @@ def encode(message: Mapping[str, Json]) -> bytes:
     except TypeError:
         plain(message, "message")
         raise NotStorable("a message holds what JSON cannot") from None
-    return len(body).to_bytes(HEADER, "big") + body
+    return MAGIC + len(body).to_bytes(4, "big") + body
 
 
 class Inbox:
@@ -193,9 +195,11 @@ class Inbox:
     def next(self) -> Frame | None:
         """Return the next whole frame, or None; ValueError when the bytes are none of ours."""
         data = self._data
+        if not MAGIC.startswith(data[: len(MAGIC)]):
+            raise ValueError("the bytes are no frame")
         if len(data) < HEADER:
             return None
-        end = HEADER + int.from_bytes(data[:HEADER], "big")
+        end = HEADER + int.from_bytes(data[len(MAGIC) : HEADER], "big")
         if len(data) < end:
             return None
         frame = loads(bytes(data[HEADER:end]))

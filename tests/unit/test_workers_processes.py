@@ -12,7 +12,7 @@ import pytest
 from workers_kit import runs
 
 from holdfast.tasks.workers import processes
-from holdfast.tasks.workers.messages import Inbox, encode
+from holdfast.tasks.workers.messages import MAGIC, Inbox, encode
 
 SLEEPER = """
 import subprocess, sys
@@ -103,6 +103,15 @@ def test_frames_come_whole_from_any_pieces() -> None:
                 found.append(frame)
         assert found == messages
     inbox = Inbox()
-    inbox.feed(b"\0\0\0\3[1]")
+    inbox.feed(MAGIC + b"\0\0\0\3[1]")
     with pytest.raises(ValueError, match="list"):
+        inbox.next()
+
+
+@pytest.mark.parametrize("junk", [b"j", b"junk", b"\0\0\0\3[1]", MAGIC[:2] + b"x"])
+def test_junk_is_noticed_by_its_first_bytes(junk: bytes) -> None:
+    inbox = Inbox()
+    inbox.feed(encode({"t": "a"}) + junk)
+    assert inbox.next() == {"t": "a"}
+    with pytest.raises(ValueError, match="no frame"):
         inbox.next()

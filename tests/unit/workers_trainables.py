@@ -61,6 +61,13 @@ def exits(trial):
     sys.exit("enough")
 
 
+def writes_everywhere(trial):
+    for descriptor in range(3, 64):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, b"\0\0\1\0junk")
+    time.sleep(1000)
+
+
 def hard_exit(trial):
     print("about to leave", flush=True)
     os._exit(3)
