@@ -35,7 +35,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/digits/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP) typing
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from holdfast.core.errors import HoldfastError
+from holdfast.core.errors import Contention, HoldfastError
 from holdfast.core.trial import ERRORED
 from holdfast.experiment import SearchResult, result_of
 from holdfast.flows.driver import Drive
@@ -71,7 +72,7 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
         reason = Drive(session, watcher).run()
         session.journal.flush()
         session.keeper.release(_ended(reason))
-        session.journal.try_flush()  # that it has ended, too
+        _last_words(session)
     except BaseException as error:
         session.error = error
         _interrupted(session, error, watcher)
@@ -83,6 +84,12 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
     return _state(result)
 
 
+def _last_words(session: Session) -> None:
+    """Let the journal tell that the drive has ended, too, unless somebody else drives already."""
+    with suppress(Contention):
+        session.journal.try_flush()
+
+
 def _ended(reason: str) -> str:
     return reason if reason.startswith("stopped") else f"completed: {reason}"
 
@@ -92,7 +99,7 @@ def _interrupted(session: Session, error: BaseException, watcher: Observer) -> N
     why = _describe(error)
     try:
         session.keeper.release(f"interrupted: {why}")
-        session.journal.try_flush()
+        _last_words(session)
         result = result_of(session.opened, f"interrupted: {why}")
     except HoldfastError:
         return  # somebody else holds it now, or the database is gone: there is nothing that we may write

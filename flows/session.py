@@ -145,7 +145,8 @@ def begin(
         uuid=opened.record.uuid,
         check=lambda: _check_path(opened),
     )
-    writer = JournalWriter(opened.folder.root, keeper.epoch, Outbox(opened.database, opened.record.id))
+    outbox = Outbox(opened.database, opened.record.id, keeper.epoch)
+    writer = JournalWriter(opened.folder.root, keeper.epoch, outbox, keeper.check)
     try:
         writer.start()
     except BaseException as error:

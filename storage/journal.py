@@ -216,10 +216,14 @@ def end(root: Root) -> int:
 class JournalWriter:
     """Carries an experiment's rows from the database into its path; used by the holder of the lease alone."""
 
-    def __init__(self, root: Root, epoch: int, outbox: Callable[[int], Batch]) -> None:
+    def __init__(
+        self, root: Root, epoch: int, outbox: Callable[[int], Batch], check: Callable[[], None] = lambda: None
+    ) -> None:
         self._root = root
         self._epoch = epoch
         self._outbox = outbox
+        self._check = check
+        """raises when the lease was lost: who is woken up after a takeover writes nothing"""
         self._lock = threading.Lock()
         self._segment: str | None = None
         self._files = 0
@@ -244,8 +248,12 @@ class JournalWriter:
                 self._write(self._outbox(self.end))
 
     def flush(self) -> None:
-        """Write every row that changed since the last call, durably; StorageError when the path refuses."""
+        """Write every row that changed since the last call, durably; StorageError when the path refuses.
+
+        Fenced when somebody else drives the experiment by now; nothing is written then.
+        """
         with self._lock:
+            self._check()
             batch = self._outbox(self.end)
             if not batch.is_empty:
                 faults.point("journal.behind")

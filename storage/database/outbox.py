@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import text
 
+from holdfast.core.errors import Fenced
 from holdfast.storage.database.engine import Database, Statement, Transaction
 from holdfast.storage.database.losses import repeatable
 from holdfast.storage.journal import Batch, Row, Rows
@@ -17,8 +18,8 @@ def _sql(body: str) -> Statement:
 
 
 _HEAD = _sql(
-    "SELECT seq, uuid, name, spec, workdir, code_digest, copied_from, seed, created, active_seconds, stop_requested, ended,"
-    " spec_source, git_commit FROM experiment WHERE id = :experiment"
+    "SELECT epoch, seq, uuid, name, spec, workdir, code_digest, copied_from, seed, created, active_seconds, stop_requested,"
+    " ended, spec_source, git_commit FROM experiment WHERE id = :experiment"
 )
 
 _TRIALS = _sql(
@@ -92,9 +93,11 @@ _FIXED = ("uuid", "name", "seed", "created", "copied_from", "spec_source", "git_
 class Outbox:
     """Reads an experiment's changes, batch after batch."""
 
-    def __init__(self, database: Database, experiment: int) -> None:
+    def __init__(self, database: Database, experiment: int, epoch: int | None = None) -> None:
         self._database = database
         self._experiment = experiment
+        self._epoch = epoch
+        """the holder's, who is told when it is over; None for others"""
         self._reached = -2
         self._last_report = 0
         self._last_telemetry = 0
@@ -104,13 +107,17 @@ class Outbox:
 
     @repeatable
     def __call__(self, since: int) -> Batch:
-        """Return what changed after seq ``since``: -1 for everything."""
+        """Return what changed after seq ``since``: -1 for everything. Fenced once a later epoch took over."""
         with self._database.snapshot() as state:
             return self._batch(state, since)
 
     def _batch(self, state: Transaction, since: int) -> Batch:
         head = state.run(_HEAD, experiment=self._experiment)[0]
-        end, uuid, name, spec, workdir, code, copied, seed, created, active, stop, ended, source, commit = head
+        epoch, end, uuid, name, spec, workdir, code, copied, seed, created, active, stop, ended, source, commit = head
+        if self._epoch not in (None, epoch):
+            raise Fenced(
+                f"epoch {self._epoch} is over: another process took the experiment over; nothing was written, stop here"
+            )
         if end == since:
             return Batch(start=since, end=end, rows={}, experiment={})
         experiment: dict[str, Any] = {"active_seconds": active, "stop_requested": stop, "ended": ended}

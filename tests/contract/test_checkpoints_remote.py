@@ -59,6 +59,8 @@ def store(s3: S3, bucket: str, tmp_path: Path) -> RemoteCheckpoints:
 
 
 class TestRemote(CheckpointContract):
+    flips = 10
+
     @pytest.fixture(params=["plain", "ex [a-z] * ? ü {date} %s # &+"])
     def checkpoints(self, s3: S3, bucket: str, tmp_path: Path, request: pytest.FixtureRequest) -> RemoteCheckpoints:
         return RemoteCheckpoints(ObjectRoot(f"{bucket}/{tmp_path.name}/{request.param}", s3.options), tmp_path / "work")

@@ -18,6 +18,8 @@ from holdfast.core.faults import POINTS
 SEARCHED = [name for name in POINTS if not name.startswith("upgrade.")]
 """The points that a search or its restore passes."""
 
+pytestmark = pytest.mark.xdist_group("crash points")  # they share scenarios that run side by side
+
 AT_ONCE = 3
 """Scenarios that run side by side: each waits for its own processes most of the time."""
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from store_kit import content
 
-from holdfast.core.errors import Corrupt, StorageError
+from holdfast.core.errors import Corrupt, Fenced, StorageError
 from holdfast.core.trial import Outcome
 from holdfast.storage import journal
 from holdfast.storage.database import rebuild, requests
@@ -238,6 +239,17 @@ def test_what_an_overtaken_holder_still_writes_does_not_count(lab: Lab, root: Lo
     assert told.end == lab.reader.seq() == journal.end(root)
 
 
+def test_a_holder_that_was_taken_over_writes_nothing(lab: Lab, root: LocalRoot) -> None:
+    writer = JournalWriter(root, lab.epoch, Outbox(lab.database, lab.id, lab.epoch))
+    writer.start()
+    before = content(root.path)
+    lab.take_over()
+    for flush in (writer.flush, writer.try_flush):
+        with pytest.raises(Fenced):
+            flush()
+    assert content(root.path) == before
+
+
 def test_a_journal_of_many_files_is_written_anew_as_one(lab: Lab, root: LocalRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_MANY_FILES", 3)
     for _ in range(7):
@@ -259,9 +271,9 @@ def test_old_segments_that_a_crash_left_beside_the_new_one_are_not_read(lab: Lab
     writer = some(lab, root)
     old = {name: root.read(f"journal/{name}") for name in root.names("journal")}
     writer._compact()
-    for name, content in old.items():
-        assert content is not None
-        root.write(f"journal/{name}", content.replace(b"noted", b"wrong"))
+    for name, body in old.items():
+        assert body is not None
+        root.write(f"journal/{name}", body.replace(b"noted", b"wrong"))
     told = journal.read(root)
     assert told is not None
     assert told.end == lab.reader.seq()

@@ -19,6 +19,9 @@ from holdfast.testing.saving import Checkpoints, Files, flip, manifest_of, save
 class CheckpointContract:
     """What every store of checkpoints must do. Give a fixture ``checkpoints``; override :meth:`files` for remote stores."""
 
+    flips = 60
+    """How many bits of each file are flipped, one at a time; a slow store may take fewer."""
+
     @pytest.fixture
     def checkpoints(self) -> Any:
         """Return an empty store."""
@@ -141,7 +144,7 @@ class CheckpointContract:
         files = self.files(checkpoints)
         for name in files.names(published.path):
             data = files.read(published.path, name)
-            flips = {*range(0, len(data) * 8, max(1, len(data) * 8 // 60)), len(data) * 8 - 1}
+            flips = {*range(0, len(data) * 8, max(1, len(data) * 8 // self.flips)), len(data) * 8 - 1}
             damaged = [flip(data, bit) for bit in flips]
             damaged += [b"", data[:-1], data[1:], data + b"\0", data + data]
             for bad in damaged:

@@ -392,7 +392,7 @@ class DatabaseContract(AttemptContract, QueueContract):
             "last_decisions": lab.reader.last_decisions,
         }
         counts = []
-        for target in (10, 300):
+        for target in (10, 60):
             for number in range(sum(lab.reader.counts().values()), target):
                 writer = lab.started(number / 1000)
                 lab.save(writer, 0)
