@@ -253,6 +253,8 @@ def test_without_conditional_writes_a_database_is_named(remote: Make, s3: S3, ki
     assert ended.code == 2
     assert "no conditional writes" in ended.output
     assert objects(lab, s3) == []
+    if kind == "ignores":
+        return  # from here on as where they are refused
     database = f"sqlite:///{lab.folder}/named.db"
     lab.run("run", lab.spec(database=database, search={"num_trials": 2}))
     lab.run("restore", lab.path(), "--database", database, "--set", "search.num_trials=3")
@@ -283,7 +285,7 @@ def test_two_hosts_with_a_database_each_do_not_both_drive(remote: Make, s3: S3) 
     first.until_logged("hold", 0, 1, process)
     process.kill()
     second = remote("second", storage=first.storage)
-    for number in range(3):
+    for number in range(2):
         for file in (first.folder / "orders").glob("hold-*"):
             file.unlink()
         first.order("hold", number, 2)
@@ -297,11 +299,11 @@ def test_two_hosts_with_a_database_each_do_not_both_drive(remote: Make, s3: S3) 
         entries = first.log()
         assert len([entry for entry in entries if entry.event == "start" and entry.trial == number]) == 1
         winner.kill()
-    (first.folder / "orders" / "hold-2-2").unlink()
+    (first.folder / "orders" / "hold-1-2").unlink()
     second.run("restore", second.path())
     assert all(steps_of(lab, number) == [0, 1, 2] for lab in (first, second) for number in range(6))
     lease = json.loads(ObjectRoot(first.path(), s3.options).read("lease.json") or b"{}")
-    assert lease["epoch"] >= 5
+    assert lease["epoch"] >= 4
 
 
 def copied(source: str, target: str, s3: S3, *, keep: bool) -> None:

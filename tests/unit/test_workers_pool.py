@@ -373,9 +373,3 @@ def test_throughput(pool: WorkerPool, tmp_path: Path) -> None:
         pool.run(recorder.job, recorder)
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     print(f"{500 / wall:.0f} no-op jobs/s, {processor / 500 * 1e6:.0f} µs of the parent's processor time each")
-
-
-def test_junk_in_its_pipes_ends_the_attempt(pool: WorkerPool, tmp_path: Path) -> None:
-    error, _ = fail(pool, tmp_path, "writes_everywhere")
-    assert isinstance(error, TrialCrashed)
-    assert run(pool, tmp_path, "noop")[0].outcome is COMPLETED

@@ -61,13 +61,6 @@ def exits(trial):
     sys.exit("enough")
 
 
-def writes_everywhere(trial):
-    for descriptor in range(3, 64):
-        with contextlib.suppress(OSError):
-            os.write(descriptor, b"\0\0\1\0junk")
-    time.sleep(1000)
-
-
 def hard_exit(trial):
     print("about to leave", flush=True)
     os._exit(3)
@@ -280,7 +273,7 @@ def closes_everything(trial):
 
 
 def scribbles(trial):
-    for descriptor in range(3, 20):
+    for descriptor in range(3, 256):
         with contextlib.suppress(OSError):
             os.write(descriptor, b"\0\0\0\5hello")
     time.sleep(1000)

@@ -405,7 +405,7 @@ class DatabaseContract(AttemptContract, QueueContract):
             counts.append(found)
         assert counts[0] == counts[1]
         assert max(counts[0].values()) <= 3
-        assert len(lab.reader.trials()) == 300
+        assert len(lab.reader.trials()) == 60
 
     def test_a_read_sees_one_state(self, lab: Lab) -> None:
         lab.driver.propose({"x": 0.5})
