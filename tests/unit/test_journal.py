@@ -17,16 +17,17 @@ from store_kit import content
 from holdfast.core.errors import Corrupt, Fenced, StorageError
 from holdfast.core.trial import Outcome
 from holdfast.storage import journal
-from holdfast.storage.database import rebuild, requests
+from holdfast.storage.database import merging, rebuild, requests
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.engine import Database, sqlite_url
 from holdfast.storage.database.experiments import by_uuid, open_database
 from holdfast.storage.database.outbox import Outbox
-from holdfast.storage.database.reads import Reader
+from holdfast.storage.database.reads import ALL, Reader
 from holdfast.storage.folder import Identity
 from holdfast.storage.journal import Batch, Contents, JournalWriter
 from holdfast.storage.root import LocalRoot
 from holdfast.testing.lab import ERROR, FAILED, TYPED, Lab, same
+from holdfast.testing.samples import sample_spec
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def live(lab: Lab, chance: random.Random, step: int) -> None:
 
 def everything(reader: Reader) -> dict[str, Any]:
     """Return all that a reader tells, without what differs between databases."""
-    trials = [vars(trial) | {"config_id": 0, "attempt": trial.attempt.number} for trial in reader.trials()]
+    trials = [vars(trial) | {"config_id": 0, "attempt": trial.attempt.number} for trial in reader.trials(first=-ALL)]
     attempts = {
         trial: {number: replace(attempt, id=0) for number, attempt in found.items()}
         for trial, found in reader.attempts().items()
@@ -115,9 +116,16 @@ def identity_of(lab: Lab) -> Identity:
 @pytest.mark.parametrize("seed", range(6))
 def test_batches_one_after_the_other_tell_what_the_database_holds(lab: Lab, root: LocalRoot, tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
+    other = Lab.new(lab.database, "another")
+    for number in range(3):
+        other.end(other.started(x=number / 4), loss=float(number))
     writer = writer_of(lab, root)
     for step in range(120):
         live(lab, chance, step)
+        if step in (40, 80):
+            spec = sample_spec(name="journaled")
+            merging.merge(lab.database, lab.id, spec, lab.record.uuid, ["another"])
+            other.end(other.started(x=step / 100), loss=0.5)
         if chance.random() < 0.3:
             writer.flush()
         if chance.random() < 0.05:  # somebody else goes on
@@ -131,18 +139,19 @@ def test_batches_one_after_the_other_tell_what_the_database_holds(lab: Lab, root
     assert told.end == lab.reader.seq() == journal.end(root)
     assert same(_plain(told), _plain(whole))
 
-    with closing(open_database(sqlite_url(tmp_path / "other.db"), create_missing=True)) as other:
-        Lab.new(other, "in the way of row ids")
-        rebuild.rebuild(other, identity_of(lab), told, epoch=lab.epoch, detail={"journal": told.end})
-        record = by_uuid(other, lab.record.uuid)
+    assert len(lab.reader.trials(first=-ALL, last=-1)) == 4  # the merged ones are told, too
+    with closing(open_database(sqlite_url(tmp_path / "other.db"), create_missing=True)) as empty:
+        Lab.new(empty, "in the way of row ids")
+        rebuild.rebuild(empty, identity_of(lab), told, epoch=lab.epoch, detail={"journal": told.end})
+        record = by_uuid(empty, lab.record.uuid)
         assert record is not None
         assert (record.seq, record.epoch, record.spec, record.seed) == (told.end, lab.epoch, lab.record.spec, lab.record.seed)
-        assert same(everything(Reader(other, record.id)), everything(lab.reader))
-        assert rebuild.epochs(other, record.id) == rebuild.epochs(lab.database, lab.id)
-        assert (rebuild.copied_at(other, record.id), rebuild.copied_at(lab.database, lab.id)) == (told.end, None)
-        before = everything(Reader(other, record.id))
-        rebuild.rebuild(other, identity_of(lab), told, epoch=lab.epoch, detail={"journal": told.end})  # once more, in place
-        assert same(everything(Reader(other, record.id)), before)
+        assert same(everything(Reader(empty, record.id)), everything(lab.reader))
+        assert rebuild.epochs(empty, record.id) == rebuild.epochs(lab.database, lab.id)
+        assert (rebuild.copied_at(empty, record.id), rebuild.copied_at(lab.database, lab.id)) == (told.end, None)
+        before = everything(Reader(empty, record.id))
+        rebuild.rebuild(empty, identity_of(lab), told, epoch=lab.epoch, detail={"journal": told.end})  # once more, in place
+        assert same(everything(Reader(empty, record.id)), before)
 
 
 def _plain(contents: Contents) -> dict[str, Any]:
