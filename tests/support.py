@@ -330,9 +330,11 @@ class Lab:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Return the digest of each file below ``folder``, and an entry for each folder."""
+    """Return the digest of each file below ``folder``, and an entry for each folder; not what Python caches there."""
     found = {}
     for entry in sorted(folder.rglob("*")):
+        if "__pycache__" in entry.parts:
+            continue
         name = str(entry.relative_to(folder))
         found[name] = hashlib.sha256(entry.read_bytes()).hexdigest() if entry.is_file() else "folder"
     return found
