@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -17,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_kit import content, create, until
+from leasing_kit import Waiter, never, state, take
+from store_kit import create, until
 
 from holdfast.core.errors import Corrupt, DatabaseError, Fenced, HoldfastError, LeaseHeld, StorageError
 from holdfast.core.values import dumps
-from holdfast.flows.session import holder, liveness
+from holdfast.flows.session import holder
 from holdfast.locate import Opened
 from holdfast.storage import leasing
 from holdfast.storage.database import experiments
-from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.engine import Statement
 from holdfast.storage.database.leases import TERMS, Leases, Terms
 from holdfast.storage.folder import Folder, LeaseFile, PathLease
-from holdfast.storage.leasing import Claimant, Keeper
+from holdfast.storage.leasing import Keeper
 from holdfast.storage.root import LocalRoot
 from holdfast.testing import racing
 from holdfast.testing.lab import dump
@@ -39,38 +38,10 @@ FAST = Terms(duration=5.0, renewal=0.02)
 FOREIGN = {"hostname": "elsewhere", "host": "elsewhere/boot", "pid": 4, "started": "then"}
 
 
-def never(_: float) -> None:
-    raise AssertionError("nobody is to be waited for")
-
-
-@dataclass
-class Waiter:
-    """A pause that passes at once, by its own clock, and lets something happen meanwhile."""
-
-    meanwhile: Callable[[float], object] = lambda _: None
-    now: float = 0.0
-    said: list[str] = field(default_factory=list)
-
-    def pause(self, seconds: float) -> None:
-        self.now += seconds
-        if self.now > 120:
-            raise AssertionError("waited for two minutes")
-        self.meanwhile(self.now)
-
-    def claimant(self, **changes: Any) -> Claimant:
-        defaults = {"holder": holder(), "liveness": liveness, "say": self.said.append, "pause": self.pause}
-        return Claimant(**{**defaults, "clock": lambda: self.now, **changes})
-
-
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Opened]:
     with closing(create(tmp_path / "runs")) as opened:
         yield opened
-
-
-def take(opened: Opened, **changes: Any) -> Keeper:
-    claimant = Waiter().claimant(**{"pause": never, **changes})
-    return leasing.take(opened.database, opened.record.id, opened.folder, claimant, action="taken", detail={})
 
 
 def set_lease(opened: Opened, other: Mapping[str, Any] | None, *, seconds: float = 20.0, path: bool = True) -> None:
@@ -96,10 +67,6 @@ def set_path(opened: Opened, other: Mapping[str, Any] | None, *, seconds: float 
     )
     with opened.folder.changing_lease() as file:
         file.write(lease)
-
-
-def state(opened: Opened) -> tuple[Any, ...]:
-    return dump(opened.database), {name: body for name, body in content(opened.folder.path).items() if name != ".lock"}
 
 
 def test_a_free_lease_is_taken_in_both_places(opened: Opened) -> None:
@@ -436,76 +403,3 @@ def test_of_several_processes_one_takes_the_lease(opened: Opened) -> None:
             assert refused.startswith("LeaseHeld")
             Leases(opened.database, opened.record.id).release(epoch=epoch, active=0.0, ended="done")
             set_path(opened, None, epoch=epoch)
-
-
-SUSPENDED = """
-import sys
-from pathlib import Path
-from holdfast.core.errors import Fenced
-from holdfast.flows.session import holder, liveness
-from holdfast.locate import open_path
-from holdfast.storage.database.driver import Driver
-from holdfast.storage.database.leases import Terms
-from holdfast.storage.leasing import Claimant, take
-import threading
-
-opened = open_path(sys.argv[1])
-claimant = Claimant(holder=holder(), liveness=liveness, say=print, terms=Terms(duration=0.5, renewal=0.01))
-keeper = take(opened.database, opened.record.id, opened.folder, claimant, action="taken", detail={})
-lost = threading.Event()
-keeper.start(lost.set)
-driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=1)
-driver.propose({"x": 0.1})
-print("driving", flush=True)
-sys.stdin.readline()
-try:
-    driver.propose({"x": 0.2})
-except Fenced:
-    print("refused", flush=True)
-assert lost.wait(20)
-for work in (keeper.check, lambda: keeper.release("done")):
-    try:
-        work()
-    except Fenced:
-        print("refused", flush=True)
-"""
-
-
-def suspend(process: subprocess.Popen[str], opened: Opened) -> None:
-    """Suspend a driver outside of a renewal: within one it holds locks, and whoever comes is told so."""
-    file = opened.database.file
-    assert file is not None
-    while True:
-        process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        try:
-            with opened.folder.root.exclusive(patience=0.0), closing(sqlite3.connect(file, timeout=0.0)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.rollback()
-            return
-        except (StorageError, sqlite3.OperationalError):
-            process.send_signal(signal.SIGCONT)
-            os.waitid(os.P_PID, process.pid, os.WCONTINUED)
-
-
-def test_a_suspended_driver_that_goes_on_after_a_takeover_writes_nothing(opened: Opened) -> None:
-    command = [sys.executable, "-c", SUSPENDED, str(opened.folder.path)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "driving\n"
-    suspend(process, opened)
-    leases = Leases(opened.database, opened.record.id)
-    until(lambda: leases.look().remaining <= 0)
-    waiter = Waiter()
-    path = opened.folder.lease()
-    assert path is not None
-    until(lambda: path.expires < time.time())
-    keeper = take(opened, pause=waiter.pause)
-    Driver(opened.database, opened.record.id, keeper.epoch, seed=1).propose({"x": 0.3})
-    before = state(opened)
-    process.send_signal(signal.SIGCONT)
-    answer, _ = process.communicate("\n", timeout=60)
-    assert answer == "refused\n" * 3
-    assert process.returncode == 0
-    assert state(opened) == before
-    keeper.release("done")
