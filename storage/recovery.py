@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from holdfast.core.space import config_digest
 from holdfast.core.trial import ACTIVE, TrialStatus
 from holdfast.core.values import Json, Metrics, loads
 from holdfast.storage.checkpoints.manifest import Manifest
+from holdfast.storage.checkpoints.ports import Checkpoints
 from holdfast.storage.database.rows import typed
 from holdfast.storage.folder import Folder, Identity
 from holdfast.storage.journal import Contents
@@ -18,10 +19,6 @@ TOKEN = "recovered"
 
 Told = Sequence[Json]
 """A report that the journal may lack: step, microseconds since 1970 UTC, decision, metrics."""
-
-
-class Checkpoints(Protocol):
-    def scan(self, trial: int) -> list[tuple[str, Manifest, str]]: ...
 
 
 def complete(contents: Contents, identity: Identity, folder: Folder, checkpoints: Checkpoints) -> int:

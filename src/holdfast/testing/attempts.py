@@ -32,7 +32,7 @@ class AttemptContract:
 
     @pytest.fixture
     def database(self) -> Iterator[Database]:
-        raise NotImplementedError
+        raise NotImplementedError("the subclass gives it")
 
     @pytest.fixture
     def lab(self, database: Database) -> Lab:

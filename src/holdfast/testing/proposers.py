@@ -125,7 +125,7 @@ class ProposerContract:
     """per simulated search; a model needs enough to leave its start-up"""
 
     def make(self, spec: ExperimentSpec, seed: int) -> Proposer:
-        raise NotImplementedError
+        raise NotImplementedError("the subclass gives it")
 
     def adapt(self, space: dict[str, Any]) -> dict[str, Any]:
         return space

@@ -63,7 +63,7 @@ class QueueContract:
 
     @pytest.fixture
     def database(self) -> Iterator[Database]:
-        raise NotImplementedError
+        raise NotImplementedError("the subclass gives it")
 
     @pytest.fixture
     def lab(self, database: Database) -> Lab:

@@ -6,31 +6,20 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
+from holdfast.storage.checkpoints import ports
 from holdfast.storage.checkpoints.local import Loaded, Published
 from holdfast.storage.checkpoints.manifest import Manifest
 from holdfast.storage.checkpoints.serializers import ingest_directory, write_state
 
 
-class Checkpoints(Protocol):
-    """What a store of checkpoints does; :class:`holdfast.storage.checkpoints.local.LocalCheckpoints` says what it promises."""
+class Checkpoints(ports.Checkpoints, Protocol):
+    """A store of checkpoints with what a trial's process does, too; ``LocalCheckpoints`` says what each call promises."""
 
     def stage(self, trial: int, attempt: int, step: int) -> Path: ...
-
-    def publish(self, staged: Path, manifest: Manifest) -> Published: ...
 
     def discard(self, staged: Path) -> None: ...
 
     def read_manifest(self, path: str) -> tuple[Manifest, str]: ...
-
-    def verify(
-        self,
-        path: str,
-        *,
-        digest: str | None = None,
-        trial: int | None = None,
-        attempt: int | None = None,
-        step: int | None = None,
-    ) -> Manifest: ...
 
     def load(
         self,
@@ -41,12 +30,6 @@ class Checkpoints(Protocol):
         attempt: int | None = None,
         step: int | None = None,
     ) -> Loaded: ...
-
-    def scan(self, trial: int) -> list[tuple[str, Manifest, str]]: ...
-
-    def delete(self, path: str) -> None: ...
-
-    def sweep(self, trial: int, keep: Collection[str]) -> list[str]: ...
 
 
 class Files:
