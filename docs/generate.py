@@ -56,16 +56,18 @@ def _help(program: str, action: argparse._SubParsersAction[argparse.ArgumentPars
 def keys() -> Iterator[str]:
     """Yield the spec's keys with defaults and descriptions."""
     yield "# Keys of a spec\n\nWritten by `make docs` from the program itself.\n\n| key | default | meaning |\n|---|---|---|"
-    yield from _rows(ExperimentSpec, "")
+    yield from _rows(ExperimentSpec, None, "")
 
 
-def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _rows(model: type[BaseModel], given: BaseModel | None, prefix: str) -> Iterator[str]:
+    """Yield a row for each key of ``model``; defaults are those of ``given``, where its parent has one of its own."""
     for name, field in model.model_fields.items():
         kind = field.annotation
+        value = getattr(given, name) if given is not None else field.get_default(call_default_factory=True)
         if isinstance(kind, type) and issubclass(kind, BaseModel) and "root" not in kind.model_fields:
-            yield from _rows(kind, f"{prefix}{name}.")
+            yield from _rows(kind, value, f"{prefix}{name}.")
             continue
-        default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
+        default = "required" if field.is_required() else f"`{value!r}`"
         yield f"| `{prefix}{name}` | {default} | {field.description or ''} |"
 
 

@@ -110,7 +110,7 @@ def make_job(runtime: Runtime, supervisor: Supervisor) -> Job:
         workdir=runtime.workdir,
         root=str(runtime.folder.path),
         candidates=supervisor.fetched(),
-        save_period=spec.checkpoints.save_period,
+        save_period=spec.checkpoints.due_period,
         saves=spec.checkpoints.saves,
         serializer=spec.checkpoints.serializer,
         references=spec.references,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast.api import can_restore, create, import_experiment, open, restore, search  # holdfast.open
+    from holdfast.core.checkpoint_config import CheckpointConfig
     from holdfast.core.errors import (
         AlreadyFinished,
         CheckpointCorrupt,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
         TrainableError,
     )
     from holdfast.core.resume import ResumePolicy
-    from holdfast.core.spec import CheckpointConfig
     from holdfast.core.trial import Trial, TrialStatus
     from holdfast.experiment import Experiment, SearchResult
     from holdfast.report.observer import Observer
@@ -38,6 +38,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "holdfast.api": ("search", "restore", "open", "create", "import_experiment", "can_restore"),
+    "holdfast.core.checkpoint_config": ("CheckpointConfig",),
     "holdfast.core.errors": (
         "AlreadyFinished",
         "CheckpointCorrupt",
@@ -57,7 +58,6 @@ _HOMES = {
         "TrainableError",
     ),
     "holdfast.core.resume": ("ResumePolicy",),
-    "holdfast.core.spec": ("CheckpointConfig",),
     "holdfast.core.trial": ("Trial", "TrialStatus"),
     "holdfast.experiment": ("Experiment", "SearchResult"),
     "holdfast.report.observer": ("Observer",),

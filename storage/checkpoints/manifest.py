@@ -13,7 +13,8 @@ from holdfast.core.errors import InvalidInput, NotACheckpoint
 from holdfast.core.values import Metrics, dumps, loads
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""2 added ``info`` and ``run_config``, and tensors"""
 Kind = Literal["safe", "cloudpickle", "directory"]
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -64,6 +65,9 @@ class Manifest:
     files: tuple[FileEntry, ...] = ()
     beside: dict[str, Any] = field(default_factory=dict)
     """what the experiment's journal may not hold yet: where the attempt began, and its latest reports"""
+    info: dict[str, Any] = field(default_factory=dict)
+    """what a training loop noted with the checkpoint: JSON values"""
+    run_config: dict[str, Any] | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -112,6 +116,8 @@ class Manifest:
                 serializer=_kind(_typed(values, "serializer", str)),
                 metrics=_typed(values, "metrics", dict),
                 beside=_typed(values, "beside", dict) if "beside" in values else {},
+                info=_typed(values, "info", dict) if version > 1 else {},
+                run_config=_typed(values, "run_config", dict) if values.get("run_config") is not None else None,
                 files=_entries(_typed(values, "files", list)),
             )
         except ValueError as error:

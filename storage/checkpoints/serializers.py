@@ -7,12 +7,13 @@ its buffers exceed 64 KiB together they stand in ``arrays.bin`` instead, each al
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import xxhash
 
@@ -28,16 +29,35 @@ INLINE = 64 << 10  # bytes of buffers that go into the JSON: there, base64 costs
 ALIGN = 64
 
 
+class Prepared(Protocol):
+    """A state that is ready to be written, once."""
+
+    serializer: Literal["safe", "cloudpickle"]
+
+    def write(self, folder: Path) -> list[FileEntry]:
+        """Write it into the existing ``folder``, every file fsynced. Raises NotStorable and StorageError."""
+        ...
+
+
+def prepare(state: object, *, serializer: str, copy: bool = False) -> Prepared:
+    """Return ``state`` ready to be written by ``serializer`` (safe or cloudpickle).
+
+    With ``copy`` it may be changed afterwards, and written by another thread: then it is copied once, here. Raises
+    NotStorable where the serializer can tell already.
+    """
+    if serializer == "safe":
+        return _Safe(state, copy=copy)
+    if serializer == "cloudpickle":
+        return _Pickle(state, copy=copy)
+    raise InvalidInput(f"serializer is {serializer!r}; allowed are safe and cloudpickle")
+
+
 def write_state(state: object, folder: Path, *, serializer: str) -> list[FileEntry]:
     """Write ``state`` into the existing ``folder`` by ``serializer`` (safe or cloudpickle), every file fsynced.
 
     Raises NotStorable, before anything is written where the serializer can tell, and StorageError.
     """
-    if serializer == "safe":
-        return _write_safe(state, folder)
-    if serializer == "cloudpickle":
-        return [_write_pickle(state, folder)]
-    raise InvalidInput(f"serializer is {serializer!r}; allowed are safe and cloudpickle")
+    return prepare(state, serializer=serializer).write(folder)
 
 
 def read_state(folder: Path, manifest: Manifest) -> object:
@@ -110,25 +130,36 @@ def hash_directory(folder: Path) -> list[FileEntry]:
     return entries
 
 
-def _write_safe(state: object, folder: Path) -> list[FileEntry]:
-    encoder = Encoder()
-    document: dict[str, Any] = {"format": 1, "state": encoder.encode(state)}
-    buffers = encoder.buffers
-    entries: list[FileEntry] = []
-    if sum(map(len, buffers)) <= INLINE:
-        document["inline"] = [base64.b64encode(buffer).decode() for buffer in buffers]
-    else:
-        document["sizes"] = [len(buffer) for buffer in buffers]
-        with Sink(folder, ARRAYS) as sink:
-            for buffer in buffers:
-                sink.write(b"\0" * (-sink.size % ALIGN))
-                sink.write(buffer)
-        entries.append(sink.entry())
-    # as ASCII: a file of it survives any editor; unsorted: a dict keeps its order
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
-    with Sink(folder, STATE) as sink:
-        sink.write(text)
-    return [*entries, sink.entry()]
+class _Safe:
+    serializer: Literal["safe", "cloudpickle"] = "safe"
+
+    def __init__(self, state: object, *, copy: bool) -> None:
+        encoder = Encoder()
+        self._document: dict[str, Any] = {"format": 1, "state": encoder.encode(state)}
+        self._buffers = [_copied(buffer) for buffer in encoder.buffers] if copy else encoder.buffers
+
+    def write(self, folder: Path) -> list[FileEntry]:
+        document, buffers = self._document, self._buffers
+        entries: list[FileEntry] = []
+        if sum(map(len, buffers)) <= INLINE:
+            document["inline"] = [base64.b64encode(buffer).decode() for buffer in buffers]
+        else:
+            document["sizes"] = [len(buffer) for buffer in buffers]
+            with Sink(folder, ARRAYS) as sink:
+                for buffer in buffers:
+                    sink.write(b"\0" * (-sink.size % ALIGN))
+                    sink.write(buffer)
+            entries.append(sink.entry())
+        # as ASCII: a file of it survives any editor; unsorted: a dict keeps its order
+        text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+        with Sink(folder, STATE) as sink:
+            sink.write(text)
+        return [*entries, sink.entry()]
+
+
+def _copied(buffer: bytes | memoryview) -> bytes | memoryview:
+    """Return a buffer that nobody else holds: bytes are nobody's to change, and what is read-only may still be a view."""
+    return buffer if isinstance(buffer, bytes) else memoryview(bytes(buffer))
 
 
 def _read_safe(folder: Path, state: FileEntry, arrays: FileEntry | None) -> object:
@@ -185,17 +216,34 @@ class _Packed:
         self._next += 1
 
 
-def _write_pickle(state: object, folder: Path) -> FileEntry:
-    import cloudpickle
+class _Pickle:
+    serializer: Literal["safe", "cloudpickle"] = "cloudpickle"
 
-    with Sink(folder, PICKLE) as sink:
+    def __init__(self, state: object, *, copy: bool) -> None:
+        self._state = state
+        self._data: bytes | None = None
+        if copy:
+            stream = io.BytesIO()
+            self._dump(stream)
+            self._data = stream.getvalue()
+
+    def write(self, folder: Path) -> list[FileEntry]:
+        with Sink(folder, PICKLE) as sink:
+            if self._data is None:
+                self._dump(sink)
+            else:
+                sink.write(self._data)
+        return [sink.entry()]
+
+    def _dump(self, stream: Any) -> None:
+        import cloudpickle
+
         try:
-            cloudpickle.dump(state, sink, protocol=5)
+            cloudpickle.dump(self._state, stream, protocol=5)
         except HoldfastError:
             raise
         except Exception as error:  # __reduce__ and __getstate__ are the user's code
-            raise NotStorable(f"state: {class_name(state)} cannot be pickled: {error}") from error
-    return sink.entry()
+            raise NotStorable(f"state: {class_name(self._state)} cannot be pickled: {error}") from error
 
 
 def _read_pickle(folder: Path, entry: FileEntry) -> object:

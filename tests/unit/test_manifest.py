@@ -71,8 +71,8 @@ def changed(**values: object) -> bytes:
 
 def test_a_newer_format_says_so() -> None:
     assert Manifest.parse(changed()).trial == 0
-    with pytest.raises(NotACheckpoint, match=r"format 2.*update holdfast"):
-        Manifest.parse(changed(format=2))
+    with pytest.raises(NotACheckpoint, match=r"format 3.*update holdfast"):
+        Manifest.parse(changed(format=3, info={}))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ class Checkpoint:
     status: CheckpointStatus = CheckpointStatus.VALID
     reason: str = ""
     pinned: bool = False
+    verified: bool = False
+    """whether its files were read back and found good; no row says that"""
     metrics: Metrics = field(default_factory=dict)
 
 

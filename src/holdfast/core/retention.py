@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.checkpoint_config import CheckpointConfig
 from holdfast.core.objective import Direction, Objective, score
-from holdfast.core.spec import CheckpointConfig
 
 
 class Policy(Protocol):
@@ -55,24 +55,68 @@ class KeepPinned:
         return {checkpoint.id for checkpoint in checkpoints if checkpoint.pinned}
 
 
-def policies(config: CheckpointConfig, objective: Objective) -> list[Policy]:
-    """Return the policies that ``config`` asks for; the newest checkpoint is always among what they keep."""
-    if config.mode == "last":
-        return [KeepLast(1), KeepPinned()]
-    if config.keep_last is None and config.keep_top_k is None:
-        return [KeepAll()]
-    chosen: list[Policy] = [KeepLast(config.keep_last or 1), KeepPinned()]
+@dataclass(frozen=True)
+class KeepEvery:
+    period: int
+
+    def keeps(self, checkpoints: Sequence[Checkpoint]) -> set[int]:
+        return {checkpoint.id for checkpoint in checkpoints if checkpoint.step % self.period == 0}
+
+
+@dataclass(frozen=True)
+class KeepVerified:
+    """Keep the newest that was read back and found good: what is newer may turn out bad."""
+
+    def keeps(self, checkpoints: Sequence[Checkpoint]) -> set[int]:
+        return {checkpoint.id for checkpoint in [each for each in checkpoints if each.verified][-1:]}
+
+
+def policies(config: CheckpointConfig, objective: Objective | None) -> list[Policy]:
+    """Return the policies that ``config`` asks for; the newest checkpoint is always among what they keep.
+
+    ``objective`` is what best means when the config names no metric; without either the newest are the best.
+    """
+    chosen: list[Policy] = []
+    goal = ranking(config, objective)
+    if config.mode in ("all", "gap") and not config.rules:
+        chosen.append(KeepAll())
+    if config.mode == "gap_and_last":
+        chosen.append(KeepEvery(config.save_period))
+    if config.keep_every is not None:
+        chosen.append(KeepEvery(config.keep_every))
     if config.keep_top_k is not None:
-        chosen.append(KeepBest(config.keep_top_k, ranking(config, objective)))
-    return chosen
+        chosen.append(KeepLast(config.keep_top_k) if goal is None else KeepBest(config.keep_top_k, goal))
+    elif goal is not None and config.metric_name is not None and config.mode not in ("last", "gap_overwrite"):
+        chosen.append(KeepBest(1, goal))  # whoever names a metric wants to find the best by it
+    return [*chosen, KeepLast(config.keep_last or 1), KeepVerified(), KeepPinned()]
 
 
-def ranking(config: CheckpointConfig, objective: Objective) -> Objective:
-    """Return what checkpoints are ranked by: the config's metric and direction, else the first objective."""
-    direction = objective.direction
+def ranking(config: CheckpointConfig, objective: Objective | None) -> Objective | None:
+    """Return what checkpoints are ranked by: the config's metric and direction, else ``objective``; None without either."""
+    name = config.metric_name or (objective.name if objective else None)
+    if name is None:
+        return None
+    direction = objective.direction if objective else Direction.MIN
     if config.higher_is_better is not None:
         direction = Direction.MAX if config.higher_is_better else Direction.MIN
-    return Objective(name=config.metric_name or objective.name, direction=direction)
+    return Objective(name=name, direction=direction)
+
+
+def best(checkpoints: Sequence[Checkpoint], goal: Objective | None) -> list[Checkpoint]:
+    """Return ``checkpoints`` (oldest first), the best first; those without a finite value come last, the newest of them first.
+
+    Without a ``goal`` the newest is the best.
+    """
+    newest_first = list(reversed(checkpoints))
+    if goal is None:
+        return newest_first
+    sign = 1.0 if goal.direction is Direction.MIN else -1.0
+
+    def rank(checkpoint: Checkpoint) -> float:
+        value = score(checkpoint.metrics, goal)
+        return sign * value if value is not None and math.isfinite(value) else math.inf
+
+    return sorted(newest_first, key=rank)
 
 
 def surplus(checkpoints: Sequence[Checkpoint], chosen: Sequence[Policy]) -> list[Checkpoint]:

@@ -8,11 +8,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from holdfast.core.checkpoint_config import SEARCH_DEFAULTS, CheckpointConfig, for_search
 from holdfast.core.errors import SpecError
 from holdfast.core.objective import Direction, Objective
 from holdfast.core.space import Number, Section, Space, Whole
@@ -51,29 +52,6 @@ class StoppingSection(Section):
 
     rule: Literal["none"] = Field(default="none", description="none: trials run to their end")
     max_steps: Whole | None = Field(default=None, ge=1, description="a class trainable ends after as many steps")
-
-
-class CheckpointConfig(Section):
-    """Which steps are saved, and which saved ones are kept (the union of the rules, and always the latest)."""
-
-    enabled: bool = Field(default=True, description="false: nothing is saved")
-    mode: Literal["all", "last", "none"] = Field(
-        default="all", description="all: by the rules; last: only the newest; none: off"
-    )
-    save_period: Whole = Field(default=1, ge=1, description="save each step that it divides")
-    keep_top_k: Whole | None = Field(default=1, ge=1, description="keep the best k by metric_name; null: not a rule")
-    keep_last: Whole | None = Field(default=2, ge=1, description="keep the newest n; null: not a rule; both null keep all")
-    metric_name: str | None = Field(default=None, description="the first objective when absent")
-    higher_is_better: bool | None = Field(default=None, description="the first objective's direction when absent")
-    serializer: Literal["safe", "cloudpickle"] = Field(default="safe", description="safe: JSON values, numpy arrays, bytes")
-
-    @property
-    def saves(self) -> bool:
-        return self.enabled and self.mode != "none"
-
-    def is_due(self, step: int) -> bool:
-        """Tell whether ``step`` is to be saved."""
-        return self.saves and step % self.save_period == 0
 
 
 class FailureSection(Section):
@@ -125,7 +103,7 @@ class ExperimentSpec(Section):
     )
     search: SearchSection = SearchSection()
     stopping: StoppingSection = StoppingSection()
-    checkpoints: CheckpointConfig = CheckpointConfig()
+    checkpoints: Annotated[CheckpointConfig, BeforeValidator(for_search)] = CheckpointConfig(**SEARCH_DEFAULTS)
     failure: FailureSection = FailureSection()
     execution: ExecutionSection = ExecutionSection()
     references: dict[str, Any] = Field(default_factory=dict, description="handed to trials; no part of a config's identity")
