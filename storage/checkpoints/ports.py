@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from holdfast.storage.checkpoints.local import LocalCheckpoints, Published
+from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints, Published
 from holdfast.storage.checkpoints.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -51,6 +51,26 @@ class Checkpoints(Protocol):
     def sweep(self, trial: int, keep: Collection[str]) -> list[str]:
         """Remove what holdfast left of the trial and ``keep`` does not name; return what was removed."""
         ...
+
+
+class DirectCheckpoints(Checkpoints, Protocol):
+    """A store of checkpoints with what a trial's process does, too; ``LocalCheckpoints`` says what each call promises."""
+
+    def stage(self, trial: int, attempt: int, step: int) -> Path: ...
+
+    def discard(self, staged: Path) -> None: ...
+
+    def read_manifest(self, path: str) -> tuple[Manifest, str]: ...
+
+    def load(
+        self,
+        path: str,
+        *,
+        digest: str | None = None,
+        trial: int | None = None,
+        attempt: int | None = None,
+        step: int | None = None,
+    ) -> Loaded: ...
 
 
 def checkpoints_in(folder: Folder) -> Checkpoints:
