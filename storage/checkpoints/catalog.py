@@ -89,6 +89,10 @@ class Catalog:
         stamp = self._now()
         if not again and stamp is not None and stamp == self._stamp:
             return
+        self._list()
+        self._stamp = stamp
+
+    def _list(self) -> None:
         found = set(self._root.names())
         self.record = writer.read(self._root)
         self._known = {name: known for name, known in self._known.items() if name in found}
@@ -102,7 +106,6 @@ class Catalog:
             self._best = None
         self._bad = bad
         self._arrange()
-        self._stamp = stamp
 
     def _now(self) -> int | None:
         """Return a number that differs when the folder has changed, or None when nothing can tell."""
@@ -146,6 +149,12 @@ class Catalog:
         except OSError:
             return None
         return (found.st_ino, found.st_mtime_ns)
+
+    def changed(self) -> bool:
+        """Look again; tell whether other checkpoints count now."""
+        before = self._names
+        self.look(again=True)
+        return self._names != before
 
     @property
     def others(self) -> list[Name]:

@@ -105,7 +105,9 @@ class Loader:
                     place.verified = {entry.path}
                     return loaded
             else:
-                raise self._nothing(wanted, bad)
+                if not place.catalog.changed():
+                    raise self._nothing(wanted, bad)
+                continue
             place.catalog.look(again=True)
         raise CheckpointNotFound(f"{place.root.location}: its checkpoints are deleted faster than they can be read")
 

@@ -11,12 +11,12 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.core.checkpoint import check_step
-from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, NotACheckpoint
+from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, NotACheckpoint, StorageError
 from holdfast.core.faults import point
 from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.files import Sink, fsync_folder, storage_errors
@@ -155,7 +155,8 @@ class LocalCheckpoints:
         Raises as :meth:`read_manifest`, and CheckpointCorrupt naming the file and what differs.
         """
         manifest = self._checked(path, digest, {"trial": trial, "attempt": attempt, "step": step})
-        verify_files(self.root / path, manifest)
+        with _while_it_is_there(self.root / path):
+            verify_files(self.root / path, manifest)
         return manifest
 
     def load(
@@ -170,7 +171,9 @@ class LocalCheckpoints:
         """Return the checkpoint with its state, verified while it is read; raises as :meth:`verify`."""
         manifest = self._checked(path, digest, {"trial": trial, "attempt": attempt, "step": step})
         folder = self.root / path
-        return Loaded(step=manifest.step, metrics=manifest.metrics, path=folder, state=read_state(folder, manifest))
+        with _while_it_is_there(folder):
+            state = read_state(folder, manifest)
+        return Loaded(step=manifest.step, metrics=manifest.metrics, path=folder, state=state)
 
     def scan(self, trial: int) -> list[tuple[str, Manifest, str]]:
         """Return (path, manifest, digest) of the trial's checkpoints by attempt and step; those without a valid manifest
@@ -277,6 +280,17 @@ class LocalCheckpoints:
             log.warning("could not delete the checkpoint %s, a later sweep will: %s", folder, error)
             return False
         return _remove(trash) and not os.path.lexists(folder)
+
+
+@contextlib.contextmanager
+def _while_it_is_there(folder: Path) -> Iterator[None]:
+    """Raise CheckpointNotFound for whatever goes wrong because the checkpoint was deleted meanwhile."""
+    try:
+        yield
+    except (CheckpointCorrupt, StorageError) as error:
+        if os.path.lexists(folder):
+            raise
+        raise CheckpointNotFound(f"the checkpoint {folder} was deleted while it was being read") from error
 
 
 def compare(folder: object, manifest: Manifest, expected: Mapping[str, int | None]) -> None:

@@ -56,10 +56,13 @@ class Place:
         return self.folder / name if self.folder is not None else join(self.root.location, name)
 
     def newest(self) -> Entry | None:
-        """Return the newest checkpoint whose folder is still there."""
-        return next(
-            (entry for entry in self.catalog.newest_first() if self.folder is None or self.catalog.exists(entry.path)), None
-        )
+        """Return the newest checkpoint whose folder is still there, None when there is none at all."""
+        while True:
+            for entry in self.catalog.newest_first():
+                if self.folder is None or self.catalog.exists(entry.path):
+                    return entry
+            if not self.catalog.changed():  # all that was listed may have been pruned meanwhile
+                return None
 
     def missing(self, which: int | str) -> CheckpointNotFound:
         """Return the error for a checkpoint that is not there."""

@@ -14,14 +14,14 @@ from typing import Any
 
 from holdfast.core import retention
 from holdfast.core.checkpoint_config import CheckpointConfig
-from holdfast.core.errors import CheckpointConflict, HoldfastError, InvalidInput, InvalidStep, StorageError
+from holdfast.core.errors import CheckpointConflict, Fenced, HoldfastError, InvalidInput, InvalidStep, StorageError
 from holdfast.core.values import Json, Metrics
 from holdfast.storage.atomic import make_folder
 from holdfast.storage.checkpoints import writer
 from holdfast.storage.checkpoints.catalog import Entry
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.storage.checkpoints.manifest import FileEntry, Kind, Manifest
-from holdfast.storage.checkpoints.names import FLAT
+from holdfast.storage.checkpoints.names import FLAT, TRASH
 from holdfast.storage.checkpoints.place import Place
 
 FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
@@ -142,12 +142,14 @@ class Saver:
         return entry
 
     def _refused(self, error: Exception) -> Exception:
-        """Return Fenced for an error whose cause is that another process took over, else the error."""
+        """Return Fenced for an error whose cause is that another process took over, or is about to, else the error."""
         assert self._record is not None
         try:
             writer.check(self._place.root, self._record)
         except HoldfastError as fenced:
             return fenced
+        if self._place.folder is not None and not (self._place.folder / self._record.folder).is_dir():
+            return Fenced(f"{self._place.folder}: another process takes over from this one; nothing was written")
         return error
 
     def check(self) -> None:
@@ -168,7 +170,7 @@ class Saver:
         for name in {*names, *self._trash}:
             self._checkpoints.delete(name)
         gone = {name for name in names if not catalog.exists(name)}
-        self._trash = set(names) if self._left() else set()
+        self._trash = self._left() if names or self._trash else set()
         catalog.removed(gone)
         catalog.drop_markers(gone)
         return [entry.step for entry in surplus if entry.path in gone]
@@ -183,11 +185,12 @@ class Saver:
             surplus = surplus[:-1]
         return [entries[each.id] for each in surplus]
 
-    def _left(self) -> bool:
-        """Tell whether the trash holds what could not be removed."""
+    def _left(self) -> set[str]:
+        """Return the names of checkpoints whose files could not be removed from the trash."""
         if self._place.folder is None or self._record is None:
-            return False
+            return set()
         try:
-            return any(name.startswith(".trash-") for name in os.listdir(self._place.folder / self._record.folder))
+            names = os.listdir(self._place.folder / self._record.folder)
         except OSError:
-            return False
+            return set()
+        return {name.removeprefix(TRASH) for name in names if name.startswith(TRASH)}
