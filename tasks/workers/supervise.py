@@ -21,7 +21,7 @@ from holdfast.tasks.workers.messages import (
     job_frame,
     report_from,
 )
-from holdfast.tasks.workers.saving import Publisher
+from holdfast.tasks.workers.saving import Publication, Publisher
 from holdfast.tasks.workers.worker import Worker, WorkerDied
 
 POLL = 0.2
@@ -76,24 +76,19 @@ class Attempt:
             except WorkerDied:
                 verdict = self._dead()
         except TrialFailure:
-            try:
+            with contextlib.suppress(StorageError):  # how the attempt ended counts
                 self._settle()
-            except StorageError as error:  # how the attempt ended counts
-                self._supervision.log([f"a checkpoint was not stored: {error}"])
             raise
         self._settle()
         return verdict
 
     def _settle(self) -> None:
-        """Finish what is being published, whose child ends before the search would hear of it, or must."""
+        """Finish what is being published when the attempt ends otherwise than by itself: then its child waits for nothing."""
         if self._publisher.wake is None:
             return
         self._worker.kill()
-        done = self._publisher.take(wait=True)
-        if done is not None and done.published is not None:
-            self._supervision.saved(done.report, done.published)
-        elif done is not None and done.error is not None:
-            raise done.error
+        if (refused := self._stored(wait=True)) is not None and refused.error is not None:
+            raise refused.error
 
     def _run(self) -> Verdict:
         now = time.monotonic()
@@ -107,8 +102,10 @@ class Attempt:
             until = min(self._next_poll, self._deadline, self._patience)
             frame = self._worker.receive(until - time.monotonic(), self._publisher.wake)
             verdict = self._answer(frame) if frame is not None else None
-            self._tell_stored()
-            verdict = verdict or self._look(time.monotonic())
+            if verdict is not None:
+                return verdict
+            self._tell()
+            verdict = self._look(time.monotonic())
             if verdict is not None:
                 return verdict
 
@@ -151,20 +148,26 @@ class Attempt:
 
     def _publish(self, frame: Frame) -> None:
         """Publish what the child has written, while its reports go on being answered."""
-        self._tell_stored(wait=True)  # a child has one under way at most
+        self._tell(wait=True)  # a child has one under way at most
         report = report_from(frame)
         self._publisher.start(report, self._supervision.publication(report))
 
-    def _tell_stored(self, *, wait: bool = False) -> None:
+    def _tell(self, *, wait: bool = False) -> None:
+        """Tell the child what became of its save, once that is known."""
+        done = self._stored(wait=wait)
+        if done is not None:
+            self._worker.send({"t": "stored", "error": None if done.error is None else str(done.error)})
+
+    def _stored(self, *, wait: bool) -> Publication | None:
+        """Record a checkpoint that was published since the last call, if any; what the storage did not refuse is raised."""
         done = self._publisher.take(wait=wait)
-        if done is None:
-            return
-        if done.published is not None:
+        if done is not None and done.published is not None:
             self._supervision.saved(done.report, done.published)
-        elif not isinstance(done.error, StorageError):
-            assert done.error is not None
+        elif done is not None and isinstance(done.error, StorageError):
+            self._supervision.log([f"the checkpoint of step {done.report.step} was not stored: {done.error}"])
+        elif done is not None and done.error is not None:
             raise done.error
-        self._worker.send({"t": "stored", "step": done.report.step, "error": None if done.error is None else str(done.error)})
+        return done
 
     def _ended(self, frame: Frame) -> Verdict:
         clean = bool(frame["clean"])
