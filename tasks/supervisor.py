@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from holdfast.storage.database.attempts import AttemptWriter, Saved
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.rows import micros
 from holdfast.storage.recovery import Told
+from holdfast.tasks.pruning import Pruner
 from holdfast.tasks.runtime import Runtime
 from holdfast.tasks.workers.messages import Candidate, Decision, ProcessIdentity, Rejected, Report, Staged
 
@@ -44,8 +45,7 @@ class Supervisor:
     """checkpoints that could not be brought here"""
     _told: list[tuple[int, Told]] = field(default_factory=list)
     """seq and content of each report that the journal may lack"""
-    _pruned: bool = False
-    """whether what is off the attempt's chain is gone"""
+    _pruner: Pruner | None = None
 
     @property
     def writer(self) -> AttemptWriter:
@@ -180,20 +180,12 @@ class Supervisor:
         )
 
     def _prune(self) -> None:
-        """Delete what retention does not keep: rows first, then files; what is cut off here is swept later.
-
-        What is off the attempt's chain, and what was the resumed one's state, does not change while the attempt runs. So
-        where everything on the chain is kept, one look is enough; a long trial has thousands of checkpoints.
-        """
-        spec = self.runtime.spec
-        chosen = retention.policies(spec.checkpoints, spec.goals[0])
-        if self._pruned and any(isinstance(policy, retention.KeepAll) for policy in chosen):
-            return
-        self._pruned = True
-        kept, superseded = self.writer.kept()
-        verified = None if self.resumed is None else self.resumed.id
-        kept = [replace(checkpoint, verified=checkpoint.id == verified) for checkpoint in kept]
-        surplus = [*(one for one in superseded if not one.pinned), *retention.surplus(kept, chosen)]
+        """Delete what retention does not keep: rows first, then files; what is cut off here is swept later."""
+        if self._pruner is None:
+            spec = self.runtime.spec
+            verified = None if self.resumed is None else self.resumed.id
+            self._pruner = Pruner(retention.policies(spec.checkpoints, spec.goals[0]), verified)
+        surplus = self._pruner.surplus(self.writer)
         if not surplus:
             return
         self.writer.forget([checkpoint.id for checkpoint in surplus])

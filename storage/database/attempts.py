@@ -164,15 +164,15 @@ class AttemptWriter:
         )
 
     @repeatable
-    def kept(self) -> tuple[list[Checkpoint], list[Checkpoint]]:
+    def kept(self, after: int = 0) -> tuple[list[Checkpoint], list[Checkpoint]]:
         """Return the trial's valid checkpoints: (those on this attempt's chain, oldest first; all others).
 
-        Each carries the metrics that were reported with it.
+        Each carries the metrics that were reported with it. ``after`` is a row id: only later ones are returned.
         """
         with self.database.snapshot() as state:
             attempts, _ = attempts_of(state, self.trial)
-            metrics = _metrics_by_checkpoint(state, self.trial)
-            checkpoints = checkpoints_of(state, self.trial)
+            metrics = _metrics_by_checkpoint(state, self.trial, after)
+            checkpoints = checkpoints_of(state, self.trial, after=after)
         found = [
             replace(checkpoint, metrics=metrics.get(checkpoint.id, {}))
             for checkpoint in checkpoints
@@ -181,6 +181,11 @@ class AttemptWriter:
         on_chain = eligible(self.number, attempts, found)
         identities = {checkpoint.id for checkpoint in on_chain}
         return on_chain[::-1], [checkpoint for checkpoint in found if checkpoint.id not in identities]
+
+    @repeatable
+    def pins(self) -> dict[int, bool]:
+        """Return whether it is pinned for each of the trial's valid checkpoints (row ids)."""
+        return {identity: bool(pinned) for identity, pinned in self.database.run(sql.PINS_OF, trial=self.trial)}
 
     @repeatable
     def forget(self, checkpoints: Collection[int]) -> None:
@@ -231,9 +236,9 @@ def _reject(
     tx.run(sql.SET_PARENT, attempt=attempt, parent=parent, parent_step=step, reason=None, note=storable(note))
 
 
-def _metrics_by_checkpoint(state: Transaction, trial: int) -> dict[int, Metrics]:
+def _metrics_by_checkpoint(state: Transaction, trial: int, after: int) -> dict[int, Metrics]:
     """Return the finite numbers reported with each checkpoint: what retention ranks by."""
     found: dict[int, Metrics] = {}
-    for checkpoint, name, number in state.run(sql.CHECKPOINT_METRICS, trial=trial):
+    for checkpoint, name, number in state.run(sql.CHECKPOINT_METRICS, trial=trial, after=after):
         found.setdefault(checkpoint, {})[name] = number
     return found
