@@ -87,18 +87,18 @@ class TestStopping:
 
 class TestKilled:
     @pytest.mark.parametrize(
-        ("point", "kept"),
+        ("isolation", "point", "kept"),
         [
-            ("checkpoint.staged:4", 2),
-            ("checkpoint.manifest-written:4", 2),
-            ("checkpoint.renamed:4", 2),
-            ("checkpoint.committed:4", 3),
-            ("checkpoint.pruned-row:1", 0),
-            ("checkpoint.pruned-renamed:1", 0),
-            ("report.committed:4", 2),
+            ("process", "checkpoint.staged:4", 2),
+            ("process", "checkpoint.manifest-written:4", 2),
+            ("process", "checkpoint.renamed:4", 2),
+            ("process", "checkpoint.committed:4", 3),
+            ("process", "checkpoint.pruned-row:1", 0),
+            ("process", "report.committed:4", 2),
+            ("inline", "checkpoint.staged:4", 2),
+            ("inline", "checkpoint.committed:4", 3),
         ],
     )
-    @pytest.mark.parametrize("isolation", ["process", "inline"])
     def test_at_each_moment_of_a_save(self, make_lab: MakeLab, point: str, kept: int, isolation: str) -> None:
         """No more is lost than the save that was under way and what came after it; also when only the path is left."""
         lab = make_lab(steps=6)
