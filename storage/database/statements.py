@@ -160,7 +160,8 @@ REPORT_OF = _sql("SELECT id FROM report WHERE attempt_id = :attempt AND step = :
 CHECKPOINT_METRICS = _sql(
     "SELECT c.id, m.name, m.number FROM checkpoint c JOIN attempt a ON a.id = c.attempt_id"
     " JOIN report r ON r.attempt_id = c.attempt_id AND r.step = c.step JOIN metric m ON m.report_id = r.id"
-    " WHERE a.trial_id = :trial AND c.status = 'valid' AND c.id > :after AND m.kind IN ('float', 'int') AND m.number IS NOT NULL"
+    " WHERE a.trial_id = :trial AND c.status = 'valid' AND c.id > :after"
+    " AND m.kind IN ('float', 'int') AND m.number IS NOT NULL"
 )
 
 # Where a lease stands, by the database's own clock ({clock} differs between databases: see leases.py).

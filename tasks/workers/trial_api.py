@@ -137,8 +137,8 @@ class Trial:
         Asked before a report, it knows whether that is expected to be the last one before ``save_before``, too; what it
         cannot know is whether the trial is about to be told to stop.
         """
-        number = self._number(step)
-        return self._job.saves and (number % self._job.save_period == 0 or self._deadline.due(number))
+        due = check_step(step) % self._job.save_period == 0
+        return self._job.saves and (due or self._deadline.due(step))
 
     def stage(self, step: int) -> Path:
         """Return a folder to write large files into, on the checkpoints' own file system.
@@ -232,15 +232,11 @@ class Trial:
                 f"attempt {self.attempt} of trial {self.number} has ended; its trial object is of no use any more"
             )
 
-    @staticmethod
-    def _number(step: Any) -> int:
+    def _check_new(self, step: Any) -> int:
         item = getattr(step, "__index__", None)
         if item is not None and not isinstance(step, (bool, int)):
             step = item()  # a numpy integer
-        return check_step(step)
-
-    def _check_new(self, step: Any) -> int:
-        number = self._number(step)
+        number = check_step(step)
         if number <= self._last:
             first = self.checkpoint is not None and self._last == self.checkpoint.step
             what = "the checkpoint's step" if first else "the last reported step"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_server import S3
 from support import DIED, Lab, MakeLab, executed, starts, steps_of
 
 ASYNCHRONOUS = {"asynchronous": True}
@@ -166,3 +168,28 @@ class TestKilled:
         slow.unlink()
         lab.run(*command)
         assert steps_of(lab, 0) == list(range(40))
+
+
+@pytest.mark.parametrize("point", ["checkpoint.manifest-written:3", "checkpoint.renamed:3"])
+def test_on_an_object_store(s3: S3, tmp_path: Path, server_environment: dict[str, str], point: str) -> None:
+    """Killed before and after the manifest is uploaded, restored, and ended by a signal."""
+    changes = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XDG_DATA_HOME": str(tmp_path / "lab" / "data"), **s3.environment}
+    storage = s3.bucket("async") + "/runs"
+    lab = Lab(tmp_path / "lab", {**server_environment, **changes}, steps=100_000, storage=storage, options=s3.options)
+    try:
+        lab.order("slow", 0, 0)
+        spec = lab.spec(search={"num_trials": 1}, checkpoints=ASYNCHRONOUS)
+        lab.run("run", spec, fault=point, code=DIED)
+        newest = saved(lab)[-1]
+        assert newest >= 1
+        lab.clear_log()
+        run = lab.start("restore", lab.path())
+        lab.until_logged("step", 0, newest + 4, run)
+        assert starts(lab.log(), 0) == [(2, newest + 1)]
+        run.signal(signal.SIGTERM)
+        ended = run.wait()
+        assert ended.code == 143, ended.output
+        assert saved(lab)[-1] == executed(lab.log(), 0)[-1]
+        lab.run("checkpoints", lab.path(), "--verify")
+    finally:
+        lab.close()

@@ -65,7 +65,7 @@ class Recorder:
     rows: list[tuple[float, str, Any]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     running: threading.Event = field(default_factory=threading.Event)
-    publish: Callable[[Job, Report], Published] = field(default=lambda job, report: publish(job, report))
+    publish: Callable[[Job, Report], Published] = publish
     """what publishes checkpoints that come after their reports"""
     events: list[tuple[str, int]] = field(default_factory=list)
     """(reported, publishing or saved, step) in the order in which this thread was called"""
