@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, Self
 
-from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, check_step, eligible
+from holdfast.core.checkpoint import Checkpoint, check_step, eligible
 from holdfast.core.errors import AlreadyClaimed, CheckpointConflict, Conflict, Fenced
 from holdfast.core.trial import Event, Outcome, TrialStatus, transition
 from holdfast.core.values import Metrics
@@ -14,7 +14,7 @@ from holdfast.storage.database import statements as sql
 from holdfast.storage.database.driver import Ending, end_attempt, fence, mark_checkpoint
 from holdfast.storage.database.engine import Database, Transaction
 from holdfast.storage.database.losses import repeatable
-from holdfast.storage.database.rows import add_metrics, attempts_of, checkpoints_of, now, storable, typed
+from holdfast.storage.database.rows import add_metrics, attempts_of, now, storable, to_checkpoint, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +172,8 @@ class AttemptWriter:
         with self.database.snapshot() as state:
             attempts, _ = attempts_of(state, self.trial)
             metrics = _metrics_by_checkpoint(state, self.trial, after)
-            checkpoints = checkpoints_of(state, self.trial, after=after)
-        found = [
-            replace(checkpoint, metrics=metrics.get(checkpoint.id, {}))
-            for checkpoint in checkpoints
-            if checkpoint.status is CheckpointStatus.VALID
-        ]
+            rows = state.run(sql.VALID_CHECKPOINTS_OF, trial=self.trial, after=after)
+        found = [to_checkpoint(0, row, metrics.get(row[0])) for row in rows]
         on_chain = eligible(self.number, attempts, found)
         identities = {checkpoint.id for checkpoint in on_chain}
         return on_chain[::-1], [checkpoint for checkpoint in found if checkpoint.id not in identities]

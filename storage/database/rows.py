@@ -65,9 +65,9 @@ def attempts_of(tx: Transaction, trial: int) -> tuple[dict[int, Attempt], dict[i
     return attempts, {row[1]: row[0] for row in rows}
 
 
-def checkpoints_of(tx: Transaction, trial: int, number: int = 0, after: int = 0) -> list[Checkpoint]:
-    """Return a trial's valid checkpoints with row ids above ``after`` by attempt and step, without their metrics."""
-    return [to_checkpoint(number, row) for row in tx.run(sql.CHECKPOINTS_OF, trial=trial, after=after)]
+def checkpoints_of(tx: Transaction, trial: int, number: int = 0) -> list[Checkpoint]:
+    """Return a trial's checkpoints by attempt and step, without their metrics."""
+    return [to_checkpoint(number, row) for row in tx.run(sql.CHECKPOINTS_OF, trial=trial)]
 
 
 def to_checkpoint(trial: int, row: tuple[Any, ...], metrics: Metrics | None = None) -> Checkpoint:

@@ -127,6 +127,12 @@ ATTEMPTS_OF = _sql(
 
 CHECKPOINTS_OF = _sql(
     "SELECT c.id, a.number, c.step, c.path, c.digest, c.bytes, c.status, c.reason, c.pinned FROM checkpoint c"
+    " JOIN attempt a ON a.id = c.attempt_id WHERE a.trial_id = :trial ORDER BY a.number, c.step"
+)
+
+# A save reads these, so it must not read the thousands that were pruned before.
+VALID_CHECKPOINTS_OF = _sql(
+    "SELECT c.id, a.number, c.step, c.path, c.digest, c.bytes, c.status, c.reason, c.pinned FROM checkpoint c"
     " JOIN attempt a ON a.id = c.attempt_id WHERE a.trial_id = :trial AND c.status = 'valid' AND c.id > :after"
     " ORDER BY a.number, c.step"
 )
