@@ -74,7 +74,7 @@ class AttemptContract:
             "renew": lambda: leases.renew(epoch=1, active=5.0),
             "release": lambda: leases.release(epoch=1, active=5.0, ended="late"),
         }
-        reads = {"kept"}
+        reads = {"kept", "pins"}
         for kind in (Driver, AttemptWriter):
             methods = {name for name, value in vars(kind).items() if not name.startswith("_") and hasattr(value, "__get__")}
             assert methods - reads <= {name.partition(",")[0].rpartition(".")[2] for name in writes}
