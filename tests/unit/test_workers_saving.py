@@ -149,12 +149,13 @@ class TestOrder:
         assert recorder.events[-1] == ("saved", 6)
 
     def test_word_of_a_save_may_come_before_a_decision(self, pool: WorkerPool, tmp_path: Path) -> None:
-        """The supervisor is held up until the child has begun its next report, whose answer so comes second."""
-        recorder = recorder_of(tmp_path, "waits_before", config={"steps": 5, "mark": 1}, save_period=2)
+        """The supervisor is held up until the child begins its next report, whose answer so comes second."""
+        recorder = recorder_of(tmp_path, "reports_when_told", config={"steps": 5}, save_period=2)
         count = recorder._count
 
         def held(report: Report, published: Published) -> None:
-            while not (tmp_path / "marked").exists():
+            (tmp_path / "saving").touch()
+            while not (tmp_path / "reporting").exists():
                 time.sleep(0.005)
             count(report, published)
 
@@ -297,6 +298,22 @@ class TestLostProcesses:
         recorder = recorder_of(tmp_path, "saves_and_waits_for_thread", config={"end": "segv"})
         with WorkerPool(1) as pool, pytest.raises(TrialCrashed, match="SIGSEGV"):
             pool.run(recorder.job, recorder)
+        assert saved(recorder) == [0]
+
+    def test_one_behind_a_report_whose_answer_finds_nobody(self, pool: WorkerPool, tmp_path: Path) -> None:
+        recorder = recorder_of(tmp_path, "dies_unanswered", save_period=100)
+
+        def answer(report: Report) -> Decision:
+            if report.step == 1:
+                (tmp_path / "arrived").touch()
+                while runs(recorder.pid):
+                    time.sleep(0.005)
+            return Decision.CONTINUE
+
+        recorder.answer = answer
+        with pytest.raises(TrialCrashed, match="SIGKILL"):
+            pool.run(recorder.job, recorder)
+        assert recorder.steps == [0, 1]
         assert saved(recorder) == [0]
 
     def test_how_it_died_counts_when_the_save_fails_too(self, pool: WorkerPool, tmp_path: Path) -> None:

@@ -93,12 +93,29 @@ def steps(trial):
     return {"loss": 0.0}
 
 
-def waits_before(trial):
-    """Says so in a file before the report that the configuration names."""
+def reports_when_told(trial):
+    """Begins its second report when a file says so, and says so in another one."""
     for step in range(trial.config["steps"]):
-        if step == trial.config["mark"]:
-            Path("marked").touch()
+        if step == 1:
+            until(Path("saving").exists)
+            Path("reporting").touch()
         trial.report({"loss": float(step)}, step=step, state={"step": step})
+
+
+def dies_unanswered(trial):
+    """Is killed while it waits for its second answer, once the checkpoint of its first report is handed over."""
+
+    def end():
+        until(Path("arrived").exists)
+        gate.set()
+        until(written)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with held_up() as gate:
+        gate.clear()
+        trial.report({"loss": 1.0}, step=0, state={"w": LARGE})
+        threading.Thread(target=end).start()
+        trial.report({"loss": 1.0}, step=1)
 
 
 def catches(trial):
