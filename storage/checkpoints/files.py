@@ -110,7 +110,7 @@ class Source:
     """
 
     def __init__(self, folder: Path, entry: FileEntry) -> None:
-        self._path = f"{folder}/{entry.name}"
+        self.path = self._path = f"{folder}/{entry.name}"
         self._entry = entry
         self._hash = xxhash.xxh3_128()
         self.position = 0
