@@ -15,9 +15,10 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from holdfast.core.checkpoint import check_step
-from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, NotACheckpoint
+from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, HoldfastError, InvalidInput, NewerFormat, NotACheckpoint
 from holdfast.core.faults import point
 from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.files import Sink, fsync_folder, storage_errors
@@ -124,7 +125,7 @@ class LocalCheckpoints:
         """Return the manifest and its digest.
 
         Raises CheckpointNotFound when the directory is gone, NotACheckpoint when it has no valid manifest,
-        CheckpointCorrupt when the manifest is another directory's, and StorageError.
+        CheckpointCorrupt when the manifest is another directory's, NewerFormat, and StorageError.
         """
         named = match_path(path)
         folder = self.root / path
@@ -137,8 +138,8 @@ class LocalCheckpoints:
                 raise NotACheckpoint(f"{folder} has no {MANIFEST}: it is not a checkpoint") from None
         try:
             manifest = Manifest.parse(data)
-        except NotACheckpoint as error:
-            raise NotACheckpoint(f"{folder / MANIFEST}: {error}") from error
+        except (NotACheckpoint, NewerFormat) as error:
+            raise type(error)(f"{folder / MANIFEST}: {error}") from error
         compare(folder, manifest, named)
         return manifest, digest_of(data)
 
@@ -175,7 +176,7 @@ class LocalCheckpoints:
 
     def scan(self, trial: int) -> list[tuple[str, Manifest, str]]:
         """Return (path, manifest, digest) of the trial's checkpoints by attempt and step; those without a valid manifest
-        do not exist. Their files are not read."""
+        do not exist, but one of a newer holdfast does: NewerFormat. Their files are not read."""
         found: list[tuple[str, Manifest, str]] = []
         for name in self._own(trial):
             if not name.startswith("."):
@@ -202,13 +203,15 @@ class LocalCheckpoints:
         """Remove what holdfast left of the trial and ``keep`` (relative paths) does not name; return what was removed.
 
         Staged and trashed directories go too, so nobody may be writing to this trial. Names that holdfast did not make
-        are let be. A failure is logged.
+        are let be, and so is what a newer holdfast published. A failure is logged.
         """
         removed: list[str] = []
         folder = self._trial(trial)
         for name in self._own(trial):
             path = (folder / name).relative_to(self.root).as_posix()
-            if path not in keep and (_remove if name.startswith(".") else _retire)(folder / name):
+            if path in keep or (not name.startswith(".") and is_newer(self, path)):
+                continue
+            if (_remove if name.startswith(".") else _retire)(folder / name):
                 removed.append(path)
         return removed
 
@@ -269,6 +272,18 @@ def match_path(path: str) -> dict[str, int]:
     if match is None:
         raise InvalidInput(f"{path!r} is no checkpoint's path; one looks like trials/000007/checkpoints/step_00000012-a2-3f9c")
     return {name: int(match[name]) for name in ("trial", "attempt", "step")}
+
+
+def is_newer(store: Any, path: str) -> bool:
+    """Tell whether a newer holdfast published ``path``; what cannot be read is not known to be."""
+    try:
+        store.read_manifest(path)
+    except NewerFormat:
+        log.warning("%s is left alone: a newer holdfast wrote it", path)
+        return True
+    except (HoldfastError, OSError):
+        pass
+    return False
 
 
 def is_name(name: str) -> bool:

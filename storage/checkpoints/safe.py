@@ -167,8 +167,8 @@ class Encoder:
     def _numpy(self, value: Any) -> Json:
         import numpy as np
 
-        if isinstance(value, np.str_ | np.bytes_):  # by way of an array they would lose trailing zeros
-            plain = str(value) if isinstance(value, np.str_) else bytes(value)
+        if isinstance(value, np.str_ | np.bytes_):  # by way of an array, or of str(), they would lose trailing zeros
+            plain = str.__str__(value) if isinstance(value, np.str_) else bytes.__getitem__(value, slice(None))
             return {"$scalar": [value.dtype.kind, self.encode(plain)]}
         if not isinstance(value, np.generic) and type(value) not in (np.ndarray, np.memmap):
             raise self._refusal(class_name(value))  # a masked array has more than its values
@@ -298,7 +298,8 @@ class Decoder:
 
     def _ordered(self, result: Any, pairs: Any, attributes: Any = None) -> Any:
         for key, item in pairs:
-            result[self.decode(key)] = self.decode(item)
+            name = self.decode(key)  # first: buffers come back in the order in which they were met
+            result[name] = self.decode(item)
         if attributes is not None:
             vars(result).update((name, self.decode(item)) for name, item in attributes.items())
         return result
