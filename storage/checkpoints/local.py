@@ -216,7 +216,7 @@ class LocalCheckpoints:
         return removed
 
     def _trial(self, trial: int) -> Path:
-        return self.root / "trials" / f"{trial:06d}" / "checkpoints"
+        return self.root / f"trials/{trial:06d}/checkpoints"
 
     def _relative(self, folder: Path) -> str:
         return folder.relative_to(self.root).as_posix() if folder.is_relative_to(self.root) else ""
@@ -301,7 +301,7 @@ def compare(folder: object, manifest: Manifest, expected: Mapping[str, int | Non
 
 
 def _folders(name: str) -> list[str]:
-    return [parent.as_posix() for parent in Path(name).parents if parent.name]
+    return [parent.as_posix() for parent in Path(name).parents if parent.name] if "/" in name else []
 
 
 def _retire(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from workers_kit import make_job
 
 from holdfast.core.errors import Corrupt, NewerFormat
 from holdfast.core.values import dumps
@@ -118,6 +119,22 @@ def test_a_newer_format_is_neither_damage_nor_absent(tmp_path: Path) -> None:
         store.scan(MADE.TRIAL)
     assert store.sweep(MADE.TRIAL, paths[:-1]) == []
     assert {file.name: file.read_bytes() for file in newest.iterdir()} == before
+
+
+def test_an_attempt_does_not_continue_from_an_older_one_instead(tmp_path: Path) -> None:
+    from holdfast.tasks.workers.attempt import choose
+    from holdfast.tasks.workers.messages import Candidate
+
+    store = golden(FORMAT, tmp_path)
+    found = [item for item in store.scan(MADE.TRIAL) if item[1].step < 2]
+    candidates = tuple(
+        Candidate(path=path, digest=digest, attempt=made.attempt, step=made.step) for path, made, digest in reversed(found)
+    )
+    job = make_job(tmp_path, "unused", trial=MADE.TRIAL, root=str(store.root), candidates=candidates)
+    assert choose(job, store).place == 0
+    newer(store.root / candidates[0].path / MANIFEST)
+    with pytest.raises(NewerFormat, match="update holdfast"):
+        choose(job, store)
 
 
 def test_a_newer_state_is_not_damage(tmp_path: Path) -> None:
