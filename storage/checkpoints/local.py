@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.core.checkpoint import check_step
-from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, HoldfastError, InvalidInput, NewerFormat, NotACheckpoint
+from holdfast.core.errors import (
+    CheckpointCorrupt,
+    CheckpointNotFound,
+    Corrupt,
+    InvalidInput,
+    NewerFormat,
+    NotACheckpoint,
+    StorageError,
+)
 from holdfast.core.faults import point
 from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.files import Sink, fsync_folder, storage_errors
@@ -209,14 +217,14 @@ class LocalCheckpoints:
         folder = self._trial(trial)
         for name in self._own(trial):
             path = (folder / name).relative_to(self.root).as_posix()
-            if path in keep or (not name.startswith(".") and is_newer(self, path)):
+            if path in keep or not (name.startswith(".") or may_go(self, path)):
                 continue
             if (_remove if name.startswith(".") else _retire)(folder / name):
                 removed.append(path)
         return removed
 
     def _trial(self, trial: int) -> Path:
-        return self.root / f"trials/{trial:06d}/checkpoints"
+        return self.root / "trials" / f"{trial:06d}" / "checkpoints"
 
     def _relative(self, folder: Path) -> str:
         return folder.relative_to(self.root).as_posix() if folder.is_relative_to(self.root) else ""
@@ -274,16 +282,16 @@ def match_path(path: str) -> dict[str, int]:
     return {name: int(match[name]) for name in ("trial", "attempt", "step")}
 
 
-def is_newer(store: Any, path: str) -> bool:
-    """Tell whether a newer holdfast published ``path``; what cannot be read is not known to be."""
+def may_go(store: Any, path: str) -> bool:
+    """Tell whether a checkpoint that nothing names may be deleted: not when a newer holdfast wrote it, or may have."""
     try:
         store.read_manifest(path)
-    except NewerFormat:
-        log.warning("%s is left alone: a newer holdfast wrote it", path)
-        return True
-    except (HoldfastError, OSError):
+    except (NewerFormat, StorageError) as error:
+        log.warning("%s is left alone: %s", path, error)
+        return False
+    except (Corrupt, CheckpointNotFound):
         pass
-    return False
+    return True
 
 
 def is_name(name: str) -> bool:
@@ -301,7 +309,7 @@ def compare(folder: object, manifest: Manifest, expected: Mapping[str, int | Non
 
 
 def _folders(name: str) -> list[str]:
-    return [parent.as_posix() for parent in Path(name).parents if parent.name] if "/" in name else []
+    return [parent.as_posix() for parent in Path(name).parents if parent.name]
 
 
 def _retire(folder: Path) -> bool:

@@ -18,7 +18,7 @@ import xxhash
 from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, Corrupt, NewerFormat, NotACheckpoint, StorageError
 from holdfast.core.faults import point
 from holdfast.storage.checkpoints.files import Sink, fsync_folder, storage_errors
-from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints, Published, compare, is_name, is_newer, match_path
+from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints, Published, compare, is_name, match_path, may_go
 from holdfast.storage.checkpoints.manifest import MANIFEST, FileEntry, Manifest, digest_of
 from holdfast.storage.objects import ObjectRoot
 
@@ -161,7 +161,7 @@ class RemoteCheckpoints:
         Nobody may be writing to this trial. Names that holdfast did not make are let be. A failure is logged.
         """
         unnamed = [path for path in self._own(trial) if path not in keep]
-        removed = [path for path in unnamed if not is_newer(self, path) and self._unpublish(path)]
+        removed = [path for path in unnamed if may_go(self, path) and self._unpublish(path)]
         return sorted({*removed, *self._local.sweep(trial, keep)})
 
     def _own(self, trial: int) -> list[str]:
