@@ -145,3 +145,13 @@ def test_a_newer_state_is_not_damage(tmp_path: Path) -> None:
         sink.write(dumps({"format": 99, "anything": []}).encode())
     with pytest.raises(NewerFormat, match=r"state\.json has format 99.*update holdfast"):
         read_state(tmp_path, manifest_of([sink.entry()]))
+
+
+def test_what_cannot_be_read_now_is_not_swept(tmp_path: Path) -> None:
+    """It may be a newer holdfast's."""
+    store = golden(FORMAT, tmp_path)
+    path = store.scan(MADE.TRIAL)[0][0]
+    (store.root / path / MANIFEST).unlink()
+    (store.root / path / MANIFEST).symlink_to(MANIFEST)  # ELOOP: an error of the storage
+    assert path not in store.sweep(MADE.TRIAL, [])
+    assert (store.root / path / "state.json").exists()
