@@ -157,7 +157,7 @@ class CheckpointContract:
                 call(new.path)
         with pytest.raises(NewerFormat, match="update holdfast"):
             checkpoints.scan(7)
-        assert checkpoints.sweep(7, []) == [old.path]
+        assert old.path in checkpoints.sweep(7, [])
         assert "state.json" in files.names(new.path)
 
     def test_any_damage_is_noticed(self, checkpoints: Checkpoints) -> None:
