@@ -480,6 +480,23 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert same(state, through(state, tmp_path))
 
 
+def test_a_full_disk_while_two_threads_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, room = os.write, [13 << 20]
+
+    def write(descriptor: int, data: Any) -> int:
+        if room[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = real(descriptor, data[: room[0]])
+        room[0] -= count
+        return count
+
+    before = threading.active_count()
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(StorageError, match=r"cannot write .*arrays\.bin: No space left"):
+        write_state(LARGE, tmp_path, serializer="safe")
+    assert threading.active_count() == before
+
+
 def test_a_file_that_is_there_already_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_bytes(b"mine")
     with pytest.raises(StorageError, match=r"state\.json"):
