@@ -15,10 +15,10 @@ from pathlib import Path
 
 import xxhash
 
-from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, Corrupt, NotACheckpoint, StorageError
+from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, Corrupt, NewerFormat, NotACheckpoint, StorageError
 from holdfast.core.faults import point
 from holdfast.storage.checkpoints.files import Sink, fsync_folder, storage_errors
-from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints, Published, compare
+from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints, Published, compare, may_go
 from holdfast.storage.checkpoints.manifest import MANIFEST, FileEntry, Manifest, digest_of
 from holdfast.storage.checkpoints.names import TRIALS, Layout, is_name
 from holdfast.storage.objects import ObjectRoot
@@ -91,8 +91,8 @@ class RemoteCheckpoints:
             raise NotACheckpoint(f"{place} has no {MANIFEST}: it is not a checkpoint")
         try:
             manifest = Manifest.parse(data)
-        except NotACheckpoint as error:
-            raise NotACheckpoint(f"{place}/{MANIFEST}: {error}") from error
+        except (NotACheckpoint, NewerFormat) as error:
+            raise type(error)(f"{place}/{MANIFEST}: {error}") from error
         compare(place, manifest, named)
         return manifest, data
 
@@ -162,7 +162,8 @@ class RemoteCheckpoints:
 
         Nobody may be writing to this trial. Names that holdfast did not make are let be. A failure is logged.
         """
-        removed = [path for path in self._own(trial) if path not in keep and self._unpublish(path)]
+        unnamed = [path for path in self._own(trial) if path not in keep]
+        removed = [path for path in unnamed if may_go(self, path) and self._unpublish(path)]
         return sorted({*removed, *self._local.sweep(trial, keep)})
 
     def _own(self, trial: int) -> list[str]:
