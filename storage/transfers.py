@@ -17,12 +17,12 @@ from holdfast.storage.root import join
 
 log = logging.getLogger(__name__)
 
-PART = 8 << 20
-"""Bytes that one request carries. With AT_ONCE of them under way, a transfer has 64 MiB in memory, one way or the other,
+PART = 16 << 20
+"""Bytes that one request carries. With AT_ONCE of them under way, a transfer has 128 MiB in memory, one way or the other,
 and one part more where what came is written down."""
 AT_ONCE = 8
 MOST_PARTS = 10_000
-"""of an object, as S3 allows; the parts of a file above 78 GiB are bigger"""
+"""of an object, as S3 allows; the parts of a file above 156 GiB are bigger"""
 
 
 def download(root: ObjectRoot, files: Iterable[tuple[str, int]]) -> Generator[bytes | None, None, None]:

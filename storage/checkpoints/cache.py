@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Hold:
     def used(self) -> None:
         """Note that the copy was used now."""
         with contextlib.suppress(OSError):
-            os.utime(self._descriptor)
+            now = time.time_ns()  # the kernel's own clock for this is a coarse one
+            os.utime(self._descriptor, ns=(now, now))
 
     def close(self) -> None:
         self._close()

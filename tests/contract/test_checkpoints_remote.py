@@ -193,9 +193,10 @@ def test_foreign_objects_survive(store: RemoteCheckpoints) -> None:
 def test_a_copy_here_is_used_and_a_damaged_one_replaced(s3: S3, store: RemoteCheckpoints, tmp_path: Path) -> None:
     published = save(store, {"w": 1})
     named: dict[str, Any] = {"digest": published.digest, "trial": 7, "attempt": 1, "step": 0}
-    before = s3.requests("GET", published.path) if s3.own else 0
+    read = f"{published.path}/state.json"
+    before = s3.requests("GET", read) if s3.own else 0
     store.fetch(published.path, **named)
-    assert not s3.own or s3.requests("GET", published.path) == before
+    assert not s3.own or s3.requests("GET", read) == before
     copy = tmp_path / "work" / published.path / "state.json"
     good = copy.read_bytes()
     copy.write_bytes(b"torn")
