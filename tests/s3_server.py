@@ -81,6 +81,11 @@ class S3:
         body = json.dumps({"kind": kind, "method": method, "part": part, "count": count}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/_faults", body)).close()
 
+    def ordered(self) -> int:
+        """Return how many faults were ordered and did not happen yet."""
+        with urllib.request.urlopen(f"{self.endpoint}/_faults") as answer:
+            return int(answer.read())
+
     def requests(self, method: str, part: str) -> int:
         """Return how many requests of a method there were whose path and query hold ``part``."""
         return sum(seen == method and part in path for seen, path in self.seen())
@@ -114,6 +119,8 @@ class Server:
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
         target = f"{path}?{environ['QUERY_STRING']}" if environ["QUERY_STRING"] else path
         with self._lock:
+            if path == "/_faults" and method == "GET":
+                return _answer(start, "200 OK", str(sum(fault["count"] for fault in self._faults)).encode())
             if path == "/_faults":
                 fault = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
                 self._cleared.set() if fault["kind"] == "clear" else self._cleared.clear()

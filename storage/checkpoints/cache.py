@@ -97,10 +97,7 @@ class Cache:
                     return folder, held
 
     def put(self, folder: Path, path: str) -> Hold:
-        """Make a complete folder the copy of ``path``, in place of one that is there; StorageError when that cannot be.
-
-        Other copies are evicted when all take more than the limit.
-        """
+        """Make a complete folder the copy of ``path``, in place of one that is there; StorageError when that cannot be."""
         final = self.work / path
         with storage_errors(f"keep a copy of {path}"):
             held = _lock(folder, fcntl.LOCK_SH)
@@ -119,8 +116,11 @@ class Cache:
                 held.close()
                 raise
         held.used()
-        self._account(_size(final))
         return held
+
+    def keep_limit(self, path: str) -> None:
+        """Count the new copy ``path``, and evict others when all of them take more than the limit."""
+        self._account(_size(self.work / path))
 
     def drop(self, path: str) -> None:
         """Remove the copy of ``path``, if there is one, whoever uses it."""

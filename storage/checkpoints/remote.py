@@ -233,7 +233,7 @@ class RemoteCheckpoints:
         self._cache.with_room(manifest.size + len(data), lambda: self._receive(path, manifest, data))
 
     def _receive(self, path: str, manifest: Manifest, data: bytes) -> None:
-        folder, _held = self._cache.incoming(path)
+        folder, held = self._cache.incoming(path)
         try:
             for parent in sorted({parent for entry in manifest.files for parent in Path(entry.name).parents}):
                 with storage_errors(f"make {folder / parent}"):
@@ -243,6 +243,8 @@ class RemoteCheckpoints:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            held.close()
 
     def _read(self, path: str, manifest: Manifest, folder: Path | None) -> None:
         """Read every file, into ``folder`` if there is one; CheckpointCorrupt when one is not what the manifest says."""
@@ -269,6 +271,7 @@ class RemoteCheckpoints:
         with storage_errors(f"keep a copy of {path}"):
             (folder / MANIFEST).write_bytes(data)
         self._hold(path, self._cache.put(folder, path))
+        self._cache.keep_limit(path)
 
     def _hold(self, path: str, held: Hold) -> None:
         """Keep a copy that was used now from eviction, and the trial's newest one; let its others go."""
