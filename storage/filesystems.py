@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,21 @@ def resolve(location: str | Path, filesystem: Any) -> tuple[str, Any]:
     if not rest.strip("/"):
         raise SpecError(f"storage {place or '(empty)'}: it names no folder; write {protocols[0]}://bucket/prefix")
     return f"{scheme or protocols[0]}://{rest.rstrip('/')}", filesystem
+
+
+def place_on(
+    location: str | Path, options: Mapping[str, Any] | None, filesystem: Any
+) -> tuple[str | Path, Mapping[str, Any] | None]:
+    """Return a location and its storage options, where a caller may have given a file system instead of options.
+
+    The file system stands among the options then, which are kept in memory alone. Raises SpecError as :func:`resolve`.
+    """
+    if filesystem is None:
+        return location, options
+    if options:
+        raise SpecError("storage_options and filesystem are both given; a file system has its own options")
+    place, own = resolve(location, filesystem)
+    return place, None if own is None else {"filesystem": own}
 
 
 def _below(base: str, location: str) -> str:
