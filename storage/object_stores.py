@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -346,7 +347,13 @@ class AnyStore:
                 continue
 
     def remove_folders(self, folder: str) -> None:
-        """Do nothing: a file system of fsspec that is no object store cannot be told from one by its interface."""
+        self._fs.invalidate_cache()
+        path = self._path(folder)
+        found = self._fs.find(path, withdirs=True, detail=True)
+        below = [name for name, entry in found.items() if entry["type"] == "directory" and name.startswith(path + "/")]
+        for name in [*sorted(below, reverse=True), path]:
+            with suppress(OSError, NotImplementedError):  # object stores have none, and some file systems cannot
+                self._fs.rmdir(name)
 
     def _path(self, key: str) -> str:
         return f"{self._base}/{key}" if key else self._base

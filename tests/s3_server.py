@@ -147,6 +147,7 @@ class Server:
             if fault["kind"] != "hang":
                 code = {"403": "AccessDenied", "429": "TooManyRequests"}.get(fault["kind"], "InternalError")
                 return _answer(start, f"{fault['kind']} Fault", _error(code))
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # who is still sending sees no closed connection
         self._cleared.wait()
         return _cut_off(environ, start, [])
 

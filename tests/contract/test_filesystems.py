@@ -77,7 +77,8 @@ class TestGiven(CheckpointContract):
         return Objects(store)
 
 
-def test_a_caching_instance_of_s3_does_not_fool_us(s3: S3, bucket: str, tmp_path: Path) -> None:
+def test_a_caching_instance_of_s3_does_not_fool_us(s3: S3, tmp_path: Path) -> None:
+    bucket = s3.bucket("cached")
     filesystem = s3fs.S3FileSystem(**s3.options, use_listings_cache=True, listings_expiry_time=None)
     url = f"{bucket}/cached"
     ours = RemoteCheckpoints(ObjectRoot(url, {}, filesystem), tmp_path / "ours")
