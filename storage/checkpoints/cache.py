@@ -96,24 +96,21 @@ class Cache:
                 if (held := _lock(folder, fcntl.LOCK_SH)) is not None:
                     return folder, held
 
-    def put(self, folder: Path, path: str) -> Hold:
-        """Make a complete folder the copy of ``path``, in place of one that is there; StorageError when that cannot be."""
-        final = self.work / path
+    def put(self, folder: Path, path: str) -> Hold | None:
+        """Make a complete folder the copy of ``path``; None when there is one, which somebody may be reading: it stays.
+
+        StorageError when that cannot be.
+        """
         with storage_errors(f"keep a copy of {path}"):
             held = _lock(folder, fcntl.LOCK_SH)
             if held is None:
                 raise FileNotFoundError(errno.ENOENT, f"{folder} is gone")
             try:
-                while True:
-                    try:
-                        os.rename(folder, final)
-                        break
-                    except OSError as error:
-                        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                            raise
-                    self.drop(path)
-            except BaseException:
+                os.rename(folder, self.work / path)
+            except OSError as error:
                 held.close()
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    return None
                 raise
         held.used()
         return held

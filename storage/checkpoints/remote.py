@@ -126,8 +126,17 @@ class RemoteCheckpoints:
         The user's own files are safe from eviction until two other checkpoints of the trial were used here.
         """
         manifest, data = self._checked(path, digest, {"trial": trial, "attempt": attempt, "step": step})
-        self._download(path, manifest, data)
-        return self._local.load(path, digest=digest_of(data))
+        for last in (False, False, True):
+            self._download(path, manifest, data)
+            if (held := self._cache.hold(path)) is not None:
+                self._hold(path, held)
+            try:
+                return self._local.load(path, digest=digest_of(data))
+            except (Corrupt, CheckpointNotFound):  # the copy that was there already
+                if last:
+                    raise
+                self._cache.drop(path)
+        raise AssertionError
 
     def fetch(self, path: str, *, digest: str, trial: int, attempt: int, step: int) -> None:
         """Have a checkpoint in the work folder, verified: the copy that is there, or a new one.
@@ -136,13 +145,19 @@ class RemoteCheckpoints:
         when store or disk refuse.
         """
         manifest, data = self._checked(path, digest, {"trial": trial, "attempt": attempt, "step": step})
-        held = self._cache.hold(path)
-        if held is not None:
-            with contextlib.suppress(Corrupt, CheckpointNotFound):
-                self._local.verify(path, digest=digest)
-                self._hold(path, held)
+        for last in (False, False, True):
+            if (held := self._cache.hold(path)) is not None:
+                try:
+                    self._local.verify(path, digest=digest)
+                    self._hold(path, held)
+                    return
+                except (Corrupt, CheckpointNotFound):
+                    if last:
+                        raise
+                    self._cache.drop(path)
+            if self._download(path, manifest, data):
                 return
-        self._download(path, manifest, data)
+        raise StorageError(f"cannot keep a copy of {path}: other processes go on removing it; restore again")
 
     def release(self, trial: int) -> None:
         """Remove the trial's copies, and what was staged and not published."""
@@ -228,18 +243,21 @@ class RemoteCheckpoints:
                 raise CheckpointCorrupt(f"{place}/{name} is not in the manifest")
         return manifest, data
 
-    def _download(self, path: str, manifest: Manifest, data: bytes) -> None:
-        """Make a copy of what the store has now, verified while it comes."""
-        self._cache.with_room(manifest.size + len(data), lambda: self._receive(path, manifest, data))
+    def _download(self, path: str, manifest: Manifest, data: bytes) -> bool:
+        """Make a copy of what the store has now, verified while it comes; False when another copy was there first."""
+        return self._cache.with_room(manifest.size + len(data), lambda: self._receive(path, manifest, data))
 
-    def _receive(self, path: str, manifest: Manifest, data: bytes) -> None:
+    def _receive(self, path: str, manifest: Manifest, data: bytes) -> bool:
         folder, held = self._cache.incoming(path)
         try:
             for parent in sorted({parent for entry in manifest.files for parent in Path(entry.name).parents}):
                 with storage_errors(f"make {folder / parent}"):
                     (folder / parent).mkdir(exist_ok=True)
             self._read(path, manifest, folder)
-            self._keep(folder, path, data)
+            if self._keep(folder, path, data):
+                return True
+            shutil.rmtree(folder, ignore_errors=True)
+            return False
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -266,12 +284,16 @@ class RemoteCheckpoints:
                 if hashed.hexdigest() != entry.digest:
                     raise CheckpointCorrupt(f"{place} has the digest {hashed.hexdigest()}, its manifest says {entry.digest}")
 
-    def _keep(self, folder: Path, path: str, data: bytes) -> None:
-        """Make a complete folder the local copy of ``path``; one that is there already goes."""
+    def _keep(self, folder: Path, path: str, data: bytes) -> bool:
+        """Make a complete folder the local copy of ``path``; False when there is one."""
         with storage_errors(f"keep a copy of {path}"):
             (folder / MANIFEST).write_bytes(data)
-        self._hold(path, self._cache.put(folder, path))
+        held = self._cache.put(folder, path)
+        if held is None:
+            return False
+        self._hold(path, held)
         self._cache.keep_limit(path)
+        return True
 
     def _hold(self, path: str, held: Hold) -> None:
         """Keep a copy that was used now from eviction, and the trial's newest one; let its others go."""
