@@ -14,12 +14,12 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Protocol
 
 from holdfast.core.checkpoint import check_step
+from holdfast.core.deadline import Deadline
 from holdfast.core.errors import InvalidInput, InvalidStep
 from holdfast.core.values import Config, Metrics, plain, plain_metrics
 from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints
 from holdfast.storage.checkpoints.manifest import FileEntry
 from holdfast.storage.checkpoints.serializers import hash_directory, ingest_directory, prepare
-from holdfast.tasks.workers.deadline import Deadline
 from holdfast.tasks.workers.messages import Candidate, Decision, Job, Report, Staged, TelemetryRow
 from holdfast.tasks.workers.saving import Saver
 

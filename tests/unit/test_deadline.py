@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from workers_kit import Recorder, make_job
 
+from holdfast.core.deadline import RECENT, Deadline
 from holdfast.core.errors import StorageError
 from holdfast.storage.checkpoints.local import LocalCheckpoints
-from holdfast.tasks.workers.deadline import RECENT, Deadline
 from holdfast.tasks.workers.inline import run_inline
 from holdfast.tasks.workers.messages import Decision, Report, job_frame, job_from
 from holdfast.tasks.workers.pool import WorkerPool
