@@ -262,6 +262,10 @@ class LocalCheckpoints:
                 fsync_folder(parent)
             self._synced.add(trial)
 
+    def held(self, trial: int) -> list[str]:
+        """Return the path of everything that holdfast made for the trial: what :meth:`sweep` looks at."""
+        return [(self._trial(trial) / name).relative_to(self.root).as_posix() for name in self._own(trial)]
+
 
 def match_path(path: str) -> dict[str, int]:
     """Return trial, attempt and step of a published checkpoint's path; InvalidInput when it is none."""

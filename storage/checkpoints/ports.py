@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from holdfast.storage.checkpoints.local import LocalCheckpoints, Published
+from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints, Published
 from holdfast.storage.checkpoints.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -46,6 +46,22 @@ class Checkpoints(Protocol):
 
     def delete(self, path: str) -> None:
         """Delete a checkpoint, if it is there; a failure is logged, and :meth:`sweep` tries again."""
+        ...
+
+    def load(
+        self,
+        path: str,
+        *,
+        digest: str | None = None,
+        trial: int | None = None,
+        attempt: int | None = None,
+        step: int | None = None,
+    ) -> Loaded:
+        """Return a checkpoint with its state, verified while it is read; raises as :meth:`verify`."""
+        ...
+
+    def held(self, trial: int) -> list[str]:
+        """Return the path of everything that holdfast made for the trial and :meth:`sweep` could remove."""
         ...
 
     def sweep(self, trial: int, keep: Collection[str]) -> list[str]:

@@ -247,6 +247,10 @@ class RemoteCheckpoints:
             os.rename(staged, final)
             fsync_folder(final.parent)
 
+    def held(self, trial: int) -> list[str]:
+        """Return the path of everything that holdfast made for the trial on the store, published or not."""
+        return self._own(trial)
+
 
 def _all(call: Callable[[FileEntry], None], entries: Iterable[FileEntry]) -> None:
     """Call for each entry, some at a time; the first error is raised once none runs any more, and the rest is left out."""
