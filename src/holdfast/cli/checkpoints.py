@@ -41,7 +41,7 @@ def add_checkpoints(commands: Commands) -> None:
     pin.add_argument("--step", type=int, required=True, metavar="S")
     pin.add_argument("--attempt", type=int, metavar="A", help="the one that this attempt saved, not the one that counts")
     pin.add_argument("--remove", action="store_true", help="leave it to the rules again")
-    gc = command(commands, "gc", _gc, "remove what dead attempts left of an experiment that nobody drives; foreign files stay")
+    gc = command(commands, "gc", _gc, "remove what dead attempts left; foreign files stay")
     gc.add_argument("--dry-run", action="store_true", help="only print what would go; nothing is written")
     gc.add_argument("--corrupt", action="store_true", help="checkpoints that were found bad, too")
     for parser in (checkpoints, pin, gc):

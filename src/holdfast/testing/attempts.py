@@ -60,6 +60,7 @@ class AttemptContract:
             "cancel": lambda: driver.cancel(rows[waiting]),
             "rerun": lambda: driver.rerun(rows[waiting], restart=True),
             "reject": lambda: driver.reject({checkpoint: "bad"}),
+            "driver.forget": lambda: driver.forget({checkpoint: "superseded"}),
             "change_spec": lambda: driver.change_spec({}, {}),
             "set_code": lambda: driver.set_code(trainable_digest="x", workdir="/x", location="/x"),
             "audit": lambda: driver.audit("late", {}),
@@ -277,7 +278,8 @@ class AttemptContract:
         kept, superseded = writer.kept()
         assert [(item.step, item.metrics) for item in kept] == [(0, {"loss": 0.5}), (1, {}), (2, {"loss": 0.1})]
         assert superseded == []
-        writer.forget([kept[0].id])
+        assert writer.forget([kept[0].id]) == {kept[0].id}
+        assert writer.forget([kept[0].id]) == set()  # it was deleted already: its files are not to be deleted again
         assert [item.step for item in writer.kept()[0]] == [1, 2]
 
     # Trials
