@@ -70,10 +70,8 @@ class _Trial:
     """What is found of one trial."""
 
     leftovers: list[Leftover] = field(default_factory=list)
-    superseded: dict[str, int] = field(default_factory=dict)
-    """row ids by path: valid ones that are off the chain"""
-    corrupt: dict[str, int] = field(default_factory=dict)
-    """row ids by path: those that are to go although they are evidence"""
+    rows: dict[str, Checkpoint] = field(default_factory=dict)
+    """by path: rows that are to be marked deleted first"""
     kept: set[str] = field(default_factory=set)
 
 
@@ -149,17 +147,8 @@ def _collect(opened: Opened, keeper: Keeper, *, corrupt: bool) -> Collected:
     driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=opened.record.seed)
     if survey.missing:
         driver.reject({item.id: reason for item, reason in survey.missing})
-    for status, why in ((CheckpointStatus.VALID, "superseded"), (CheckpointStatus.CORRUPT, "corrupt, removed by gc")):
-        ids = {
-            path: (identity, trial)
-            for trial in survey.trials.values()
-            for path, identity in (trial.superseded if status is CheckpointStatus.VALID else trial.corrupt).items()
-        }
-        marked = driver.forget({identity: why for identity, _ in ids.values()}, status=status.value) if ids else set()
-        for path, (identity, trial) in ids.items():
-            if identity not in marked:  # pinned meanwhile
-                trial.kept.add(path)
-                trial.leftovers = [item for item in trial.leftovers if item.path != path]
+    for trial in survey.trials.values():
+        _forget(driver, trial)
     writer.flush()
     removed, left = _remove(folder, checkpoints_in(folder), survey, keeper)
     files = _remove_files(folder)
@@ -168,6 +157,17 @@ def _collect(opened: Opened, keeper: Keeper, *, corrupt: bool) -> Collected:
     writer.flush()
     folder.tidy()
     return Collected(dry_run=False, removed=[*removed, *files], left=left, missing=survey.missing)
+
+
+def _forget(driver: Driver, trial: _Trial) -> None:
+    """Mark the rows of what is to go; what was pinned meanwhile stays."""
+    for status in (CheckpointStatus.VALID, CheckpointStatus.CORRUPT):
+        rows = {path: row for path, row in trial.rows.items() if row.status is status}
+        why = {row.id: f"removed by gc: {row.reason or 'superseded'}" for row in rows.values()}
+        marked = driver.forget(why, status=status.value) if rows else set()
+        spared = {path for path, row in rows.items() if row.id not in marked}
+        trial.kept |= spared
+        trial.leftovers = [item for item in trial.leftovers if item.path not in spared]
 
 
 def _remove(folder: Folder, store: Checkpoints, survey: _Survey, keeper: Keeper) -> tuple[list[Leftover], list[Leftover]]:
@@ -250,10 +250,10 @@ def _judge(
             why = "pruned"
         elif row.status is CheckpointStatus.CORRUPT and corrupt and not row.pinned:
             why = "corrupt"
-            found.corrupt[path] = row.id
+            found.rows[path] = row
         elif row.status is CheckpointStatus.VALID and counting and row.id not in identities and not row.pinned:
             why = "superseded"
-            found.superseded[path] = row.id
+            found.rows[path] = row
         if why:
             found.leftovers.append(Leftover(path=path, why=why, bytes=_bytes(folder, path), trial=number))
         else:
