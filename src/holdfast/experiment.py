@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from holdfast import upkeep
-from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.checkpoint import Checkpoint, check_step
 from holdfast.core.errors import InvalidInput, LeaseHeld
 from holdfast.core.objective import Objective, pareto, scores
 from holdfast.core.space import Space
@@ -326,7 +326,8 @@ class Experiment:
         the one before it is taken; with ``strict`` it raises. Files of the user's own may be pruned later: see :meth:`pin`.
         Raises CheckpointNotFound, CheckpointCorrupt or NotACheckpoint, and StorageError where disk or store refuse.
         """
-        return upkeep.load_checkpoint(self._opened, self.trial(trial), step, strict=strict)
+        number = self.trial(trial).number
+        return upkeep.load_checkpoint(self._opened, number, None if step is None else check_step(step), strict=strict)
 
     def pin(self, trial: int, step: int, attempt: int | None = None) -> None:
         """Keep a trial's checkpoint of a step whatever the rules of retention say; also while somebody drives.
@@ -342,6 +343,8 @@ class Experiment:
 
     def _pin(self, trial: int, step: int, attempt: int | None, *, pinned: bool) -> None:
         self.trial(trial)
+        if attempt is not None and not _is_number(attempt):
+            raise InvalidInput(f"attempt is {attempt!r}; it is the number of an attempt, from 1, or None")
         requests.pin(self._writable(), self._opened.record.id, trial, step, attempt=attempt, pinned=pinned)
 
     def gc(self, dry_run: bool = False, *, corrupt: bool = False) -> Collected:

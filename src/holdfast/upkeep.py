@@ -11,7 +11,7 @@ from pathlib import Path
 
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
 from holdfast.core.errors import CheckpointNotFound, Corrupt, HoldfastError, LeaseHeld
-from holdfast.core.trial import Attempt, Trial, TrialStatus
+from holdfast.core.trial import Attempt, TrialStatus
 from holdfast.holding import check_path, end_children, holder, liveness
 from holdfast.locate import Opened
 from holdfast.standing import driven_elsewhere
@@ -348,13 +348,13 @@ def _still_valid(reader: Reader, row: Checkpoint) -> bool:
     return any(item.path == row.path and item.status is CheckpointStatus.VALID for item in now)
 
 
-def load_checkpoint(opened: Opened, trial: Trial, step: int | None, *, strict: bool) -> Loaded:
+def load_checkpoint(opened: Opened, trial: int, step: int | None, *, strict: bool) -> Loaded:
     """Return the newest good checkpoint of a trial, or that of ``step``; see ``Experiment.load_checkpoint``."""
     store, reader = checkpoints_in(opened.folder), Reader(opened.database, opened.record.id)
     refused: dict[str, HoldfastError] = {}
     while True:
-        current = max(reader.attempts(first=trial.number, last=trial.number)[trial.number])
-        found = [row for row in reader.candidates(trial.number, current) if step is None or row.step == step]
+        current = max(reader.attempts(first=trial, last=trial)[trial])
+        found = [row for row in reader.candidates(trial, current) if step is None or row.step == step]
         row = next((row for row in found if row.path not in refused), None)
         if row is None:
             break
@@ -366,9 +366,9 @@ def load_checkpoint(opened: Opened, trial: Trial, step: int | None, *, strict: b
             if strict:
                 raise
             refused[row.path] = error
-            log.warning("the checkpoint of trial %d at step %d is not used: %s", trial.number, row.step, error)
+            log.warning("the checkpoint of trial %d at step %d is not used: %s", trial, row.step, error)
     which = "" if step is None else f" of step {step}"
     if step is not None and refused:
         raise next(iter(refused.values()))
     reasons = "".join(f"; {error}" for error in refused.values())
-    raise CheckpointNotFound(f"trial {trial.number} has no good checkpoint{which}{reasons}")
+    raise CheckpointNotFound(f"trial {trial} has no good checkpoint{which}{reasons}")
