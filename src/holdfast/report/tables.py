@@ -176,28 +176,31 @@ def plan_table(plan: Sequence[Planned]) -> Table:
 
 
 def checkpoints_table(checkpoints: Sequence[Checkpoint]) -> Table:
-    """Return checkpoints as a table: trial, attempt, step, size, status, path or what is wrong."""
+    """Return checkpoints as a table: trial, attempt, step, size, status, name of the directory and what is wrong with it.
+
+    The whole path would not fit: it is in what a pipe gets, and in JSON.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("trial", "attempt", "step", "size"):
         table.add_column(name, justify="right")
     table.add_column("status")
-    table.add_column("path", overflow="fold")
+    table.add_column("name", overflow="fold")
     for item in checkpoints:
-        *numbers, status, words = _checkpoint_cells(item)
+        *numbers, status, words = _checkpoint_cells(item, item.path.rpartition("/")[2])
         table.add_row(*numbers, f"[red]{status}[/]" if item.status == "corrupt" else status, escape(words))
     return table
 
 
-def _checkpoint_cells(item: Checkpoint) -> list[str]:
+def _checkpoint_cells(item: Checkpoint, name: str) -> list[str]:
     status = f"{item.status.value}, pinned" if item.pinned else item.status.value
-    words = f"{item.path}  {item.reason}" if item.reason and item.status == "corrupt" else item.path
+    words = f"{name}  {item.reason}" if item.reason and item.status == "corrupt" else name
     return [str(item.trial), str(item.attempt), str(item.step), size(item.bytes), status, words]
 
 
 def checkpoint_lines(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
     """Yield checkpoints as the lines of a plain table; see :func:`trial_lines`."""
     header = ["trial", "attempt", "step", "size", "status", "path"]
-    return _lines([header, *map(_checkpoint_cells, checkpoints)], left=(4,))
+    return _lines([header, *(_checkpoint_cells(item, item.path) for item in checkpoints)], left=(4,))
 
 
 def leftover_lines(leftovers: Sequence[Leftover]) -> Iterator[str]:
