@@ -84,8 +84,9 @@ class _Survey:
 
     @property
     def leftovers(self) -> list[Leftover]:
-        of_trials = [item for trial in self.trials.values() for item in trial.leftovers]
-        return [*of_trials, *(item for items in self.mirror.values() for item in items), *self.files]
+        """All of it, in the order in which it is removed."""
+        copies = [item for items in self.mirror.values() for item in items]
+        return [*copies, *(item for trial in self.trials.values() for item in trial.leftovers), *self.files]
 
 
 def collect(

@@ -142,7 +142,7 @@ def test_a_pin_while_the_search_runs_outlives_it(make_lab: MakeLab) -> None:
 
 
 def read_while(experiment: holdfast.Experiment, ended: Callable[[], bool]) -> list[int]:
-    """Load the newest checkpoint of trial 0 again and again; return the steps. What is older than a row seen before is an error."""
+    """Load the newest checkpoint of trial 0 again and again; return the steps. An older one than was listed is an error."""
     seen: list[int] = []
     while not ended():
         listed = [row.step for row in experiment.checkpoints() if row.status == "valid"]
