@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
@@ -25,6 +25,7 @@ from holdfast.storage.database.experiments import by_uuid
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
+from holdfast.storage.database.rebuild import copied_at
 from holdfast.storage.folder import JOURNAL, Folder
 from holdfast.storage.journal import JournalWriter
 from holdfast.storage.leasing import Claimant, Keeper, describe, take
@@ -110,7 +111,7 @@ def collect(
         action="collecting",
         detail={"corrupt": corrupt},
         uuid=opened.record.uuid,
-        check=lambda: check_path(opened),
+        check=lambda: check_path(replace(opened, copied_at=copied_at(opened.database, opened.record.id))),
     )
     record = by_uuid(opened.database, opened.record.uuid)
     ended = None if record is None else record.ended

@@ -206,6 +206,6 @@ def test_a_reader_beside_many_saves_of_which_two_are_kept_sees_no_error(tmp_path
             finally:
                 saver.kill()
         assert saver.returncode == 0
-        assert len(set(seen)) > 50
+        assert len(set(seen)) > 10
         rows = [row for row in holdfast.Experiment(opened).checkpoints() if row.status == "valid"]
         assert [row.step for row in rows] == [SAVES - 2, SAVES - 1]

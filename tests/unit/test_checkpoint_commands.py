@@ -17,6 +17,7 @@ from store_kit import content, create, unprivileged
 from upkeep_kit import Shop, end
 
 from holdfast.cli import main
+from holdfast.cli.checkpoints import _progress
 from holdfast.core.errors import (
     CheckpointCorrupt,
     CheckpointNotFound,
@@ -95,6 +96,7 @@ def test_bad_ones_are_found_and_set_aside(shop: Shop, capsys: pytest.CaptureFixt
     assert [row["status"] for row in rows] == statuses(shop)
     assert set(rows[0]) >= {"trial", "step", "status", "bytes", "metrics", "path"}
     assert dump(shop.opened.database) == before
+    assert capsys.readouterr().err == ""
     shop = Shop.of(shop.opened, 2)
     end(shop, shop.lab.writer(0), Outcome.LOST)
     shop.lab.driver.rerun(shop.lab.row(0), restart=False)
@@ -123,7 +125,20 @@ def test_while_somebody_drives_they_are_only_shown(shop: Shop, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert "trial 0 step 2: " in out
     assert "3 of 4 are good; bad ones are not marked: somebody drives the experiment" in out
+    assert main(["checkpoints", str(shop.path), "--verify", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert [row["status"] for row in json.loads(out)] == ["valid", "valid", "corrupt", "valid"]
+    assert err.startswith("holdfast: bad ones are not marked: somebody drives")
     assert (dump(shop.opened.database), content(shop.path)) == before
+
+
+def test_how_far_it_is_is_said_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    moments = iter([0.0, 0.5, 1.5, 1.6, 2.0, 2.1])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    show = _progress(4, "verified", lambda: next(moments))
+    for done in range(5):
+        show(done)
+    assert capsys.readouterr().err.replace("\r\x1b[K", "|") == "|1 of 4 verified|3 of 4 verified|4 of 4 verified|"
 
 
 def test_where_nothing_can_be_written_they_are_only_shown(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:

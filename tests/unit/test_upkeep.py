@@ -299,6 +299,9 @@ def test_what_it_decided_survives_the_loss_of_the_database(shop: Shop) -> None:
     with closing(open_path(shop.path)) as again:
         assert [(item.path, item.status.value, item.pinned) for item in Experiment(again).checkpoints()] == expected
         assert collect(again).removed == []
+        for _ in range(2):  # by the same handle, whose rows were rebuilt when it was opened
+            (shop.path / "trials/000000/checkpoints/.trash-step_00000009-a1-00aa").mkdir()
+            assert len(collect(again).removed) == 1
 
 
 def test_checkpoints_that_only_the_path_knows_are_no_garbage(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:

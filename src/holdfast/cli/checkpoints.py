@@ -71,7 +71,9 @@ def _checkpoints(options: argparse.Namespace) -> int:
     if not options.json:
         for item in corrupt:
             print(f"trial {item.trial} step {item.step}: {item.reason}")
-        print(f"{len(rows) - len(corrupt)} of {len(rows)} are good{note}")
+        print(f"{len(rows) - len(corrupt)} of {len(rows)} are good{note and f'; {note}'}")
+    elif note:
+        print(f"holdfast: {note}", file=sys.stderr)
     return 1 if corrupt else 0
 
 
@@ -89,11 +91,11 @@ def _quarantine(options: argparse.Namespace, bad: Bad) -> str:
     try:
         with open_experiment(options, readonly=False) as experiment:
             if experiment.lease.is_held:
-                return "; bad ones are not marked: somebody drives the experiment, and looks at what it loads itself"
+                return "bad ones are not marked: somebody drives the experiment, and looks at what it loads itself"
             quarantine(experiment._writable(), experiment._opened.record.id, bad)  # the same package
     except (HoldfastError, OSError) as error:
-        return f"; bad ones are not marked: {error}"
-    return "; bad ones are marked corrupt: nothing continues from them, and `holdfast gc --corrupt` removes them"
+        return f"bad ones are not marked: {error}"
+    return "bad ones are marked corrupt: nothing continues from them, and `holdfast gc --corrupt` removes them"
 
 
 def _print_checkpoints(options: argparse.Namespace, rows: Sequence[Checkpoint]) -> None:
@@ -110,13 +112,13 @@ def _print_checkpoints(options: argparse.Namespace, rows: Sequence[Checkpoint]) 
         print(f"{left_out} earlier checkpoints are not shown: --all shows every one, --limit N the last N", file=sys.stderr)
 
 
-def _progress(total: int, what: str) -> Callable[[int], None]:
+def _progress(total: int, what: str, clock: Callable[[], float] = time.monotonic) -> Callable[[int], None]:
     """Return what says on a terminal's stderr, from the first second on, how far something has come."""
-    began = last = time.monotonic()
+    began = last = clock()
 
     def show(done: int) -> None:
         nonlocal last
-        now = time.monotonic()
+        now = clock()
         if not sys.stderr.isatty() or now - began < 1:
             return
         if done == total or now - last >= 0.2:
