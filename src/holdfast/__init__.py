@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from holdfast.core.checkpoint_config import CheckpointConfig
     from holdfast.core.errors import (
         AlreadyFinished,
+        CheckpointConflict,
         CheckpointCorrupt,
         CheckpointNotFound,
         Corrupt,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         NotACheckpoint,
         NotStorable,
         SpecError,
+        StorageError,
         TrainableError,
     )
     from holdfast.core.resume import ResumePolicy
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from holdfast.experiment import Experiment, SearchResult
     from holdfast.report.observer import Observer
     from holdfast.specfile import ExperimentSpec
+    from holdfast.storage.checkpoints.store import CheckpointStore, StoredCheckpoint
 
 __version__ = "0.1.0"
 
@@ -41,6 +44,7 @@ _HOMES = {
     "holdfast.core.checkpoint_config": ("CheckpointConfig",),
     "holdfast.core.errors": (
         "AlreadyFinished",
+        "CheckpointConflict",
         "CheckpointCorrupt",
         "CheckpointNotFound",
         "Corrupt",
@@ -55,6 +59,7 @@ _HOMES = {
         "NotACheckpoint",
         "NotStorable",
         "SpecError",
+        "StorageError",
         "TrainableError",
     ),
     "holdfast.core.resume": ("ResumePolicy",),
@@ -62,14 +67,17 @@ _HOMES = {
     "holdfast.experiment": ("Experiment", "SearchResult"),
     "holdfast.report.observer": ("Observer",),
     "holdfast.specfile": ("ExperimentSpec",),
+    "holdfast.storage.checkpoints.store": ("CheckpointStore", "StoredCheckpoint"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AlreadyFinished",
     "CheckpointConfig",
+    "CheckpointConflict",
     "CheckpointCorrupt",
     "CheckpointNotFound",
+    "CheckpointStore",
     "Corrupt",
     "Experiment",
     "ExperimentExists",
@@ -87,6 +95,8 @@ __all__ = [
     "ResumePolicy",
     "SearchResult",
     "SpecError",
+    "StorageError",
+    "StoredCheckpoint",
     "TrainableError",
     "Trial",
     "TrialStatus",

@@ -17,7 +17,8 @@ from holdfast.locate import Opened
 from holdfast.standing import driven_elsewhere
 from holdfast.storage import journal
 from holdfast.storage.atomic import is_draft
-from holdfast.storage.checkpoints.local import STAGING, TRASH, Loaded, LocalCheckpoints
+from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints
+from holdfast.storage.checkpoints.names import STAGING, TRASH
 from holdfast.storage.checkpoints.ports import Checkpoints, checkpoints_in
 from holdfast.storage.database import queueing
 from holdfast.storage.database.driver import Driver

@@ -10,29 +10,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.core.checkpoint import check_step
-from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, NotACheckpoint
+from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, NotACheckpoint, StorageError
 from holdfast.core.faults import point
 from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.files import Sink, fsync_folder, storage_errors
 from holdfast.storage.checkpoints.manifest import MANIFEST, Manifest, digest_of
+from holdfast.storage.checkpoints.names import OWN, STAGING, TRASH, TRIALS, Layout, is_name
 from holdfast.storage.checkpoints.serializers import read_state, verify_files
 
 log = logging.getLogger(__name__)
-
-STAGING = ".staging-"
-TRASH = ".trash-"
-_STEP = r"step_(?P<step>[0-9]{8}|[1-9][0-9]{8,})-a(?P<attempt>[1-9][0-9]*)-(?P<writer>[0-9a-f]{4,32})"
-_TRIAL = r"trials/(?P<trial>[0-9]{6}|[1-9][0-9]{6,})/checkpoints/"
-_PATH = re.compile(_TRIAL + _STEP)
-_STAGED = re.compile(_TRIAL + re.escape(STAGING) + _STEP)
-_OWN = re.compile(rf"({re.escape(STAGING)}|{re.escape(TRASH)})?{_STEP}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,29 +52,37 @@ class LocalCheckpoints:
     A checkpoint exists from the rename in :meth:`publish` on, complete and durable, or not at all. Threads and processes
     may share a root: every staged directory is one writer's own. Which of two published ones counts, and whether a writer
     may still publish, is for the rows to say.
+
+    With ``own``, a folder in that of the checkpoints, whatever is staged or deleted goes by way of it: whoever takes it away
+    stops this store from publishing and deleting, at once and for good.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, layout: Layout = TRIALS, own: str | None = None) -> None:
         self.root = root.absolute()  # user code may change the working directory
+        self.layout = layout
+        self.own = own
         self._synced: set[int] = set()  # trials whose folders are known to be durable
 
     def stage(self, trial: int, attempt: int, step: int) -> Path:
         """Make and return a new empty directory to write the checkpoint's files into; StorageError when it cannot."""
         check_step(step)
         folder = self._trial(trial)
-        with storage_errors(f"stage a checkpoint in {folder}"):
+        aside = folder / (self.own or "")
+        with storage_errors(f"stage a checkpoint in {aside}"):
             while True:
                 name = f"step_{step:08d}-a{attempt}-{secrets.token_hex(4)}"
                 if os.path.lexists(folder / name):
                     continue
                 try:
-                    os.mkdir(folder / (STAGING + name))
+                    os.mkdir(aside / (STAGING + name))
                 except FileNotFoundError:
+                    if self.own is not None:
+                        raise
                     os.makedirs(folder, exist_ok=True)
                 except FileExistsError:
                     continue
                 else:
-                    return folder / (STAGING + name)
+                    return aside / (STAGING + name)
 
     def publish(self, staged: Path, manifest: Manifest) -> Published:
         """Make the staged files, which are fsynced already, a checkpoint: manifest, fsync, rename, fsync of every parent.
@@ -108,7 +108,7 @@ class LocalCheckpoints:
                 self._sync_parents(manifest.trial)
         except OSError:
             if renamed:
-                _retire(final)  # not known to be durable
+                self._retire(final)  # not known to be durable
             else:
                 _remove(staged)
             raise
@@ -116,8 +116,7 @@ class LocalCheckpoints:
 
     def discard(self, staged: Path) -> None:
         """Remove a staged directory, if it is there; a failure is logged, and :meth:`sweep` tries again."""
-        if not _STAGED.fullmatch(self._relative(staged)):
-            raise InvalidInput(f"{staged} is no staged checkpoint of {self.root}")
+        self._published(staged)
         _remove(staged)
 
     def read_manifest(self, path: str) -> tuple[Manifest, str]:
@@ -126,7 +125,7 @@ class LocalCheckpoints:
         Raises CheckpointNotFound when the directory is gone, NotACheckpoint when it has no valid manifest,
         CheckpointCorrupt when the manifest is another directory's, and StorageError.
         """
-        named = match_path(path)
+        named = self.layout.match(path)
         folder = self.root / path
         with storage_errors(f"read {folder / MANIFEST}"):
             try:
@@ -156,7 +155,8 @@ class LocalCheckpoints:
         Raises as :meth:`read_manifest`, and CheckpointCorrupt naming the file and what differs.
         """
         manifest = self._checked(path, digest, {"trial": trial, "attempt": attempt, "step": step})
-        verify_files(self.root / path, manifest)
+        with _while_it_is_there(self.root / path):
+            verify_files(self.root / path, manifest)
         return manifest
 
     def load(
@@ -171,7 +171,9 @@ class LocalCheckpoints:
         """Return the checkpoint with its state, verified while it is read; raises as :meth:`verify`."""
         manifest = self._checked(path, digest, {"trial": trial, "attempt": attempt, "step": step})
         folder = self.root / path
-        return Loaded(step=manifest.step, metrics=manifest.metrics, path=folder, state=read_state(folder, manifest))
+        with _while_it_is_there(folder):
+            state = read_state(folder, manifest)
+        return Loaded(step=manifest.step, metrics=manifest.metrics, path=folder, state=state)
 
     def scan(self, trial: int) -> list[tuple[str, Manifest, str]]:
         """Return (path, manifest, digest) of the trial's checkpoints by attempt and step; those without a valid manifest
@@ -189,8 +191,8 @@ class LocalCheckpoints:
 
         A failure is logged, and :meth:`sweep` tries again.
         """
-        match_path(path)
-        _retire(self.root / path)
+        self.layout.match(path)
+        self._retire(self.root / path)
 
     def fetch(self, path: str, *, digest: str, trial: int, attempt: int, step: int) -> None:
         """Do nothing: workers load where checkpoints are, and verify them then."""
@@ -208,15 +210,12 @@ class LocalCheckpoints:
         folder = self._trial(trial)
         for name in self._own(trial):
             path = (folder / name).relative_to(self.root).as_posix()
-            if path not in keep and (_remove if name.startswith(".") else _retire)(folder / name):
+            if path not in keep and (_remove if name.startswith(".") else self._retire)(folder / name):
                 removed.append(path)
         return removed
 
     def _trial(self, trial: int) -> Path:
-        return self.root / "trials" / f"{trial:06d}" / "checkpoints"
-
-    def _relative(self, folder: Path) -> str:
-        return folder.relative_to(self.root).as_posix() if folder.is_relative_to(self.root) else ""
+        return self.root / self.layout.folder(trial)
 
     def _own(self, trial: int) -> list[str]:
         """Return the names of the directories that holdfast made for the trial."""
@@ -224,25 +223,32 @@ class LocalCheckpoints:
             try:
                 with os.scandir(self._trial(trial)) as entries:
                     return sorted(
-                        entry.name for entry in entries if _OWN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+                        entry.name for entry in entries if OWN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
                     )
             except FileNotFoundError:
                 return []
 
     def published_path(self, staged: Path, manifest: Manifest) -> str:
         """Return the path that a staged directory is published as; InvalidInput when it was not staged for that."""
-        match = _STAGED.fullmatch(self._relative(staged))
-        if match is None:
-            raise InvalidInput(f"{staged} is no staged checkpoint of {self.root}")
-        if (int(match["trial"]), int(match["attempt"]), int(match["step"])) != (
-            manifest.trial,
-            manifest.attempt,
-            manifest.step,
-        ):
+        path = self._published(staged)
+        named = {"trial": manifest.trial, **self.layout.match(path)}
+        if named != {"trial": manifest.trial, "attempt": manifest.attempt, "step": manifest.step}:
             raise InvalidInput(
                 f"{staged} was not staged for trial {manifest.trial}, attempt {manifest.attempt}, step {manifest.step}"
             )
-        return (staged.parent / staged.name.removeprefix(STAGING)).relative_to(self.root).as_posix()
+        return path
+
+    def _published(self, staged: Path) -> str:
+        """Return the path that belongs to a staged directory; InvalidInput when it is none."""
+        folder = staged.parent if self.own is None else staged.parent.parent
+        aside = folder / (self.own or "")
+        name = staged.name.removeprefix(STAGING)
+        if staged == aside / (STAGING + name) and is_name(name) and folder.is_relative_to(self.root):
+            path = (folder / name).relative_to(self.root).as_posix()
+            with contextlib.suppress(InvalidInput):
+                self.layout.match(path)
+                return path
+        raise InvalidInput(f"{staged} is no staged checkpoint of {self.root}")
 
     def _checked(self, path: str, digest: str | None, expected: dict[str, int | None]) -> Manifest:
         manifest, found = self.read_manifest(path)
@@ -258,26 +264,37 @@ class LocalCheckpoints:
         folder = self._trial(trial)
         fsync_folder(folder)
         if trial not in self._synced:
-            for parent in (folder.parent, folder.parent.parent, self.root):
+            for parent in folder.parents[: len(folder.relative_to(self.root).parts)]:
                 fsync_folder(parent)
             self._synced.add(trial)
+
+    def _retire(self, folder: Path) -> bool:
+        """Rename a published directory into the trash and remove it, or what an earlier try left; tell whether it is gone."""
+        trash = folder.parent / (self.own or "") / (TRASH + folder.name)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(folder, trash)
+                point("checkpoint.pruned-renamed")
+                fsync_folder(folder.parent)
+        except OSError as error:
+            log.warning("could not delete the checkpoint %s, a later sweep will: %s", folder, error)
+            return False
+        return _remove(trash) and not os.path.lexists(folder)
 
     def held(self, trial: int) -> list[str]:
         """Return the path of everything that holdfast made for the trial: what :meth:`sweep` looks at."""
         return [(self._trial(trial) / name).relative_to(self.root).as_posix() for name in self._own(trial)]
 
 
-def match_path(path: str) -> dict[str, int]:
-    """Return trial, attempt and step of a published checkpoint's path; InvalidInput when it is none."""
-    match = _PATH.fullmatch(path)
-    if match is None:
-        raise InvalidInput(f"{path!r} is no checkpoint's path; one looks like trials/000007/checkpoints/step_00000012-a2-3f9c")
-    return {name: int(match[name]) for name in ("trial", "attempt", "step")}
-
-
-def is_name(name: str) -> bool:
-    """Tell whether a published checkpoint's folder may have this name."""
-    return re.fullmatch(_STEP, name) is not None
+@contextlib.contextmanager
+def _while_it_is_there(folder: Path) -> Iterator[None]:
+    """Raise CheckpointNotFound for whatever goes wrong because the checkpoint was deleted meanwhile."""
+    try:
+        yield
+    except (CheckpointCorrupt, StorageError) as error:
+        if os.path.lexists(folder):
+            raise
+        raise CheckpointNotFound(f"the checkpoint {folder} was deleted while it was being read") from error
 
 
 def compare(folder: object, manifest: Manifest, expected: Mapping[str, int | None]) -> None:
@@ -291,20 +308,6 @@ def compare(folder: object, manifest: Manifest, expected: Mapping[str, int | Non
 
 def _folders(name: str) -> list[str]:
     return [parent.as_posix() for parent in Path(name).parents if parent.name]
-
-
-def _retire(folder: Path) -> bool:
-    """Rename a published directory into the trash and remove it, or what an earlier try left; tell whether it is gone."""
-    trash = folder.parent / (TRASH + folder.name)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(folder, trash)
-            point("checkpoint.pruned-renamed")
-            fsync_folder(folder.parent)
-    except OSError as error:
-        log.warning("could not delete the checkpoint %s, a later sweep will: %s", folder, error)
-        return False
-    return _remove(trash)
 
 
 def _remove(folder: Path) -> bool:

@@ -69,6 +69,16 @@ class Checkpoints(Protocol):
         ...
 
 
+class DirectCheckpoints(Checkpoints, Protocol):
+    """A store of checkpoints with what a trial's process does, too; ``LocalCheckpoints`` says what each call promises."""
+
+    def stage(self, trial: int, attempt: int, step: int) -> Path: ...
+
+    def discard(self, staged: Path) -> None: ...
+
+    def read_manifest(self, path: str) -> tuple[Manifest, str]: ...
+
+
 def checkpoints_in(folder: Folder) -> Checkpoints:
     """Return the store of an experiment's checkpoints."""
     if folder.is_local:

@@ -18,8 +18,9 @@ import xxhash
 from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, Corrupt, NotACheckpoint, StorageError
 from holdfast.core.faults import point
 from holdfast.storage.checkpoints.files import Sink, fsync_folder, storage_errors
-from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints, Published, compare, is_name, match_path
+from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints, Published, compare
 from holdfast.storage.checkpoints.manifest import MANIFEST, FileEntry, Manifest, digest_of
+from holdfast.storage.checkpoints.names import TRIALS, Layout, is_name
 from holdfast.storage.objects import ObjectRoot
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,10 @@ class RemoteCheckpoints:
     until the trial's attempt has ended; it is a copy, which counts for nothing.
     """
 
-    def __init__(self, root: ObjectRoot, work: Path) -> None:
+    def __init__(self, root: ObjectRoot, work: Path, *, layout: Layout = TRIALS) -> None:
         self.root = root
-        self._local = LocalCheckpoints(work)
+        self._local = LocalCheckpoints(work, layout=layout)
+        self.layout = layout
 
     def stage(self, trial: int, attempt: int, step: int) -> Path:
         """Make and return a new empty local directory; see :meth:`LocalCheckpoints.stage`."""
@@ -80,7 +82,7 @@ class RemoteCheckpoints:
         return manifest, digest_of(data)
 
     def _manifest(self, path: str) -> tuple[Manifest, bytes]:
-        named = match_path(path)
+        named = self.layout.match(path)
         place = self._place(path)
         data = self.root.read(f"{path}/{MANIFEST}")
         if data is None:
@@ -151,7 +153,7 @@ class RemoteCheckpoints:
 
     def delete(self, path: str) -> None:
         """Delete a checkpoint, if it is there: its manifest first. A failure is logged, and :meth:`sweep` tries again."""
-        match_path(path)
+        self.layout.match(path)
         self._unpublish(path)
         self._local.delete(path)
 
@@ -165,7 +167,7 @@ class RemoteCheckpoints:
 
     def _own(self, trial: int) -> list[str]:
         """Return the paths that holdfast made for the trial, whether there is a manifest or not."""
-        folder = f"trials/{trial:06d}/checkpoints"
+        folder = self.layout.folder(trial).rstrip("/")
         return [f"{folder}/{name}" for name in self.root.names(folder) if is_name(name)]
 
     def _place(self, path: str) -> str:

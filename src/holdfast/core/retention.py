@@ -71,10 +71,11 @@ class KeepVerified:
         return {checkpoint.id for checkpoint in [each for each in checkpoints if each.verified][-1:]}
 
 
-def policies(config: CheckpointConfig, objective: Objective | None) -> list[Policy]:
+def policies(config: CheckpointConfig, objective: Objective | None, *, latest: bool = True) -> list[Policy]:
     """Return the policies that ``config`` asks for; the newest checkpoint is always among what they keep.
 
-    ``objective`` is what best means when the config names no metric; without either the newest are the best.
+    ``objective`` is what best means when the config names no metric; without either the newest are the best. Without
+    ``latest`` the newest one must be kept by a rule, too.
     """
     chosen: list[Policy] = []
     goal = ranking(config, objective)
@@ -88,7 +89,9 @@ def policies(config: CheckpointConfig, objective: Objective | None) -> list[Poli
         chosen.append(KeepLast(config.keep_top_k) if goal is None else KeepBest(config.keep_top_k, goal))
     elif goal is not None and config.metric_name is not None and config.mode not in ("last", "gap_overwrite"):
         chosen.append(KeepBest(1, goal))  # whoever names a metric wants to find the best by it
-    return [*chosen, KeepLast(config.keep_last or 1), KeepVerified(), KeepPinned()]
+    if latest or config.keep_last is not None or not chosen:
+        chosen.append(KeepLast(config.keep_last or 1))
+    return [*chosen, KeepVerified(), KeepPinned()]
 
 
 def ranking(config: CheckpointConfig, objective: Objective | None) -> Objective | None:

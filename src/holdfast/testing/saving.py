@@ -4,32 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from holdfast.storage.checkpoints import ports
-from holdfast.storage.checkpoints.local import Loaded, Published
+from holdfast.storage.checkpoints.local import Published
 from holdfast.storage.checkpoints.manifest import Manifest
+from holdfast.storage.checkpoints.ports import DirectCheckpoints
 from holdfast.storage.checkpoints.serializers import ingest_directory, write_state
 
-
-class Checkpoints(ports.Checkpoints, Protocol):
-    """A store of checkpoints with what a trial's process does, too; ``LocalCheckpoints`` says what each call promises."""
-
-    def stage(self, trial: int, attempt: int, step: int) -> Path: ...
-
-    def discard(self, staged: Path) -> None: ...
-
-    def read_manifest(self, path: str) -> tuple[Manifest, str]: ...
-
-    def load(
-        self,
-        path: str,
-        *,
-        digest: str | None = None,
-        trial: int | None = None,
-        attempt: int | None = None,
-        step: int | None = None,
-    ) -> Loaded: ...
+Checkpoints = DirectCheckpoints
 
 
 class Files:

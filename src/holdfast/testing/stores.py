@@ -1,0 +1,449 @@
+"""The contract of ``holdfast.CheckpointStore``, executable: subclass :class:`CheckpointStoreContract` and give one fixture."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from holdfast.core.errors import (
+    CheckpointConflict,
+    CheckpointCorrupt,
+    CheckpointNotFound,
+    Fenced,
+    HoldfastError,
+    InvalidInput,
+    InvalidStep,
+    NotACheckpoint,
+    NotStorable,
+    SpecError,
+)
+from holdfast.storage.checkpoints.store import CheckpointStore
+from holdfast.storage.root import Root, open_root
+from holdfast.testing.saving import flip
+
+Opens = Callable[..., CheckpointStore]
+
+
+class Settings(BaseModel):
+    """A run's config, as a pydantic model."""
+
+    lr: float = 0.5
+
+
+@dataclasses.dataclass
+class Options:
+    """A run's config, as a dataclass."""
+
+    layers: tuple[int, ...] = (1, 2)
+
+
+class CheckpointStoreContract:
+    """What every store of its own must do, wherever it is. Give a fixture ``opens``."""
+
+    @pytest.fixture
+    def opens(self) -> Any:
+        """Return a function that opens the same, at first empty, store with a config: ``opens(keep_last=2)``."""
+        raise NotImplementedError("the subclass gives the store")
+
+    def root(self, store: CheckpointStore) -> Root:
+        """Return the raw files of ``store``, for a test that damages them."""
+        return open_root(str(store.path))
+
+    def damage(self, store: CheckpointStore, step: int) -> None:
+        """Flip one bit of a checkpoint's state."""
+        path = next(each.path for each in store.checkpoints() if each.step == step)
+        root, name = self.root(store), f"{Path(str(path)).name}/state.json"
+        data = root.read(name)
+        assert data is not None
+        root.write(name, flip(data, 77))
+
+    def test_an_empty_store(self, opens: Opens) -> None:
+        store = opens()
+        assert (store.steps(), store.history(), store.checkpoints()) == ([], [], [])
+        assert (store.latest_path(), store.best_path(), store.training_info(), store.run_config()) == (None,) * 4
+        assert (store.verify(), store.prune()) == ({}, [])
+        for which in ("latest", "last", "best", "first", 3):
+            with pytest.raises(CheckpointNotFound, match="none at all"):
+                store.load(which)
+        assert self.root(store).names() == []
+
+    def test_states_come_back_by_step_and_by_word(self, opens: Opens) -> None:
+        store = opens(metric_name="acc", higher_is_better=True)
+        for step, acc in ((0, 0.1), (5, 0.9), (10, 0.3)):
+            saved = store.save(step, {"step": step, "pair": (1, b"x")}, {"acc": acc})
+            assert saved is not None
+            assert (saved.step, saved.metrics) == (step, {"acc": acc})
+            assert saved.load() == {"step": step, "pair": (1, b"x")}
+        for reader in (store, opens(metric_name="acc", higher_is_better=True)):
+            assert reader.steps() == [0, 5, 10]
+            assert [reader.load(which)["step"] for which in ("first", "last", "latest", "best", 5)] == [0, 10, 10, 5, 5]
+            assert [step for step, _, _ in reader.history()] == [0, 5, 10]
+            assert reader.latest_path() == reader.history()[-1][1]
+            assert reader.best_path() == reader.history()[1][1]
+            assert reader.training_info() == {"acc": 0.3}
+            for place in (5, "best", reader.best_path()):
+                assert reader.training_info(place) == {"acc": 0.9}
+
+    @pytest.mark.parametrize("which", ["foo", "5", "", True, 2.0, -1, None])
+    def test_what_is_no_step_and_no_word_is_refused(self, opens: Opens, which: Any) -> None:
+        store = opens()
+        store.save(0, 1)
+        with pytest.raises(InvalidStep) as refused:
+            store.load(which)
+        assert isinstance(refused.value, ValueError)
+
+    @pytest.mark.parametrize("step", [True, 2.0, -1, "last", "1", None])
+    def test_what_is_no_step_cannot_be_saved(self, opens: Opens, step: Any) -> None:
+        store = opens()
+        for call in (lambda: store.save(step, 1), lambda: store.stage(step, {})):
+            with pytest.raises(InvalidStep):
+                call()
+        assert self.root(store).names() == []
+
+    def test_a_missing_step_names_those_that_are_there(self, opens: Opens) -> None:
+        store = opens()
+        store.save(4, 1)
+        with pytest.raises(CheckpointNotFound, match=r"of step 5.*of the steps 4") as missing:
+            store.load(5)
+        assert isinstance(missing.value, FileNotFoundError)
+
+    def test_staged_files_are_published_whole(self, opens: Opens) -> None:
+        store = opens()
+        staged = store.stage(3, {"loss": 0.5, "seen": {"batches": [1, 2]}}, {"lr": 0.1})
+        (staged / "sub").mkdir()
+        (staged / "sub" / "weights [1] ü").write_bytes(b"w" * 100_000)
+        assert store.steps() == []
+        assert opens().latest_path() is None
+        saved = store.finalize(staged)
+        assert (saved.step, saved.bytes, saved.metrics) == (3, 100_000, {"loss": 0.5})
+        assert not staged.exists()
+        reader = opens()
+        folder = reader.load(3)
+        assert (folder / "sub" / "weights [1] ü").read_bytes() == b"w" * 100_000
+        assert reader.training_info(3) == {"loss": 0.5, "seen": {"batches": [1, 2]}}
+        assert reader.run_config() == {"lr": 0.1}
+        with pytest.raises(InvalidInput, match="not staged by this store"):
+            store.finalize(staged)
+
+    def test_as_a_context_manager(self, opens: Opens) -> None:
+        store = opens()
+        with store.stage(1, {"loss": 1}) as folder:
+            (folder / "a").write_text("a")
+        assert store.steps() == [1]
+        staged = store.stage(2, {})
+        (staged / "a").write_text("b")
+        with pytest.raises(ZeroDivisionError), staged:
+            _fail()
+        assert not staged.exists()
+        assert store.steps() == [1]
+        with store.stage(2, {}) as folder:
+            (folder / "a").write_text("c")
+        assert (store.load(2) / "a").read_text() == "c"
+
+    @pytest.mark.parametrize(
+        ("given", "stored"),
+        [({"a": None}, {"a": None}), (Settings(), {"lr": 0.5}), (Options(), {"layers": [1, 2]}), (None, None)],
+    )
+    def test_a_run_config_of_any_kind(self, opens: Opens, given: Any, stored: Any) -> None:
+        store = opens()
+        store.save(0, 1, run_config=given)
+        assert opens().run_config() == stored
+
+    def test_what_cannot_be_stored_changes_nothing(self, opens: Opens) -> None:
+        store = opens()
+        store.save(0, 1)
+        before = sorted(self.root(store).names())
+        with pytest.raises(NotStorable, match=r'state\["a"\]\[1\]'):
+            store.save(1, {"a": [1, object()]})
+        with pytest.raises(NotStorable, match="metrics"):
+            store.save(1, 1, {"loss": object()})
+        with pytest.raises(NotStorable, match="training_info"):
+            store.stage(1, {"loss": {1, 2}})
+        with pytest.raises(NotStorable, match="run_config"):
+            store.save(1, 1, run_config=7)
+        assert sorted(self.root(store).names()) == before
+        assert store.steps() == [0]
+        store.save(1, 2)
+        assert store.load() == 2
+
+    def test_steps_rise_and_are_saved_once(self, opens: Opens) -> None:
+        store = opens()
+        store.save(3, "three")
+        store.save(5, "five")
+        for again in (store, opens()):
+            with pytest.raises(CheckpointConflict, match="step 5"):
+                again.save(5, "other")
+            with pytest.raises(InvalidStep, match="rewind"):
+                again.save(4, "four")
+        assert [store.load(step) for step in store.steps()] == ["three", "five"]
+
+    def test_two_writers_of_one_step(self, opens: Opens) -> None:
+        one, two = opens(), opens()
+        staged = [store.stage(5, {}) for store in (one, two)]
+        won, errors = [], []
+        for store, folder, text in zip((one, two), staged, ("one", "two"), strict=True):
+            try:
+                (folder / "who").write_text(text)
+                store.finalize(folder)
+                won.append(text)
+            except (HoldfastError, FileNotFoundError) as error:
+                errors.append(error)
+        assert len(won) == 1
+        assert len(errors) == 1
+        assert (opens().load(5) / "who").read_text() == won[0]
+
+    def test_the_writer_that_was_taken_over_from_can_do_nothing(self, opens: Opens) -> None:
+        old = opens(keep_last=1)
+        old.save(0, "old")
+        staged = old.stage(1, {})
+        new = opens(keep_last=3)
+        new.save(1, "new")
+        with pytest.raises(Fenced, match="took over"):
+            old.save(2, "late")
+        with pytest.raises(Fenced):
+            old.prune()
+        with pytest.raises(HoldfastError):
+            old.finalize(staged)
+        assert new.steps() == opens().steps() == [0, 1]
+        assert (new.load(0), new.load(1)) == ("old", "new")
+        new.save(2, "goes on")
+        assert old.steps() == [0, 1, 2]  # it may still read
+
+    def test_going_back(self, opens: Opens) -> None:
+        store = opens()
+        for step in range(5):
+            store.save(step, f"first {step}")
+        store.rewind(2)
+        assert store.steps() == opens().steps() == [0, 1, 2]
+        assert store.load() == "first 2"
+        store.save(3, "second 3")
+        store.save(6, "second 6")
+        assert opens().steps() == [0, 1, 2, 3, 6]
+        assert opens().load(3) == "second 3"
+        with pytest.raises(CheckpointNotFound):
+            store.rewind(4)
+        other = opens()
+        other.rewind(1)
+        assert other.steps() == [0, 1]
+        assert len([name for name in self.root(store).names() if name.startswith("step_")]) == 5  # until the next save
+        other.save(2, "third 2")
+        assert len([name for name in self.root(store).names() if name.startswith("step_")]) == 3
+
+    @pytest.mark.parametrize(
+        ("mode", "period", "steps"),
+        [
+            ("all", 1, list(range(12))),
+            ("last", 1, [11]),
+            ("gap", 5, [0, 5, 10]),
+            ("gap_overwrite", 5, [10]),
+            ("gap_and_last", 5, [0, 5, 10, 11]),
+            ("none", 1, []),
+        ],
+    )
+    def test_modes(self, opens: Opens, mode: str, period: int, steps: list[int]) -> None:
+        store = opens(mode=mode, save_period=period)
+        saved = [step for step in range(12) if store.save(step, step) is not None]
+        assert saved == [step for step in range(12) if store.should_save(step)]
+        assert store.steps() == opens().steps() == steps
+        assert [store.load(step) for step in steps] == steps
+
+    def test_what_the_rules_keep(self, opens: Opens) -> None:
+        config = {"keep_last": 2, "keep_top_k": 2, "keep_every": 10, "metric_name": "acc", "higher_is_better": True}
+        values = [0.1, 0.9, math.nan, 0.9, math.inf, None, "high", True, 0.8, 0.2, 0.1, 0.2, 0.1, 0.3]
+        store = opens(**config)
+        for step, value in enumerate(values):
+            store.save(step, step, {} if value is None else {"acc": value})
+            if step == 6:
+                store = opens(**config)  # a restart changes nothing
+        assert store.steps() == [0, 1, 3, 10, 12, 13]
+        assert store.load("best") == 3  # of equal ones the newest
+        assert opens(**config).load("best") == 3
+
+    def test_pins(self, opens: Opens) -> None:
+        store = opens(keep_last=1)
+        store.save(0, 0)
+        opens().pin(0)
+        for step in range(1, 4):
+            store.save(step, step)
+        assert store.steps() == [0, 3]
+        opens().unpin(0)
+        assert store.prune() == [0]
+        assert opens().steps() == [3]
+        assert not [name for name in self.root(store).names() if name.startswith(".pin-")]
+        for call in (store.pin, store.unpin):
+            with pytest.raises(CheckpointNotFound):
+                call(0)
+
+    def test_the_last_that_was_read_back_is_kept(self, opens: Opens) -> None:
+        store = opens()
+        for step in range(4):
+            store.save(step, step)
+        store = opens(keep_last=1)
+        assert store.load(1) == 1
+        for step in range(4, 7):
+            store.save(step, step)
+        assert store.steps() == [1, 6]
+        assert store.verify() == {}
+        store.save(7, 7)
+        assert store.steps() == [6, 7]
+
+    def test_pruning_even_the_latest(self, opens: Opens) -> None:
+        store = opens()
+        for step, loss in enumerate((0.5, 0.1, 0.9)):
+            store.save(step, step, {"loss": loss})
+        picky = opens(keep_top_k=1, metric_name="loss")
+        assert picky.prune() == [0]
+        assert picky.prune(exclude_latest=False) == [2]
+        assert picky.steps() == [1]
+        assert opens(keep_top_k=1, metric_name="absent").prune(exclude_latest=False) == []
+        assert store.steps() == [1]
+
+    def test_a_damaged_one_is_passed_over_by_word_and_refused_by_step(
+        self, opens: Opens, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store = opens()
+        for step in range(4):
+            store.save(step, step)
+        self.damage(store, 3)
+        with pytest.raises(CheckpointCorrupt, match="digest"):
+            opens().load("latest", strict=True)
+        self.damage(store, 2)
+        reader = opens()
+        with caplog.at_level(logging.WARNING):
+            assert reader.load("latest") == 1
+        assert "step 2 is not used" in caplog.text
+        assert opens().steps() == [0, 1]
+        with pytest.raises(CheckpointCorrupt, match=r"step 3.*digest"):
+            reader.load(3)
+        self.damage(store, 0)
+        with pytest.raises(CheckpointCorrupt, match="digest"):
+            reader.load(0)
+
+    def test_bad_ones_are_found_and_heal(self, opens: Opens) -> None:
+        store = opens()
+        for step in range(3):
+            store.save(step, step)
+        self.damage(store, 1)
+        found = opens().verify()
+        assert list(found) == [1]
+        assert "digest" in found[1]
+        assert list(opens().verify(1)) == [1]
+        assert opens().verify(0) == {}
+        assert opens().steps() == [0, 2]
+        data = self.root(store)
+        name = next(name for name in data.names() if name.startswith("step_00000001-"))
+        content = data.read(f"{name}/state.json")
+        assert content is not None
+        data.write(f"{name}/state.json", flip(content, 77))
+        assert opens().verify() == {}
+        assert opens().steps() == [0, 1, 2]
+        with pytest.raises(CheckpointNotFound):
+            opens().verify(9)
+
+    def test_nothing_good_is_left(self, opens: Opens) -> None:
+        store = opens()
+        for step in range(2):
+            store.save(step, step)
+            self.damage(store, step)
+        with pytest.raises(CheckpointCorrupt, match=r"step 0.*step 1"):
+            opens().load()
+        assert store.save(2, "goes on") is not None
+        assert opens().load() == "goes on"
+
+    def test_a_folder_without_a_manifest_does_not_exist(self, opens: Opens) -> None:
+        store = opens()
+        store.save(0, 0)
+        root = self.root(store)
+        root.write("step_00000009-a1-0123abcd/state.json", b"{}")
+        root.write("step_00000008-a1-0123abcd/manifest.json", b"torn")
+        assert opens().steps() == [0]
+        assert opens().load() == 0
+        store.save(1, 1)
+        assert opens().load("latest") == 1
+
+    def test_foreign_files_survive(self, opens: Opens) -> None:
+        store = opens(keep_last=1)
+        store.save(0, 0)
+        root = self.root(store)
+        foreign = ["notes [*] ü.txt", "step_7/x", "step_00000007/weights", ".hidden", "step_00000001-a1-xyzw/x"]
+        for name in foreign:
+            root.write(name, b"mine")
+        for step in range(1, 4):
+            store.save(step, step)
+        store.rewind(3)
+        store.save(4, 4)
+        assert [root.read(name) for name in foreign] == [b"mine"] * len(foreign)
+        assert opens().steps() == [4]
+
+    @pytest.mark.parametrize("missing", ["x", "step_00000001-a1-0123abcd"])
+    def test_info_of_a_path_that_is_none(self, opens: Opens, missing: str) -> None:
+        store = opens()
+        store.save(0, 0)
+        with pytest.raises((CheckpointNotFound, NotACheckpoint)):
+            store.training_info(f"{store.path}/{missing}")
+
+    @pytest.mark.parametrize(
+        "config", [{"mode": "some"}, {"mode": "last", "save_period": 2}, {"keep_lasr": 1}, {"keep_last": 0}, [1]]
+    )
+    def test_a_config_that_makes_no_sense(self, opens: Opens, config: Any) -> None:
+        with pytest.raises(SpecError) as refused:
+            CheckpointStore(opens().path, config)
+        assert isinstance(refused.value, ValueError)
+
+    def test_background_saves_hold_what_they_were_given(self, opens: Opens) -> None:
+        np = pytest.importorskip("numpy", reason="numpy is not installed")
+        store = opens(asynchronous=True)
+        weights = np.zeros(40_000)
+        state = {"w": weights, "log": [1]}
+        for step in range(4):
+            store.save(step, state)
+            weights += 1
+            state["log"].append(step)
+        for step in range(4):
+            loaded = store.load(step)
+            assert (loaded["w"] == step).all()
+            assert loaded["log"] == [1, *range(step)]
+        with store.stage(9, {}) as folder:
+            (folder / "a").write_bytes(b"a")
+        store.flush()
+        assert opens().steps() == [0, 1, 2, 3, 9]
+
+    def test_an_error_in_the_background_is_raised_once(self, opens: Opens) -> None:
+        store = opens(asynchronous=True)
+        for step, again in ((0, store.flush), (1, lambda: store.save(2, 2)), (3, store.steps)):
+            with store.stage(step, {}) as folder:
+                os.mkfifo(folder / "pipe")  # which no checkpoint can hold, as is found out when it is digested
+            with pytest.raises(NotStorable, match="pipe"):
+                again()
+        store.flush()
+        assert store.steps() == []
+        store.save(3, "again")
+        store.close()
+        assert opens().load() == "again"
+        assert not [name for name in self.root(store).names() if name.startswith(".staging")]
+
+    def test_functions_are_called_only_when_they_are_needed(self, opens: Opens) -> None:
+        store = opens(save_period=2)
+        calls: list[int] = []
+        for step in range(4):
+            store.save(step, functools.partial(_count, calls, step))
+        assert calls == [0, 2]
+        assert store.load() == 2
+
+
+def _count(calls: list[int], step: int) -> int:
+    calls.append(step)
+    return len(calls)
+
+
+def _fail() -> None:
+    raise ZeroDivisionError

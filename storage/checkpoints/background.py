@@ -1,0 +1,42 @@
+"""One piece of work at a time in a thread of its own, whose error is raised once, in the thread that asked for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Background:
+    """At most one call is under way. The interpreter waits for it before it ends, because its thread is no daemon."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way, or has failed and nobody knows yet."""
+        return self._thread is not None or self._error is not None
+
+    def start(self, call: Callable[[], None]) -> None:
+        """Begin ``call``; waits for the one before, and raises its error instead."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(call,), name=self._name)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is under way; raise the error of the last call, once."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001  # raised by wait
+            self._error = error

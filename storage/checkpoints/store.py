@@ -1,0 +1,333 @@
+"""``holdfast.CheckpointStore``: durable, verified, fenced checkpoints for any training loop, without a search or a database."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import BaseModel, ValidationError
+
+from holdfast.core.checkpoint import check_step
+from holdfast.core.checkpoint_config import CheckpointConfig
+from holdfast.core.errors import HoldfastError, InvalidInput, NotStorable, SpecError
+from holdfast.core.spec import explain
+from holdfast.core.values import Json, Metrics, plain_metrics
+from holdfast.storage.checkpoints.background import Background
+from holdfast.storage.checkpoints.leaving import flush_on_exit
+from holdfast.storage.checkpoints.loading import Loader, info_of
+from holdfast.storage.checkpoints.manifest import FileEntry, Kind, Manifest
+from holdfast.storage.checkpoints.names import STAGING
+from holdfast.storage.checkpoints.place import Place
+from holdfast.storage.checkpoints.saving import Draft, Saver, called
+from holdfast.storage.checkpoints.serializers import hash_directory, prepare
+from holdfast.storage.checkpoints.staged import StagedPath
+
+log = logging.getLogger(__name__)
+
+Which = int | str | os.PathLike[str]
+"""A step, one of ``latest``, ``last``, ``best`` and ``first``, or a checkpoint's path."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredCheckpoint:
+    """A checkpoint of a store: ``path`` is its folder, or its URL on an object store; ``bytes`` those of its files."""
+
+    step: int
+    path: Path | str
+    metrics: Metrics
+    info: dict[str, Json]
+    run_config: dict[str, Json] | None
+    created: str
+    """ISO 8601, UTC"""
+    bytes: int
+    _load: Callable[[], Any] = dataclasses.field(repr=False, compare=False)
+
+    def load(self) -> Any:
+        """Return the state, or the folder of files; CheckpointCorrupt when it is damaged, CheckpointNotFound when gone."""
+        return self._load()
+
+
+class CheckpointStore:
+    """Checkpoints of one training run, in a folder or below an object store's URL.
+
+    Reading changes nothing, and any number of processes may do it. The first save takes the store over from whoever wrote
+    before: that one's next save raises Fenced. Steps rise; :meth:`rewind` goes back.
+
+    With ``asynchronous`` in its config, ``save`` copies the state, ``finalize`` takes the directory, and both return; one save
+    is under way at most, and the next call of any method waits for it and raises its error. The end of the process and
+    SIGTERM wait for it, too.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: CheckpointConfig | Mapping[str, Any] | None = None,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Open the store at ``path``; nothing is read or made yet.
+
+        ``storage_options`` are fsspec's; ``cache`` is the folder for local copies of an object store's checkpoints, a temporary
+        one by default. Raises SpecError for a config or a URL that makes no sense.
+        """
+        self.config = _config(config)
+        self._place = Place.at(path, options=storage_options, cache=cache)
+        self._loader = Loader(self._place, self.config)
+        self._saver = Saver(self._place, self.config)
+        self._drafts: dict[Path, Draft] = {}
+        self._lock = threading.RLock()
+        self._background = Background("holdfast-checkpoint")
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"CheckpointStore({self._place.root.location!r})"
+
+    @property
+    def path(self) -> Path | str:
+        """The folder, or the URL."""
+        return self._place.folder or self._place.root.location
+
+    def should_save(self, step: int) -> bool:
+        """Tell whether :meth:`save` keeps this step."""
+        return self.config.is_due(check_step(step))
+
+    def save(
+        self, step: int, state: Any, metrics: Mapping[str, Any] | None = None, *, run_config: Any = None
+    ) -> StoredCheckpoint | None:
+        """Save ``state`` (a value, or a function that returns it) if the step is due; return the checkpoint, or None.
+
+        It is durable when this returns, unless saves are asynchronous. Raises InvalidStep for a step before the newest,
+        CheckpointConflict when the step is there already, NotStorable naming the place inside the state, Fenced when another
+        process took over, StorageError; then nothing has changed.
+        """
+        if not self.should_save(step):
+            return None
+        with self._quiet():
+            draft = _draft(step, metrics, "metrics", run_config)
+            self._saver.check_new(step)
+            prepared = prepare(called(state), serializer=self.config.serializer, copy=self.config.asynchronous)
+            return self._commit(self._saver.stage(step), draft, prepared.serializer, prepared.write)
+
+    def stage(self, step: int, training_info: Mapping[str, Any] | None = None, run_config: Any = None) -> StagedPath:
+        """Return a new directory to write the checkpoint's files into, on the store's own file system.
+
+        :meth:`finalize` publishes it; as a context manager it does that at the end of the block, and discards it after an
+        error. ``training_info`` is what :meth:`training_info` returns, and its numbers are the metrics; ``run_config`` is a
+        mapping, a pydantic model or a dataclass. Raises as :meth:`save`.
+        """
+        with self._quiet():
+            draft = _draft(check_step(step), training_info, "training_info", run_config)
+            self._saver.check_new(step)
+            staged = self._saver.stage(step)
+            self._drafts[staged] = draft
+            return StagedPath.of(staged, self.finalize, self.discard)
+
+    def finalize(self, path: str | os.PathLike[str]) -> StoredCheckpoint:
+        """Make a staged directory a checkpoint, atomically and durably, and prune by the rules. Raises as :meth:`save`."""
+        with self._quiet():
+            staged = Path(path)
+            draft = self._drafts.get(staged)
+            if draft is None:
+                raise InvalidInput(f"{path} was not staged by this store, or is finalized or discarded already")
+            self._saver.check_new(draft.step)
+            del self._drafts[staged]
+            return self._commit(staged, draft, "directory", hash_directory)
+
+    def discard(self, path: str | os.PathLike[str]) -> None:
+        """Remove a staged directory; nothing happens to any other one."""
+        with self._lock:
+            if self._drafts.pop(Path(path), None) is not None:
+                self._saver.discard(Path(path))
+
+    def rewind(self, step: int) -> None:
+        """Go back to a step: later checkpoints count no more, and are deleted once the next one is saved.
+
+        What is staged is given up. Raises CheckpointNotFound when there is no checkpoint of that step.
+        """
+        with self._looking(again=True):
+            if self._place.catalog.at(check_step(step)) is None:
+                raise self._place.missing(step)
+            self._drafts.clear()  # a new writer has a staging folder of its own
+            self._saver.take_over(rewind=step)
+
+    def flush(self) -> None:
+        """Wait until nothing is being saved in the background; raises its error, once."""
+        with self._quiet():
+            pass
+
+    def close(self) -> None:
+        """Flush, and remove what is staged; the store can be used again."""
+        try:
+            self.flush()
+        finally:
+            for staged in list(self._drafts):
+                self.discard(staged)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.close()
+        except HoldfastError:
+            if error is None:
+                raise
+            log.exception("a save in the background failed, too")  # it must not hide the first error
+
+    def steps(self) -> list[int]:
+        """Return the steps that there is a checkpoint of, ascending."""
+        with self._looking(again=True):
+            return [entry.step for entry in self._place.catalog.all()]
+
+    def checkpoints(self) -> list[StoredCheckpoint]:
+        """Return the checkpoints, oldest first."""
+        with self._looking(again=True):
+            return [self._stored(entry.path, entry.manifest) for entry in self._place.catalog.all()]
+
+    def history(self) -> list[tuple[int, Path | str, dict[str, Json]]]:
+        """Return (step, path, training info) of each checkpoint, oldest first."""
+        return [(each.step, each.path, each.info) for each in self.checkpoints()]
+
+    def latest_path(self) -> Path | str | None:
+        """Return where the newest checkpoint is, or None when there is none."""
+        with self._looking():
+            newest = self._place.newest()
+            return None if newest is None else self._place.where(newest.path)
+
+    def best_path(self) -> Path | str | None:
+        """Return where the best checkpoint by ``metric_name`` is; without a metric, or a value of it, the newest."""
+        with self._looking():
+            best = self._loader.best()
+            return None if best is None else self._place.where(best.path)
+
+    def load(self, which: int | str = "latest", *, strict: bool = False) -> Any:
+        """Return the state of a step, or of the ``latest`` (``last``), ``best`` or ``first``; of staged files their folder.
+
+        A damaged checkpoint is noted as bad and, where ``which`` is a word and not ``strict``, the next one in that order is
+        taken, with a warning. Raises InvalidStep, CheckpointNotFound, and CheckpointCorrupt when there is nothing good.
+        """
+        with self._looking():
+            return self._loader.load(which, strict=strict).state
+
+    def training_info(self, which: Which | None = None) -> dict[str, Json] | None:
+        """Return what was noted with a checkpoint, the newest by default; None when there is none at all."""
+        with self._looking():
+            return info_of(self._loader.find(which))
+
+    def run_config(self, which: Which | None = None) -> dict[str, Json] | None:
+        """Return the run's config that was stored with a checkpoint, the newest by default; None without any."""
+        with self._looking():
+            entry = self._loader.find(which)
+            return None if entry is None else entry.manifest.run_config
+
+    def verify(self, step: int | None = None) -> dict[int, str]:
+        """Read every file of a checkpoint, or of all; return the reason for each bad step, nothing when all are good.
+
+        What is bad is noted and counts no more; what was noted and turns out to be good counts again.
+        """
+        with self._looking(again=True):
+            return self._loader.verify(None if step is None else check_step(step))
+
+    def prune(self, exclude_latest: bool = True) -> list[int]:
+        """Delete what no rule of the config keeps, and return the steps; False lets even the newest go for a better one.
+
+        A failing delete is logged, and tried again by the next prune. Raises Fenced when another process took over.
+        """
+        with self._looking(again=True):
+            self._saver.check()
+            return self._saver.prune(latest=exclude_latest)
+
+    def pin(self, step: int) -> None:
+        """Keep a checkpoint whatever the rules say, until :meth:`unpin`. CheckpointNotFound when there is none."""
+        with self._looking(again=True):
+            catalog = self._place.catalog
+            entry = catalog.at(check_step(step))
+            if entry is not None:
+                catalog.pin(entry.path)
+                if catalog.exists(entry.path):  # nobody pruned it at the same moment
+                    return
+                catalog.unpin(entry.path)
+            raise self._place.missing(step)
+
+    def unpin(self, step: int) -> None:
+        """Take a pin away. CheckpointNotFound when there is no checkpoint of that step."""
+        with self._looking(again=True):
+            entry = self._place.catalog.at(check_step(step))
+            if entry is None:
+                raise self._place.missing(step)
+            self._place.catalog.unpin(entry.path)
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Have the store for this thread alone, with nothing under way in the background."""
+        if os.getpid() != self._pid:
+            raise InvalidInput(f"{self!r} was opened by process {self._pid}; open it anew in this fork of it")
+        with self._lock:
+            self._background.wait()
+            yield
+
+    @contextlib.contextmanager
+    def _looking(self, *, again: bool = False) -> Iterator[None]:
+        with self._quiet():
+            self._place.catalog.look(again=again)
+            yield
+
+    def _commit(
+        self, staged: Path, draft: Draft, serializer: Kind, write: Callable[[Path], list[FileEntry]]
+    ) -> StoredCheckpoint:
+        """Write, publish and prune, now or in the background."""
+        if not self.config.asynchronous:
+            entry = self._saver.commit(staged, draft, serializer, write)
+            return self._stored(entry.path, entry.manifest)
+
+        def commit() -> None:
+            self._saver.commit(staged, draft, serializer, write)
+
+        flush_on_exit(self)
+        self._background.start(commit)
+        return self._stored(staged.name.removeprefix(STAGING), self._saver.manifest(staged, draft, serializer, ()))
+
+    def _stored(self, name: str, manifest: Manifest) -> StoredCheckpoint:
+        return StoredCheckpoint(
+            step=manifest.step,
+            path=self._place.where(name),
+            metrics=manifest.metrics,
+            info=manifest.info,
+            run_config=manifest.run_config,
+            created=manifest.created,
+            bytes=manifest.size,
+            _load=lambda: self.load(manifest.step),
+        )
+
+
+def _config(given: CheckpointConfig | Mapping[str, Any] | None) -> CheckpointConfig:
+    if isinstance(given, CheckpointConfig):
+        return given
+    try:
+        return CheckpointConfig.model_validate({} if given is None else given)
+    except ValidationError as error:
+        raise SpecError(explain(error, CheckpointConfig, source="config")) from None
+
+
+def _draft(step: int, info: Mapping[str, Any] | None, what: str, run_config: Any) -> Draft:
+    noted = plain_metrics({} if info is None else info, what)
+    scalars = {name: value for name, value in noted.items() if not isinstance(value, (dict, list))}
+    return Draft(step=step, metrics=scalars, info=noted, run_config=_plain_config(run_config))
+
+
+def _plain_config(given: Any) -> dict[str, Json] | None:
+    if isinstance(given, BaseModel):
+        given = given.model_dump(mode="json")
+    elif dataclasses.is_dataclass(given) and not isinstance(given, type):
+        given = dataclasses.asdict(given)
+    if given is None or isinstance(given, Mapping):
+        return None if given is None else plain_metrics(given, "run_config")
+    raise NotStorable(f"run_config is a {type(given).__name__}; give a mapping, a pydantic model or a dataclass")

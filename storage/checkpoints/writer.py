@@ -1,0 +1,136 @@
+"""Who may write to a store of its own, and which checkpoints of earlier writers count.
+
+``writer.json`` says both. Whoever begins to write takes over from the writer before: on a local disk by renaming that one's
+folder away, through which it would have to publish and delete; everywhere by noting up to which step its checkpoints count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from holdfast.core.errors import Contention, Fenced, StorageError
+from holdfast.core.values import dumps, loads
+from holdfast.storage.root import DAMAGE, Root, checked, damaged
+
+FILE = "writer.json"
+FORMAT = 1
+_FOLDER = re.compile(r"\.writer-a(?P<number>[1-9][0-9]*)-[0-9a-f]{8}")
+_GONE = re.compile(r"\.gone-[0-9a-f]{8}")
+_TRIES = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What ``writer.json`` says: the writer's number and token, and of earlier writers the last step that counts (or none)."""
+
+    number: int = 0
+    token: str = ""
+    until: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """The writer's own folder on a local disk."""
+        return f".writer-a{self.number}-{self.token}"
+
+    def counts(self, attempt: int, step: int) -> bool:
+        """Tell whether a checkpoint of this writer and step counts; without a record all do."""
+        if self.number == 0 or attempt == self.number:
+            return True
+        return any(attempt == earlier and step <= last for earlier, last in self.until)
+
+    def to_bytes(self) -> bytes:
+        values = {"format": FORMAT, "writer": self.number, "token": self.token, "until": [list(pair) for pair in self.until]}
+        return (dumps(values) + "\n").encode()
+
+
+def read(root: Root) -> Record:
+    """Return the record; that of nobody when there is none. Corrupt when it is damaged, StorageError when it cannot be read."""
+    return _parse(root, root.read(FILE))
+
+
+def _parse(root: Root, data: bytes | None) -> Record:
+    if data is None:
+        return Record()
+    try:
+        values = checked(loads(data), {"format": int, "writer": int, "token": str, "until": list})
+        if values["format"] > FORMAT:
+            raise ValueError(f"format {values['format']}: update holdfast")
+        until = tuple((int(number), int(last)) for number, last in values["until"])
+        return Record(number=values["writer"], token=values["token"], until=until)
+    except DAMAGE as error:
+        raise damaged(root.location, FILE, error) from error
+
+
+def check(root: Root, mine: Record) -> None:
+    """Raise Fenced unless ``mine`` is still the record's writer."""
+    found = read(root)
+    if (found.number, found.token) != (mine.number, mine.token):
+        raise Fenced(
+            f"{root.location}: writer {found.number} took over from this one, writer {mine.number}; nothing was written."
+            " Only one process at a time can save there: end the other one, or open the store anew to take over from it"
+        )
+
+
+Listing = Callable[[], Iterable[tuple[int, int]]]
+"""(writer, step) of every checkpoint in the store, whether it counts or not"""
+
+
+def take_over(root: Root, local: Path | None, listing: Listing, *, rewind: int | None = None) -> Record:
+    """Become the writer and return the record; ``local`` is the store's folder when it is one.
+
+    With ``rewind`` only checkpoints up to that step count from now on. Contention when others take over all the time,
+    StorageError when the place refuses.
+    """
+    for _ in range(_TRIES):
+        data, _ = root.versioned(FILE)
+        old = _parse(root, data)
+        mine = replace(old, number=_next(root, old, listing), token=secrets.token_hex(4))
+        if local is not None:
+            _make_own(local, mine)
+        last: dict[int, int] = {}
+        for number, step in listing():  # only now: the writer before can publish no more
+            if old.counts(number, step) and (rewind is None or step <= rewind):
+                last[number] = max(step, last.get(number, step))
+        mine = replace(mine, until=tuple(sorted(last.items())))
+        with root.exclusive():
+            found, version = root.versioned(FILE)
+            if found == data and root.replace(FILE, mine.to_bytes(), version):
+                return mine
+        if local is not None:
+            shutil.rmtree(local / mine.folder, ignore_errors=True)
+    raise Contention(f"{root.location}: other processes take over from each other all the time; end all but one")
+
+
+def _next(root: Root, old: Record, listing: Listing) -> int:
+    """Return a number that no writer has had."""
+    folders = [int(found["number"]) for name in root.names() if (found := _FOLDER.fullmatch(name))]
+    return max([old.number, *folders, *(number for number, _ in listing())]) + 1
+
+
+def _make_own(local: Path, mine: Record) -> None:
+    """Make the writer's own folder, and take everybody else's away."""
+    try:
+        os.mkdir(local / mine.folder)
+        for name in left_over(local, mine):
+            gone = local / f".gone-{secrets.token_hex(4)}"
+            if _FOLDER.fullmatch(name):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(local / name, gone)
+                    shutil.rmtree(gone, ignore_errors=True)
+            else:
+                shutil.rmtree(local / name, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot take over {local}: {error.strerror or error}") from error
+
+
+def left_over(local: Path, current: Record) -> list[str]:
+    """Return the folders that writers before ``current`` left."""
+    names = [name for name in os.listdir(local) if name != current.folder]
+    return [name for name in names if _FOLDER.fullmatch(name) or _GONE.fullmatch(name)]
