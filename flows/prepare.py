@@ -25,7 +25,8 @@ from holdfast.core.trial import SCORED, Trial
 from holdfast.core.values import Json, strict
 from holdfast.engines.grid import GridProposer
 from holdfast.flows import reconcile
-from holdfast.flows.session import Session, WentOn, begin, liveness, make_pool, runnable
+from holdfast.flows.session import Session, begin, make_pool, runnable
+from holdfast.holding import WentOn, end_children, liveness
 from holdfast.locate import (
     Opened,
     check_free,
@@ -322,7 +323,7 @@ def _take_over(
         observer.opened(opened, restored=True)
         reader = session.reader
         dead = reconcile.open_attempts(reader.trials())
-        reconcile.end_children(dead)
+        end_children(dead)
         survey = reconcile.Survey(reader, opened.folder, request.policy)
         plan = survey.plan()
         session.driver.set_code(

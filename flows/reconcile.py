@@ -15,7 +15,6 @@ from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import Folder
-from holdfast.tasks.workers import processes
 
 
 class Survey:
@@ -96,13 +95,6 @@ def persisted_outcome(folder: Folder, trial: Trial) -> Outcome | None:
     if result.get("config", "") not in ("", config_digest(trial.config)):
         return None  # of another trial that once had this number, in a path whose newest journal was lost
     return Outcome(result["outcome"])
-
-
-def end_children(attempts: Sequence[Attempt]) -> None:
-    """End the worker processes that dead drivers left on this host."""
-    for attempt in attempts:
-        if attempt.host == processes.same_host() and attempt.pid is not None and attempt.pid_started:
-            processes.kill_group(attempt.pid, attempt.pid_started)
 
 
 def open_attempts(trials: Sequence[Trial]) -> list[Attempt]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from holdfast.core.errors import LeaseHeld
 from holdfast.core.resume import Planned
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import Attempt
 from holdfast.core.values import Json
+from holdfast.holding import check_path, holder, liveness
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer
 from holdfast.settings import visible_gpus
-from holdfast.storage import journal
 from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.leases import Leases
@@ -31,10 +27,6 @@ from holdfast.tasks.runtime import Runtime
 from holdfast.tasks.workers import processes
 from holdfast.tasks.workers.messages import Decision
 from holdfast.tasks.workers.pool import WorkerPool
-
-
-class WentOn(LeaseHeld):
-    """The path tells more than the rows that were rebuilt from it a moment ago."""
 
 
 @dataclass
@@ -71,25 +63,6 @@ class Session:
 
 prepared: ContextVar[Session | None] = ContextVar("holdfast_session", default=None)
 """The session that the caller of a flow in this process has prepared for it."""
-
-
-def holder() -> dict[str, Json]:
-    """Return who we are, for the lease."""
-    pid = os.getpid()
-    return {
-        "hostname": socket.gethostname(),
-        "host": processes.same_host(),
-        "pid": pid,
-        "started": processes.identity(pid) or "",
-    }
-
-
-def liveness(other: Mapping[str, Any]) -> bool | None:
-    """Tell whether a lease's holder lives on this host; None when it is another host's.
-
-    A process that was killed and that nobody has waited for yet is dead.
-    """
-    return processes.is_alive(str(other.get("host")), int(other.get("pid") or 0), str(other.get("started")))
 
 
 def make_pool(spec: ExperimentSpec) -> WorkerPool | None:
@@ -143,7 +116,7 @@ def begin(
         action=action,
         detail=detail,
         uuid=opened.record.uuid,
-        check=lambda: _check_path(opened),
+        check=lambda: check_path(opened),
     )
     outbox = Outbox(opened.database, opened.record.id, keeper.epoch)
     writer = JournalWriter(opened.folder.root, keeper.epoch, outbox, keeper.check)
@@ -169,9 +142,3 @@ def begin(
     keeper.start(lambda: runtime.order(Decision.KILL))
     driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=opened.record.seed)
     return Session(opened=opened, keeper=keeper, driver=driver, reader=reader, runtime=runtime, journal=writer)
-
-
-def _check_path(opened: Opened) -> None:
-    """Raise WentOn when the rows are a copy of what the path told, and the path tells more by now."""
-    if opened.copied_at is not None and journal.end(opened.folder.root) > opened.copied_at:
-        raise WentOn(f"{opened.folder.location} went on with another database meanwhile; nothing was changed: restore again")

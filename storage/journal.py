@@ -313,3 +313,9 @@ class Epoch:
     token: str
     seq: int = field(compare=False)
     """where it began"""
+
+
+def superseded(root: Root) -> list[str]:
+    """Return the names of the segments that a later full one made superfluous and a crash left there."""
+    counting = {segment.name for segment in _segments(root)}
+    return [f"{JOURNAL}/{name}" for name in root.names(JOURNAL) if _SEGMENT.fullmatch(name) and name not in counting]

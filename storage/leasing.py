@@ -35,6 +35,8 @@ class Claimant:
     terms: Terms = TERMS
     pause: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
+    drives: bool = True
+    """whether its time counts as active, and what ended the last drive is forgotten"""
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,22 @@ def _blocks(sight: _Sight, first: Mapping[str, _Sight], claimant: Claimant, wait
 class Keeper:
     """A lease that is held: renewed in a thread of its own until it is released or lost."""
 
-    def __init__(self, database: Database, experiment: int, folder: Folder, lease: PathLease, terms: Terms = TERMS) -> None:
+    def __init__(
+        self,
+        database: Database,
+        experiment: int,
+        folder: Folder,
+        lease: PathLease,
+        terms: Terms = TERMS,
+        *,
+        drives: bool = True,
+    ) -> None:
         self.epoch = lease.epoch
         self.token = lease.token
         self.stop_requested = False
         self.active_seconds = 0.0
         self._terms = terms
+        self._drives = drives
         self._leases = Leases(database, experiment, terms)
         self._folder = folder
         self._lease = lease
@@ -183,7 +195,7 @@ class Keeper:
     def _active(self) -> float:
         now = time.monotonic()
         active, self._counted = now - self._counted, now
-        return active
+        return active if self._drives else 0.0
 
     def _renew(self) -> None:
         with self._lock:
@@ -211,7 +223,7 @@ class Keeper:
             now = time.time()
             file.write(replace(lease, expires=now + self._terms.duration, renewed=now))
 
-    def release(self, ended: str) -> None:
+    def release(self, ended: str | None) -> None:
         """Give the lease back, noting why the drive ended; Fenced when it was lost meanwhile. Once is enough."""
         self._ended.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
@@ -223,7 +235,7 @@ class Keeper:
             self._released = True
             self._write(replace(self._lease, holder=None))
 
-    def release_quietly(self, ended: str) -> None:
+    def release_quietly(self, ended: str | None) -> None:
         """Give the lease back if it still is ours to give."""
         with suppress(Contention, Infrastructure, Corrupt):
             self.release(ended)
@@ -281,6 +293,7 @@ def take(
             holder=claimant.holder,
             action=action,
             detail={**detail, "token": lease.token},
+            drives=claimant.drives,
         )
         faults.point("lease.database-taken")
         try:
@@ -288,7 +301,7 @@ def take(
         except HoldfastError as error:
             leases.release(epoch=lease.epoch, active=0.0, ended=f"interrupted: {error}")
             raise
-    return Keeper(database, experiment, folder, lease, claimant.terms)
+    return Keeper(database, experiment, folder, lease, claimant.terms, drives=claimant.drives)
 
 
 def _own(lease: PathLease | None, uuid: str) -> PathLease | None:

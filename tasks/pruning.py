@@ -35,7 +35,7 @@ class Pruner:
         else:
             self._chain = self._refreshed(writer, self._chain)
         surplus = [] if self._everything else retention.surplus(list(self._chain.values()), self._policies)
-        return [*(one for one in superseded if not one.pinned), *surplus]
+        return [*superseded, *surplus]
 
     @staticmethod
     def _refreshed(writer: AttemptWriter, chain: dict[int, Checkpoint]) -> dict[int, Checkpoint]:

@@ -188,9 +188,9 @@ class Supervisor:
         surplus = self._pruner.surplus(self.writer)
         if not surplus:
             return
-        self.writer.forget([checkpoint.id for checkpoint in surplus])
+        marked = self.writer.forget([checkpoint.id for checkpoint in surplus])
         faults.point("checkpoint.pruned-row")
-        for checkpoint in surplus:
+        for checkpoint in (each for each in surplus if each.id in marked):
             self.runtime.checkpoints.delete(checkpoint.path)
 
     def telemetry(self, rows: Sequence[tuple[float, str, Any]]) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from holdfast.core.checkpoint import Checkpoint
+from holdfast import upkeep
+from holdfast.core.checkpoint import Checkpoint, check_step
 from holdfast.core.errors import InvalidInput, LeaseHeld
 from holdfast.core.objective import Objective, pareto, scores
 from holdfast.core.space import Space
@@ -20,12 +21,14 @@ from holdfast.core.values import Config, Json, Metrics, Scalar
 from holdfast.locate import Opened
 from holdfast.report.frames import history_df, results_df, telemetry_df
 from holdfast.standing import driven_elsewhere
+from holdfast.storage.checkpoints.local import Loaded
 from holdfast.storage.database import merging, queueing, requests
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import Lease, Leases
 from holdfast.storage.database.loading import load
 from holdfast.storage.database.reads import ALL, AuditRow, Reader, ReportRow
 from holdfast.transfer import export
+from holdfast.upkeep import Collected
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -315,6 +318,42 @@ class Experiment:
     def checkpoints(self) -> list[Checkpoint]:
         """Return every checkpoint's row by trial, attempt and step."""
         return self._reader.checkpoints()
+
+    def load_checkpoint(self, trial: int, step: int | None = None, *, strict: bool = False) -> Loaded:
+        """Return the newest good checkpoint of a trial, or that of ``step``: ``.step .metrics .state .path``.
+
+        It is one that a resumed attempt could continue from, verified while it is read. A bad one is logged as a warning, and
+        the one before it is taken; with ``strict`` it raises. Files of the user's own may be pruned later: see :meth:`pin`.
+        Raises CheckpointNotFound, CheckpointCorrupt or NotACheckpoint, and StorageError where disk or store refuse.
+        """
+        number = self.trial(trial).number
+        return upkeep.load_checkpoint(self._opened, number, None if step is None else check_step(step), strict=strict)
+
+    def pin(self, trial: int, step: int, attempt: int | None = None) -> None:
+        """Keep a trial's checkpoint of a step whatever the rules of retention say; also while somebody drives.
+
+        It is the newest valid one of that step that counts, or the one that ``attempt`` saved. CheckpointNotFound when there
+        is none. Once this has returned, it is not pruned.
+        """
+        self._pin(trial, step, attempt, pinned=True)
+
+    def unpin(self, trial: int, step: int, attempt: int | None = None) -> None:
+        """Leave a checkpoint to the rules of retention again; see :meth:`pin`."""
+        self._pin(trial, step, attempt, pinned=False)
+
+    def _pin(self, trial: int, step: int, attempt: int | None, *, pinned: bool) -> None:
+        self.trial(trial)
+        if attempt is not None and not _is_number(attempt):
+            raise InvalidInput(f"attempt is {attempt!r}; it is the number of an attempt, from 1, or None")
+        requests.pin(self._writable(), self._opened.record.id, trial, step, attempt=attempt, pinned=pinned)
+
+    def gc(self, dry_run: bool = False, *, corrupt: bool = False) -> Collected:
+        """Remove what dead attempts left: staged and half deleted checkpoints, those that no row names, temporary files.
+
+        Foreign files stay, and so do pinned checkpoints and, unless ``corrupt``, those that were found bad. With ``dry_run``
+        nothing is written. Raises LeaseHeld at once when somebody drives the experiment.
+        """
+        return upkeep.collect(self._opened, corrupt=corrupt, dry_run=dry_run)
 
     def history(self) -> list[ReportRow]:
         """Return every report by trial, step and attempt; superseded ones are flagged."""

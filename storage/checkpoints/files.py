@@ -137,7 +137,8 @@ class Source:
         return self
 
     def _check_size(self) -> None:
-        found = os.fstat(self._descriptor)
+        with storage_errors(f"read {self._path}"):
+            found = os.fstat(self._descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointCorrupt(f"{self._path} is no regular file")
         if found.st_size != self._entry.size:

@@ -292,6 +292,10 @@ class LocalCheckpoints:
             return False
         return _remove(trash) and not os.path.lexists(folder)
 
+    def held(self, trial: int) -> list[str]:
+        """Return the path of everything that holdfast made for the trial: what :meth:`sweep` looks at."""
+        return [(self._trial(trial) / name).relative_to(self.root).as_posix() for name in self._own(trial)]
+
 
 @contextlib.contextmanager
 def _while_it_is_there(folder: Path) -> Iterator[None]:

@@ -48,6 +48,22 @@ class Checkpoints(Protocol):
         """Delete a checkpoint, if it is there; a failure is logged, and :meth:`sweep` tries again."""
         ...
 
+    def load(
+        self,
+        path: str,
+        *,
+        digest: str | None = None,
+        trial: int | None = None,
+        attempt: int | None = None,
+        step: int | None = None,
+    ) -> Loaded:
+        """Return a checkpoint with its state, verified while it is read; raises as :meth:`verify`."""
+        ...
+
+    def held(self, trial: int) -> list[str]:
+        """Return the path of everything that holdfast made for the trial and :meth:`sweep` could remove."""
+        ...
+
     def sweep(self, trial: int, keep: Collection[str]) -> list[str]:
         """Remove what holdfast left of the trial and ``keep`` does not name; return what was removed."""
         ...
@@ -61,16 +77,6 @@ class DirectCheckpoints(Checkpoints, Protocol):
     def discard(self, staged: Path) -> None: ...
 
     def read_manifest(self, path: str) -> tuple[Manifest, str]: ...
-
-    def load(
-        self,
-        path: str,
-        *,
-        digest: str | None = None,
-        trial: int | None = None,
-        attempt: int | None = None,
-        step: int | None = None,
-    ) -> Loaded: ...
 
 
 def checkpoints_in(folder: Folder) -> Checkpoints:

@@ -314,6 +314,10 @@ class RemoteCheckpoints:
         named = self.layout.match(path)
         return named["attempt"], named["step"]
 
+    def held(self, trial: int) -> list[str]:
+        """Return the path of everything that holdfast made for the trial on the store, published or not."""
+        return self._own(trial)
+
 
 class _File:
     """A new file of a copy, written from its beginning; it need not survive a crash."""

@@ -11,7 +11,7 @@ from holdfast.core.errors import AlreadyClaimed, CheckpointConflict, Conflict, F
 from holdfast.core.trial import Event, Outcome, TrialStatus, transition
 from holdfast.core.values import Metrics
 from holdfast.storage.database import statements as sql
-from holdfast.storage.database.driver import Ending, end_attempt, fence, mark_checkpoint
+from holdfast.storage.database.driver import Ending, end_attempt, fence, forget_checkpoints, mark_checkpoint
 from holdfast.storage.database.engine import Database, Transaction
 from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.rows import add_metrics, attempts_of, now, storable, to_checkpoint, typed
@@ -165,7 +165,7 @@ class AttemptWriter:
 
     @repeatable
     def kept(self, after: int = 0) -> tuple[list[Checkpoint], list[Checkpoint]]:
-        """Return the trial's valid checkpoints: (those on this attempt's chain, oldest first; all others).
+        """Return the trial's valid checkpoints: (those on this attempt's chain, oldest first; others that are not pinned).
 
         Each carries the metrics that were reported with it. ``after`` is a row id: only later ones are returned.
         """
@@ -176,7 +176,7 @@ class AttemptWriter:
         found = [to_checkpoint(0, row, metrics.get(row[0])) for row in rows]
         on_chain = eligible(self.number, attempts, found)
         identities = {checkpoint.id for checkpoint in on_chain}
-        return on_chain[::-1], [checkpoint for checkpoint in found if checkpoint.id not in identities]
+        return on_chain[::-1], [item for item in found if item.id not in identities and not item.pinned]
 
     @repeatable
     def pins(self) -> dict[int, bool]:
@@ -184,12 +184,13 @@ class AttemptWriter:
         return {identity: bool(pinned) for identity, pinned in self.database.run(sql.PINS_OF, trial=self.trial)}
 
     @repeatable
-    def forget(self, checkpoints: Collection[int]) -> None:
-        """Mark checkpoints (row ids) as deleted; their files go afterwards."""
+    def forget(self, checkpoints: Collection[int]) -> set[int]:
+        """Mark checkpoints (row ids) as deleted and return those that were: only their files may go afterwards.
+
+        What was pinned or found bad by somebody else meanwhile stays as it is.
+        """
         with self.database.write() as tx:
-            seq = self._begin(tx)
-            for checkpoint in checkpoints:
-                mark_checkpoint(tx, seq, checkpoint, "deleted", "pruned")
+            return forget_checkpoints(tx, self._begin(tx), dict.fromkeys(checkpoints, "pruned"))
 
     @repeatable
     def telemetry(self, rows: Sequence[tuple[int, str, object]]) -> None:

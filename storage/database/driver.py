@@ -315,6 +315,19 @@ class Driver:
                 mark_checkpoint(tx, seq, checkpoint, "corrupt", reason)
 
     @repeatable
+    def forget(self, checkpoints: Mapping[int, str], *, status: str = "valid") -> set[int]:
+        """Mark checkpoints (row ids) of a status as deleted, each with the reason; return those that were.
+
+        Only their files may go afterwards: what was pinned meanwhile stays.
+        """
+        with self.database.write() as tx:
+            seq = fence(tx, self.experiment, self.epoch)
+            marked = forget_checkpoints(tx, seq, checkpoints, status=status)
+            for checkpoint in marked:
+                tx.run(sql.TOUCH_TRIAL, checkpoint=checkpoint, seq=seq)
+        return marked
+
+    @repeatable
     def change_spec(self, spec: Mapping[str, Json], changes: Mapping[str, Json]) -> None:
         """Store a changed spec, and what changed as an audit row."""
         with self.database.write() as tx:
@@ -340,6 +353,20 @@ def mark_checkpoint(tx: Transaction, seq: int, checkpoint: int, status: str, rea
     """Give a checkpoint (row id) another status; Conflict when there is none."""
     if tx.changed(sql.MARK_CHECKPOINT, checkpoint=checkpoint, status=status, reason=storable(reason), seq=seq) != 1:
         raise Conflict(f"there is no checkpoint row {checkpoint}; nothing was written")
+
+
+def forget_checkpoints(tx: Transaction, seq: int, checkpoints: Mapping[int, str], *, status: str = "valid") -> set[int]:
+    """Mark those of the checkpoints (row ids) as deleted that have ``status`` and are not pinned; return them.
+
+    Conflict when there is no such row at all.
+    """
+    marked = set()
+    for checkpoint, reason in checkpoints.items():
+        if tx.run(sql.FORGET_CHECKPOINT, checkpoint=checkpoint, status=status, reason=storable(reason), seq=seq):
+            marked.add(checkpoint)
+        elif not tx.run(sql.HAS_CHECKPOINT, checkpoint=checkpoint):
+            raise Conflict(f"there is no checkpoint row {checkpoint}; nothing was written")
+    return marked
 
 
 def add_audit(tx: Transaction, experiment: int, seq: int, epoch: int, action: str, detail: Mapping[str, Json]) -> None:

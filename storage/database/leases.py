@@ -62,7 +62,8 @@ class Leases:
         )
         self._take = Statement(
             text(
-                "UPDATE experiment SET seq = seq + 1, epoch = :epoch, holder = :holder, ended = NULL, stop_requested = 0,"
+                "UPDATE experiment SET seq = seq + 1, epoch = :epoch, holder = :holder, stop_requested = 0,"
+                " ended = CASE WHEN :drives = 1 THEN NULL ELSE ended END,"
                 f" lease_renewed = {clock}, lease_expires = {clock} + :duration"
                 " WHERE id = :experiment AND epoch = :seen RETURNING seq"
             )
@@ -89,8 +90,20 @@ class Leases:
         )
 
     @repeatable
-    def take(self, *, seen: int, epoch: int, holder: Mapping[str, Json], action: str, detail: Mapping[str, Json]) -> None:
-        """Take the lease for ``epoch`` if its epoch still is ``seen``, with an audit row; LeaseHeld when it is not."""
+    def take(
+        self,
+        *,
+        seen: int,
+        epoch: int,
+        holder: Mapping[str, Json],
+        action: str,
+        detail: Mapping[str, Json],
+        drives: bool = True,
+    ) -> None:
+        """Take the lease for ``epoch`` if its epoch still is ``seen``, with an audit row; LeaseHeld when it is not.
+
+        Who does not drive leaves what ended the last drive as it is.
+        """
         with self._database.write() as tx:
             rows = tx.run(
                 self._take,
@@ -99,6 +112,7 @@ class Leases:
                 epoch=epoch,
                 holder=dumps(dict(holder)),
                 duration=self._duration,
+                drives=int(drives),
             )
             if not rows:
                 raise LeaseHeld("another process took the experiment at the same moment; nothing was changed")
@@ -113,7 +127,7 @@ class Leases:
         return int(rows[0][0]), bool(rows[0][1]), float(rows[0][2])
 
     @repeatable
-    def release(self, *, epoch: int, active: float, ended: str) -> None:
+    def release(self, *, epoch: int, active: float, ended: str | None) -> None:
         """Give the lease back, noting why the drive ended."""
         with self._database.write() as tx:
             if not tx.run(sql.RELEASE, experiment=self._experiment, epoch=epoch, active=active, ended=ended):

@@ -99,6 +99,25 @@ ADD_CHECKPOINT = _sql(
 
 MARK_CHECKPOINT = _sql("UPDATE checkpoint SET status = :status, reason = :reason, seq = :seq WHERE id = :checkpoint")
 
+# Whoever pins a checkpoint, or finds it bad, takes the experiment's row before: of two wishes the first one counts.
+FORGET_CHECKPOINT = _sql(
+    "UPDATE checkpoint SET status = 'deleted', reason = :reason, seq = :seq"
+    " WHERE id = :checkpoint AND status = :status AND pinned = 0 RETURNING id"
+)
+
+HAS_CHECKPOINT = _sql("SELECT id FROM checkpoint WHERE id = :checkpoint")
+
+PIN_CHECKPOINT = _sql("UPDATE checkpoint SET pinned = :pinned, seq = :seq WHERE id = :checkpoint")
+
+# By what a checkpoint is in every database, not by its row's id.
+QUARANTINE = _sql(
+    "UPDATE checkpoint SET status = 'corrupt', reason = :reason, seq = :seq WHERE path = :path AND status = 'valid'"
+    " AND attempt_id = (SELECT a.id FROM attempt a JOIN trial t ON t.id = a.trial_id"
+    " WHERE t.experiment_id = :experiment AND t.number = :number AND a.number = :attempt) RETURNING id"
+)
+
+TRIAL_ROW = _sql("SELECT id, current_attempt FROM trial WHERE experiment_id = :experiment AND number = :number")
+
 # What changes beside a trial that does not run changes the trial, too: the journal looks at those that changed or run.
 TOUCH_TRIAL = _sql(
     "UPDATE trial SET seq = :seq WHERE id ="

@@ -22,22 +22,32 @@ from holdfast.core.errors import StorageError
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.testing.saving import Files, save
 
-LOOP = """
+NURSERY = """
 import itertools, os, sys
 from pathlib import Path
 import numpy as np
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.testing.saving import save
 
-store, last = LocalCheckpoints(Path(sys.argv[1])), None
-for step in itertools.count(int(sys.argv[2])):
-    published = save(store, {"step": step, "w": np.full(20_000 if step % 3 == 0 else 200, float(step))}, step=step)
-    os.write(1, f"{step} {published.path} {published.digest}\\n".encode())
-    if last is not None and step % 2:
-        os.write(1, f"- {last.path} -\\n".encode())
-        store.delete(last.path)
-    last = published
+def loop(start):
+    store, last = LocalCheckpoints(Path(sys.argv[1])), None
+    for step in itertools.count(start):
+        published = save(store, {"step": step, "w": np.full(20_000 if step % 3 == 0 else 200, float(step))}, step=step)
+        os.write(1, f"{step} {published.path} {published.digest}\\n".encode())
+        if last is not None and step % 2:
+            os.write(1, f"- {last.path} -\\n".encode())
+            store.delete(last.path)
+        last = published
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.write(1, f"pid {os.getpid()} -\\n".encode())
+        loop(int(line))
+    os.waitpid(child, 0)
+    os.write(1, b"ended - -\\n")
 """
+KILLS = 100
 
 
 def test_killed_at_any_moment_every_acknowledged_step_loads(tmp_path: Path) -> None:
@@ -45,34 +55,42 @@ def test_killed_at_any_moment_every_acknowledged_step_loads(tmp_path: Path) -> N
     store = LocalCheckpoints(tmp_path)
     acknowledged: dict[str, tuple[int, str]] = {}
     start = 0
-    for _ in range(20):
-        saver = subprocess.Popen([sys.executable, "-c", LOOP, str(tmp_path), str(start)], stdout=subprocess.PIPE, text=True)
-        assert saver.stdout is not None
-        lines = [saver.stdout.readline() for _ in range(moments.randint(1, 12))]
-        for _ in range(moments.randint(0, 4000)):  # somewhere within the next save, without a clock
-            pass
-        saver.send_signal(signal.SIGKILL)
-        lines += saver.stdout.readlines()
-        saver.wait()
-        saver.stdout.close()
-        for line in lines:
-            if not line.endswith("\n"):
-                continue
-            step, path, digest = line.split()
-            if step == "-":
-                acknowledged.pop(path)
-            else:
-                acknowledged[path] = (int(step), digest)
-                start = int(step) + 1
-        for path, (number, digest) in acknowledged.items():
-            state: Any = store.load(path, digest=digest, step=number).state
-            assert state["step"] == number
-            assert (state["w"] == number).all()
-        for path, manifest, digest in store.scan(7):
-            assert store.load(path, digest=digest).step == manifest.step
+    nursery = subprocess.Popen(  # which forks the savers: to start one anew takes far longer than a save
+        [sys.executable, "-c", NURSERY, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert nursery.stdin is not None
+    assert nursery.stdout is not None
+    with nursery:
+        for kill in range(1, KILLS + 1):
+            nursery.stdin.write(f"{start}\n")
+            nursery.stdin.flush()
+            pid = int(nursery.stdout.readline().split()[1])
+            lines = [nursery.stdout.readline() for _ in range(moments.randint(1, 12))]
+            for _ in range(moments.randint(0, 60_000)):  # somewhere within the next save, without a clock
+                pass
+            os.kill(pid, signal.SIGKILL)
+            while not lines[-1].startswith("ended"):
+                lines.append(nursery.stdout.readline())
+            new = {}
+            for step, path, digest in map(str.split, lines[:-1]):
+                if step == "-":
+                    acknowledged.pop(path, None)
+                    new.pop(path, None)
+                else:
+                    new[path] = (int(step), digest)
+                    start = int(step) + 1
+            acknowledged |= new
+            for path, (number, digest) in (acknowledged if kill % 20 == 0 else new).items():
+                state: Any = store.load(path, digest=digest, step=number).state
+                assert state["step"] == number
+                assert (state["w"] == number).all()
+            for path, manifest, digest in store.scan(7) if kill % 20 == 0 else ():
+                assert store.load(path, digest=digest).step == manifest.step
+        nursery.stdin.close()
     store.sweep(7, list(acknowledged))
     folder = tmp_path / "trials" / "000007" / "checkpoints"
     assert {entry.name for entry in folder.iterdir()} == {Path(path).name for path in acknowledged}
+    assert len(acknowledged) > KILLS / 2
 
 
 class Killed(BaseException):

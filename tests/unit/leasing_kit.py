@@ -8,7 +8,7 @@ from typing import Any
 
 from store_kit import content
 
-from holdfast.flows.session import holder, liveness
+from holdfast.holding import holder, liveness
 from holdfast.locate import Opened
 from holdfast.storage import leasing
 from holdfast.storage.leasing import Claimant, Keeper

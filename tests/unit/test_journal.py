@@ -56,7 +56,7 @@ def live(lab: Lab, chance: random.Random, step: int) -> None:
     """Do one thing that happens in a search's life."""
     running = [trial for trial in lab.reader.trials() if trial.status == "RUNNING"]
     what = chance.choice(
-        ["propose", "report", "report", "save", "telemetry", "end", "fail", "prune", "queue", "audit", "other"]
+        ["propose", "report", "report", "save", "telemetry", "end", "fail", "prune", "queue", "audit", "other", "look after"]
     )
     if what == "propose" or not running:
         lab.driver.propose({"x": chance.random()}, state=chance.randbytes(3) if chance.random() < 0.5 else None)
@@ -82,8 +82,25 @@ def live(lab: Lab, chance: random.Random, step: int) -> None:
             lab.queue(None)
         case "audit":
             lab.driver.audit("noted", {"step": step})
+        case "look after":
+            look_after(lab, chance)
         case "other":
             requests.request_cancel(lab.database, lab.id, trial.number)
+
+
+def look_after(lab: Lab, chance: random.Random) -> None:
+    """Pin a checkpoint of any trial, or let it go, or set it aside, or remove it."""
+    valid = [item for item in lab.reader.checkpoints() if item.status == "valid"]
+    if not valid:
+        return
+    item = chance.choice(valid)
+    match chance.randrange(3):
+        case 0:
+            requests.pin(lab.database, lab.id, item.trial, item.step, attempt=item.attempt, pinned=not item.pinned)
+        case 1:
+            requests.quarantine(lab.database, lab.id, [(item, "a flipped bit")])
+        case _:
+            lab.driver.forget({item.id: "superseded"})
 
 
 def everything(reader: Reader) -> dict[str, Any]:

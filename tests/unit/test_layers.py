@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "report": {"core", "storage", "storage.checkpoints", "storage.database"},
     "testing": {"core", "storage", "storage.checkpoints", "storage.database"},
 }
-TOP = {"report", "experiment", "specfile", "settings", "locate", "standing", "transfer", "callables"}
+TOP = {"report", "experiment", "specfile", "settings", "locate", "standing", "transfer", "callables", "holding", "upkeep"}
 MAY_IMPORT |= {name: {"core", "storage", "storage.checkpoints", "storage.database"} | TOP for name in TOP}
+MAY_IMPORT["holding"] = {"core", "locate", "storage", "tasks.workers"}
 MAY_IMPORT["settings"] = {"core"}
 MAY_IMPORT["flows"] = {"core", "engines", "tasks", "tasks.workers", *MAY_IMPORT["report"], *TOP}
 MAY_IMPORT["deployments"] = {"flows", *MAY_IMPORT["report"]}

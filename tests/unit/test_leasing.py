@@ -21,7 +21,7 @@ from store_kit import create, until
 
 from holdfast.core.errors import Corrupt, DatabaseError, Fenced, HoldfastError, LeaseHeld, StorageError
 from holdfast.core.values import dumps
-from holdfast.flows.session import holder
+from holdfast.holding import holder
 from holdfast.locate import Opened
 from holdfast.storage import leasing
 from holdfast.storage.database import experiments
@@ -101,7 +101,7 @@ def test_a_live_holder_of_this_host_is_refused_at_once(opened: Opened) -> None:
 @pytest.fixture
 def dead() -> dict[str, Any]:
     """A process of this host that is gone."""
-    program = "import json; from holdfast.flows.session import holder; print(json.dumps(holder()))"
+    program = "import json; from holdfast.holding import holder; print(json.dumps(holder()))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
 

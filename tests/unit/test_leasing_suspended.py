@@ -32,7 +32,7 @@ SUSPENDED = """
 import sys
 from pathlib import Path
 from holdfast.core.errors import Fenced
-from holdfast.flows.session import holder, liveness
+from holdfast.holding import holder, liveness
 from holdfast.locate import open_path
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.leases import Terms

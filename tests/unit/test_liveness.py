@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 
-from holdfast.flows.session import holder, liveness
+from holdfast.holding import holder, liveness
 from holdfast.tasks.workers import processes
 
 

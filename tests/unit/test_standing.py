@@ -16,7 +16,7 @@ from store_kit import content, create
 import holdfast
 from holdfast.core.errors import Conflict, Corrupt, ExperimentExists, HoldfastError, InvalidInput, LeaseHeld
 from holdfast.core.trial import Outcome
-from holdfast.flows.session import WentOn, _check_path
+from holdfast.holding import WentOn, check_path
 from holdfast.locate import Opened, open_path
 from holdfast.standing import Story, Verdict, judge
 from holdfast.storage import journal
@@ -85,7 +85,7 @@ def drive(opened: Opened, *, trials: int = 1, flush: bool = True) -> None:
         action="driven",
         detail={},
         uuid=opened.record.uuid,
-        check=lambda: _check_path(opened),
+        check=lambda: check_path(opened),
     )
     writer = JournalWriter(opened.folder.root, keeper.epoch, Outbox(opened.database, opened.record.id))
     writer.start()

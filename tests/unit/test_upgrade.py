@@ -27,7 +27,7 @@ import holdfast.storage.database.migrations as migrations
 from holdfast.cli import main
 from holdfast.core.errors import Corrupt, DatabaseError, LeaseHeld
 from holdfast.core.faults import POINTS
-from holdfast.flows.session import holder, liveness
+from holdfast.holding import holder, liveness
 from holdfast.storage.database import experiments
 from holdfast.storage.database.attempts import AttemptWriter
 from holdfast.storage.database.driver import Driver

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from holdfast.cli.checkpoints import add_checkpoints
 from holdfast.cli.common import EXIT_CODES, fail
 from holdfast.cli.databases import add_databases
 from holdfast.cli.managing import add_managing
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_running(commands)
     add_reading(commands)
+    add_checkpoints(commands)
     add_managing(commands)
     add_transferring(commands)
     add_databases(commands)

@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 EXIT_CODES = (
-    "exit codes: 0 done; 1 some trials errored; 2 bad input; 3 somebody else holds the experiment; "
+    "exit codes: 0 done; 1 some trials errored, or checkpoints are bad; 2 bad input; 3 somebody else holds the experiment; "
     "4 database, storage or Prefect failed; 130/143 on a signal"
 )
+
+Row = TypeVar("Row")
+
+SHOWN = 100
+"""Rows that a terminal is shown when nothing else is asked for."""
+
+DRAWN = 1000
+"""Rows that are drawn as a table at most: it takes half a millisecond each; more are printed as plain lines."""
 
 Commands = Any  # argparse gives its type no public name
 
@@ -82,3 +91,26 @@ def open_experiment(options: argparse.Namespace, *, readonly: bool = True) -> An
     for note in () if getattr(options, "json", False) else opened.notes:
         print(f"holdfast: {note}", file=sys.stderr)
     return Experiment(opened)
+
+
+def limit_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--limit`` and ``--all``."""
+    shown = parser.add_mutually_exclusive_group()
+    text = f"only the last N; a terminal is shown {SHOWN} unless told otherwise"
+    shown.add_argument("--limit", type=_count, metavar="N", help=text)
+    shown.add_argument("--all", action="store_true", help=f"every {what}, on a terminal too")
+
+
+def _count(text: str) -> int:
+    """Read a whole number from 1."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def limited(options: argparse.Namespace, rows: Sequence[Row]) -> tuple[Sequence[Row], int, bool]:
+    """Return the rows to print, how many earlier ones are left out, and whether they are to be drawn as a table."""
+    on_terminal = sys.stdout.isatty() and not options.json
+    limit = options.limit or (SHOWN if on_terminal and not options.all else len(rows))
+    chosen = rows[-limit:] if limit else rows
+    return chosen, len(rows) - len(chosen), on_terminal and len(chosen) <= DRAWN

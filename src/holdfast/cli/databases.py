@@ -31,7 +31,7 @@ def _url(options: argparse.Namespace) -> Any:
 
 
 def _upgrade(options: argparse.Namespace) -> int:
-    from holdfast.flows.session import liveness
+    from holdfast.holding import liveness
     from holdfast.storage.database.upgrading import upgrade
 
     done = upgrade(_url(options), liveness=liveness)

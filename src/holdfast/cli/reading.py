@@ -1,4 +1,4 @@
-"""The commands that look: list, show, trials, checkpoints."""
+"""The commands that look: list, show, trials."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from holdfast.cli.common import (
     Commands,
     command,
     database_option,
+    limit_options,
+    limited,
     open_experiment,
     print_json,
     storage_option,
     storage_options,
     terminal,
 )
-from holdfast.core.errors import Corrupt, HoldfastError, SpecError
-
-SHOWN = 100
-"""Trials that a terminal is shown when nothing else is asked for."""
-
-DRAWN = 1000
-"""Trials that are drawn as a table at most: it takes half a millisecond each; more are printed as plain lines."""
+from holdfast.core.errors import HoldfastError, SpecError
 
 
 def add_reading(commands: Commands) -> None:
@@ -34,13 +30,8 @@ def add_reading(commands: Commands) -> None:
     storage_option(listing)
     show = command(commands, "show", _show, "show an experiment: status, holder, best trials")
     trials = command(commands, "trials", _trials, "list the trials of an experiment")
-    shown = trials.add_mutually_exclusive_group()
-    text = f"only the last N; a terminal is shown {SHOWN} unless told otherwise"
-    shown.add_argument("--limit", type=_count, metavar="N", help=text)
-    shown.add_argument("--all", action="store_true", help="every trial, on a terminal too")
-    checkpoints = command(commands, "checkpoints", _checkpoints, "list the checkpoints of an experiment")
-    checkpoints.add_argument("--verify", action="store_true", help="read every file; exit 1 when one is bad")
-    for parser in (show, trials, checkpoints):
+    limit_options(trials, "trial")
+    for parser in (show, trials):
         parser.add_argument("path", metavar="PATH")
         database_option(parser)
         storage_option(parser)
@@ -132,47 +123,13 @@ def _trials(options: argparse.Namespace) -> int:
 
     with open_experiment(options) as experiment:
         trials = experiment.trials
-    drawn = sys.stdout.isatty() and not options.json
-    limit = options.limit or (SHOWN if drawn and not options.all else len(trials))
-    left_out, trials = max(len(trials) - limit, 0), trials[-limit:]
+    trials, left_out, drawn = limited(options, trials)
     if options.json:
         print_json([trial_json(trial) for trial in trials])
-    elif drawn and len(trials) <= DRAWN:
+    elif drawn:
         terminal().print(trials_table(trials, experiment.objectives))
     else:
         sys.stdout.writelines(f"{line}\n" for line in trial_lines(trials, experiment.objectives))
     if left_out and not options.json:
         print(f"{left_out} earlier trials are not shown: --all shows every one, --limit N the last N", file=sys.stderr)
     return 0
-
-
-def _count(text: str) -> int:
-    """Read a whole number from 1."""
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
-
-
-def _checkpoints(options: argparse.Namespace) -> int:
-    from holdfast.core.errors import CheckpointNotFound
-    from holdfast.report.tables import checkpoint_json, checkpoints_table
-    from holdfast.storage.checkpoints.ports import checkpoints_in
-
-    with open_experiment(options) as experiment:
-        rows = [item for item in experiment.checkpoints() if item.status != "deleted"]
-        store = checkpoints_in(experiment._opened.folder)  # the same package
-        bad = {}
-        for item in rows if options.verify else ():
-            try:
-                store.verify(item.path, digest=item.digest, trial=item.trial, attempt=item.attempt, step=item.step)
-            except (Corrupt, CheckpointNotFound) as error:
-                bad[item.id] = str(error)
-    if options.json:
-        changes = {identity: {"status": "corrupt", "reason": reason} for identity, reason in bad.items()}
-        print_json([{**checkpoint_json(item), **changes.get(item.id, {})} for item in rows])
-    else:
-        terminal().print(checkpoints_table(rows))
-        for item in rows:
-            if item.id in bad:
-                print(f"trial {item.trial} step {item.step}: {bad[item.id]}")
-    return 1 if bad else 0

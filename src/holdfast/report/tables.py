@@ -14,6 +14,7 @@ from holdfast.core.resume import Action, Planned
 from holdfast.core.trial import SCORED, Trial, TrialStatus
 from holdfast.core.values import strict
 from holdfast.experiment import Experiment
+from holdfast.upkeep import Leftover
 
 COLOURS = {
     TrialStatus.COMPLETED: "green",
@@ -78,6 +79,7 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "path": checkpoint.path,
         "attempt": checkpoint.attempt,
         "reason": checkpoint.reason,
+        "pinned": checkpoint.pinned,
     }
 
 
@@ -127,13 +129,16 @@ def _cells(trial: Trial, objectives: Sequence[Objective]) -> list[str]:
 def trial_lines(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Iterator[str]:
     """Yield trials as the lines of a plain table, one each: what a pipe gets, and a table that is too long to be drawn."""
     header = ["trial", "status", *(objective.name for objective in objectives), "step", "attempts", "config"]
-    rows = [header, *(_cells(trial, objectives) for trial in trials)]
+    return _lines([header, *(_cells(trial, objectives) for trial in trials)], left=(1,))
+
+
+def _lines(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> Iterator[str]:
+    """Yield rows with their columns aligned: those of ``left`` to the left, others to the right, the last one as it is."""
     rows = [[cell if cell.isprintable() else _printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        number, status, *numbers, words = row
-        padded = [number.rjust(widths[0]), status.ljust(widths[1])]
-        padded += [cell.rjust(width) for cell, width in zip(numbers, widths[2:-1], strict=True)]
+    for *cells, words in rows:
+        aligned = zip(cells, widths, strict=False)  # the last column is not among the cells
+        padded = [cell.ljust(width) if place in left else cell.rjust(width) for place, (cell, width) in enumerate(aligned)]
         yield f"{'  '.join(padded)}  {words}".rstrip()
 
 
@@ -171,16 +176,47 @@ def plan_table(plan: Sequence[Planned]) -> Table:
 
 
 def checkpoints_table(checkpoints: Sequence[Checkpoint]) -> Table:
-    """Return checkpoints as a table."""
+    """Return checkpoints as a table: trial, attempt, step, size, status, name of the directory and what is wrong with it.
+
+    The whole path would not fit: it is in what a pipe gets, and in JSON.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("trial", "attempt", "step", "bytes"):
+    for name in ("trial", "attempt", "step", "size"):
         table.add_column(name, justify="right")
     table.add_column("status")
-    table.add_column("path", overflow="fold")
+    table.add_column("name", overflow="fold")
     for item in checkpoints:
-        status = f"{item.status.value}: {item.reason}" if item.reason and item.status == "corrupt" else item.status.value
-        table.add_row(str(item.trial), str(item.attempt), str(item.step), str(item.bytes), escape(status), escape(item.path))
+        *numbers, status, words = _checkpoint_cells(item, item.path.rpartition("/")[2])
+        table.add_row(*numbers, f"[red]{status}[/]" if item.status == "corrupt" else status, escape(words))
     return table
+
+
+def _checkpoint_cells(item: Checkpoint, name: str) -> list[str]:
+    status = f"{item.status.value}, pinned" if item.pinned else item.status.value
+    words = f"{name}  {item.reason}" if item.reason and item.status == "corrupt" else name
+    return [str(item.trial), str(item.attempt), str(item.step), size(item.bytes), status, words]
+
+
+def checkpoint_lines(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+    """Yield checkpoints as the lines of a plain table; see :func:`trial_lines`."""
+    header = ["trial", "attempt", "step", "size", "status", "path"]
+    return _lines([header, *(_checkpoint_cells(item, item.path) for item in checkpoints)], left=(4,))
+
+
+def leftover_lines(leftovers: Sequence[Leftover]) -> Iterator[str]:
+    """Yield what a collection of garbage removed: size, why, path."""
+    return _lines([[size(item.bytes), item.why, item.path] for item in leftovers], left=(1,))
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in the greatest unit of which there is at least one: 1.5 MiB."""
+    value, unit = float(count), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{count} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def plan_words(plan: Sequence[Planned]) -> str:

@@ -60,6 +60,7 @@ class AttemptContract:
             "cancel": lambda: driver.cancel(rows[waiting]),
             "rerun": lambda: driver.rerun(rows[waiting], restart=True),
             "reject": lambda: driver.reject({checkpoint: "bad"}),
+            "driver.forget": lambda: driver.forget({checkpoint: "superseded"}),
             "change_spec": lambda: driver.change_spec({}, {}),
             "set_code": lambda: driver.set_code(trainable_digest="x", workdir="/x", location="/x"),
             "audit": lambda: driver.audit("late", {}),
@@ -279,7 +280,8 @@ class AttemptContract:
         assert superseded == []
         assert writer.kept(after=kept[1].id) == (kept[2:], [])
         assert writer.pins() == {item.id: False for item in kept}
-        writer.forget([kept[0].id])
+        assert writer.forget([kept[0].id]) == {kept[0].id}
+        assert writer.forget([kept[0].id]) == set()  # it was deleted already: its files are not to be deleted again
         assert [item.step for item in writer.kept()[0]] == [1, 2]
         assert set(writer.pins()) == {item.id for item in kept[1:]}
 

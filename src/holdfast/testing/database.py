@@ -43,6 +43,7 @@ from holdfast.testing.lab import FAILED, TYPED, Lab, dump, same
 from holdfast.testing.queueing import QueueContract
 from holdfast.testing.racing import Racers, url_of
 from holdfast.testing.samples import sample_spec
+from holdfast.testing.upkeep import UpkeepContract
 
 PROCESSES = 8
 
@@ -51,7 +52,7 @@ def sorted_by_key(metrics: Metrics | None) -> Metrics | None:
     return None if metrics is None else dict(sorted(metrics.items()))
 
 
-class DatabaseContract(AttemptContract, QueueContract):
+class DatabaseContract(AttemptContract, QueueContract, UpkeepContract):
     """What every database keeps. Give the fixture ``database``."""
 
     @pytest.fixture(scope="class")
@@ -141,6 +142,8 @@ class DatabaseContract(AttemptContract, QueueContract):
             "rerun": lambda: lab.driver.rerun(unknown, restart=False),
             "reject": lambda: lab.driver.reject({unknown: "bad"}),
             "forget": lambda: writer.forget([unknown]),
+            "driver.forget": lambda: lab.driver.forget({unknown: "superseded"}),
+            "pin": lambda: requests.pin(lab.database, lab.id, unknown, 0),
             "request": lambda: requests.request_cancel(lab.database, lab.id, unknown),
             "note": lambda: requests.note(lab.database, unknown, "noted", {}),
             "driver": lambda: Driver(lab.database, unknown, 1, seed=1).propose({"x": 0.5}),

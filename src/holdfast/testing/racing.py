@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from holdfast.core.errors import HoldfastError
-from holdfast.storage.database import queueing
-from holdfast.storage.database.attempts import AttemptWriter
+from holdfast.core.errors import CheckpointConflict, CheckpointNotFound, HoldfastError
+from holdfast.storage.database import queueing, requests
+from holdfast.storage.database.attempts import AttemptWriter, Saved
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.engine import Database, connect
 from holdfast.storage.folder import Folder
@@ -101,6 +102,42 @@ def claim(url: str, experiment: int, epoch: int, attempts: list[int], token: str
             except HoldfastError as error:
                 if type(error).__name__ != "AlreadyClaimed":
                     raise
+        return won
+
+    return run
+
+
+def pin(url: str, experiment: int, trial: int, steps: list[int]) -> Run:
+    """Pin the checkpoints of some steps; return those that were there to be pinned."""
+    database = connect(url)
+
+    def run() -> list[int]:
+        done = []
+        for step in steps:
+            with suppress(CheckpointNotFound):
+                requests.pin(database, experiment, trial, step)
+                done.append(step)
+        return done
+
+    return run
+
+
+def forget(url: str, checkpoints: list[int], **writer: Any) -> Run:
+    """Prune checkpoints (row ids) one by one, as a running attempt; return those that were marked."""
+    attempt = AttemptWriter(database=connect(url), **writer)
+    return lambda: [each for checkpoint in checkpoints for each in attempt.forget([checkpoint])]
+
+
+def save(url: str, steps: list[int], path: str, **writer: Any) -> Run:
+    """Report steps, each with a checkpoint, as a running attempt; return those that were won."""
+    attempt = AttemptWriter(database=connect(url), **writer)
+
+    def run() -> list[int]:
+        won = []
+        for step in steps:
+            with suppress(CheckpointConflict):
+                attempt.report(step, {"loss": 1.0}, saved=Saved(path=f"{path}-{step}", digest="d", bytes=1))
+                won.append(step)
         return won
 
     return run
