@@ -142,7 +142,7 @@ class AttemptWriter:
 
     @repeatable
     def save(self, step: int, saved: Saved) -> None:
-        """Commit the row of a checkpoint whose report is committed already (a step that was saved because of preemption).
+        """Commit the row of a checkpoint whose report is committed already: saved in the background, or for a stop.
 
         CheckpointConflict when this attempt has a checkpoint of that step already.
         """
