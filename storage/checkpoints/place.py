@@ -12,7 +12,8 @@ from typing import Any
 from holdfast.core.errors import CheckpointNotFound, InvalidInput
 from holdfast.storage.checkpoints.catalog import Catalog, Entry
 from holdfast.storage.checkpoints.local import LocalCheckpoints
-from holdfast.storage.checkpoints.names import FLAT
+from holdfast.storage.checkpoints.manifest import MANIFEST
+from holdfast.storage.checkpoints.names import FLAT, is_name
 from holdfast.storage.checkpoints.ports import DirectCheckpoints
 from holdfast.storage.root import LocalRoot, Root, is_url, join, open_root
 
@@ -75,6 +76,19 @@ class Place:
         there = f"there are {len(steps)}, of the steps {few}" if steps else "there is none at all"
         what = f"of step {which}" if isinstance(which, int) else f"to take as {which!r}"
         return CheckpointNotFound(f"{self.root.location}: there is no checkpoint {what}; {there}")
+
+    def sweep(self) -> None:
+        """Remove from an object store what earlier writers began to upload and did not publish; a failure is logged."""
+        from holdfast.storage.checkpoints.remote import RemoteCheckpoints
+        from holdfast.storage.objects import ObjectRoot
+
+        assert isinstance(self.root, ObjectRoot)
+        assert isinstance(self.checkpoints, RemoteCheckpoints)
+        self.checkpoints.abort_uploads(0)
+        names = {name for name in self.root.names() if is_name(name)}
+        published = {file.rpartition("/")[0] for file in self.root.files("") if file.endswith(f"/{MANIFEST}")}
+        for name in names - published:
+            self.checkpoints.delete(name)
 
     def refuse_experiments(self) -> None:
         """Raise InvalidInput when the folder is that of a trial's checkpoints, which rows decide about."""

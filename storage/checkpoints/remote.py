@@ -191,7 +191,7 @@ class RemoteCheckpoints:
 
         Nobody may be writing to this trial. Names that holdfast did not make are let be. A failure is logged.
         """
-        self._sweep_uploads(trial)
+        self.abort_uploads(trial)
         unnamed = [path for path in self._own(trial) if path not in keep]
         removed = [path for path in unnamed if may_go(self, path) and self._unpublish(path)]
         return sorted({*removed, *self._local.sweep(trial, keep)})
@@ -204,7 +204,7 @@ class RemoteCheckpoints:
     def _trial(self, path: str) -> int:
         return self.layout.match(path).get("trial", 0)
 
-    def _sweep_uploads(self, trial: int) -> None:
+    def abort_uploads(self, trial: int) -> None:
         """Abort what a killed process left half sent: it is in no listing, and is paid for. A failure is logged."""
         folder = self.layout.folder(trial)
         try:

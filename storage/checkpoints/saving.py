@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any
 
 from holdfast.core import retention
 from holdfast.core.checkpoint_config import CheckpointConfig
@@ -19,18 +16,10 @@ from holdfast.core.values import Json, Metrics
 from holdfast.storage.atomic import make_folder
 from holdfast.storage.checkpoints import writer
 from holdfast.storage.checkpoints.catalog import Entry
-from holdfast.storage.checkpoints.local import LocalCheckpoints
+from holdfast.storage.checkpoints.local import LocalCheckpoints, may_go
 from holdfast.storage.checkpoints.manifest import FileEntry, Kind, Manifest
 from holdfast.storage.checkpoints.names import FLAT, TRASH
 from holdfast.storage.checkpoints.place import Place
-
-FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
-"""What a state is called as; a model is often callable too, and is a value."""
-
-
-def called(state: Any) -> Any:
-    """Return ``state``, or what it returns when it is a function."""
-    return state() if isinstance(state, FUNCTIONS) else state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +51,8 @@ class Saver:
         self._record = writer.take_over(place.root, place.folder, self._listing, rewind=rewind)
         if place.folder is not None:
             self._checkpoints = LocalCheckpoints(place.folder, layout=FLAT, own=self._record.folder)
+        else:
+            place.sweep()
         place.catalog.own(self._record)
 
     def _listing(self) -> list[tuple[int, int]]:
@@ -165,7 +156,7 @@ class Saver:
         catalog = self._place.catalog
         surplus = [entry for entry in self._surplus(latest=latest) if not catalog.is_pinned(entry.path)]
         # Without a writer all that is there counts, so that nothing is given up.
-        others = [other.name for other in catalog.others if catalog.record.number and not catalog.is_pinned(other.name)]
+        others = [other.name for other in catalog.others if catalog.record.number and self._may_go(other.name)]
         names = [*others, *(entry.path for entry in surplus)]
         for name in {*names, *self._trash}:
             self._checkpoints.delete(name)
@@ -174,6 +165,9 @@ class Saver:
         catalog.removed(gone)
         catalog.drop_markers(gone)
         return [entry.step for entry in surplus if entry.path in gone]
+
+    def _may_go(self, name: str) -> bool:
+        return not self._place.catalog.is_pinned(name) and may_go(self._checkpoints, name)
 
     def _surplus(self, *, latest: bool) -> list[Entry]:
         chosen = retention.policies(self._config, None, latest=latest)

@@ -8,12 +8,14 @@ Tensors stand in ``tensors.safetensors``. docs/checkpoint-format.md describes th
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Literal, Protocol
 
 import xxhash
@@ -41,6 +43,15 @@ class Prepared(Protocol):
     def write(self, folder: Path) -> list[FileEntry]:
         """Write it into the existing ``folder``, every file fsynced. Raises NotStorable and StorageError."""
         ...
+
+
+FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
+"""What a state is called as; a model is often callable too, and is a value."""
+
+
+def called(state: Any) -> Any:
+    """Return ``state``, or what it returns when it is a function."""
+    return state() if isinstance(state, FUNCTIONS) else state
 
 
 def prepare(state: object, *, serializer: str, copy: bool = False) -> Prepared:

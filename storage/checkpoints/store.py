@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from holdfast.core.checkpoint import check_step
 from holdfast.core.checkpoint_config import CheckpointConfig
+from holdfast.core.deadline import Deadline
 from holdfast.core.errors import HoldfastError, InvalidInput, NotStorable, SpecError
 from holdfast.core.spec import explain
 from holdfast.core.values import Json, Metrics, plain_metrics
@@ -25,8 +27,8 @@ from holdfast.storage.checkpoints.loading import Loader, info_of
 from holdfast.storage.checkpoints.manifest import FileEntry, Kind, Manifest
 from holdfast.storage.checkpoints.names import STAGING
 from holdfast.storage.checkpoints.place import Place
-from holdfast.storage.checkpoints.saving import Draft, Saver, called
-from holdfast.storage.checkpoints.serializers import hash_directory, prepare
+from holdfast.storage.checkpoints.saving import Draft, Saver
+from holdfast.storage.checkpoints.serializers import called, hash_directory, prepare
 from holdfast.storage.checkpoints.staged import StagedPath
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,8 @@ class CheckpointStore:
         self._lock = threading.RLock()
         self._background = Background("holdfast-checkpoint")
         self._pid = os.getpid()
+        limit = self.config.save_before
+        self._deadline = Deadline(None if limit is None else time.monotonic() + limit, time.monotonic)
 
     def __repr__(self) -> str:
         return f"CheckpointStore({self._place.root.location!r})"
@@ -99,8 +103,8 @@ class CheckpointStore:
         return self._place.folder or self._place.root.location
 
     def should_save(self, step: int) -> bool:
-        """Tell whether :meth:`save` keeps this step."""
-        return self.config.is_due(check_step(step))
+        """Tell whether :meth:`save` keeps this step: it is due, or expected to be the last one before ``save_before``."""
+        return self.config.is_due(check_step(step)) or (self.config.saves and self._deadline.due(step))
 
     def save(
         self, step: int, state: Any, metrics: Mapping[str, Any] | None = None, *, run_config: Any = None
@@ -111,13 +115,18 @@ class CheckpointStore:
         CheckpointConflict when the step is there already, NotStorable naming the place inside the state, Fenced when another
         process took over, StorageError; then nothing has changed.
         """
-        if not self.should_save(step):
+        due = self.should_save(step)
+        last_in_time = self._deadline.reported(step)
+        if not due:
             return None
         with self._quiet():
             draft = _draft(step, metrics, "metrics", run_config)
             self._saver.check_new(step)
             prepared = prepare(called(state), serializer=self.config.serializer, copy=self.config.asynchronous)
-            return self._commit(self._saver.stage(step), draft, prepared.serializer, prepared.write)
+            saved = self._commit(self._saver.stage(step), draft, prepared.serializer, prepared.write)
+            if last_in_time:
+                self._deadline.met()
+            return saved
 
     def stage(self, step: int, training_info: Mapping[str, Any] | None = None, run_config: Any = None) -> StagedPath:
         """Return a new directory to write the checkpoint's files into, on the store's own file system.

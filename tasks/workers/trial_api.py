@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Protocol
 
 from holdfast.core.checkpoint import check_step
@@ -19,12 +18,9 @@ from holdfast.core.errors import InvalidInput, InvalidStep
 from holdfast.core.values import Config, Metrics, plain, plain_metrics
 from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints
 from holdfast.storage.checkpoints.manifest import FileEntry
-from holdfast.storage.checkpoints.serializers import hash_directory, ingest_directory, prepare
+from holdfast.storage.checkpoints.serializers import called, hash_directory, ingest_directory, prepare
 from holdfast.tasks.workers.messages import Candidate, Decision, Job, Report, Staged, TelemetryRow
 from holdfast.tasks.workers.saving import Saver
-
-FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
-"""What ``state`` is called as; a model is often callable too, and is a value."""
 
 
 class TrialStopped(BaseException):
@@ -272,9 +268,7 @@ class Trial:
             self._saver.finish()
         write: Callable[[Path], list[FileEntry]]
         if kind == "state":
-            if isinstance(value, FUNCTIONS):
-                value = value()
-            write = prepare(value, serializer=self._job.serializer, copy=self._saver is not None).write
+            write = prepare(called(value), serializer=self._job.serializer, copy=self._saver is not None).write
         else:
             write = functools.partial(ingest_directory, Path(value)) if kind == "directory" else hash_directory
         folder = self._own.pop(step) if kind == "stage" else self._checkpoints.stage(self.number, self.attempt, step)
