@@ -67,11 +67,12 @@ class Survey:
     def _newest(self, trial: Trial) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest checkpoint whose files are what its manifest says, and why newer ones are not."""
         store = checkpoints_in(self._folder)
+        check = store.verify if self._folder.is_local else store.fetch  # what is read there is here for the worker, too
         reasons = []
         candidates = eligible(trial.attempt.number, self.attempts[trial.number], self._checkpoints.get(trial.number, []))
         for candidate in candidates:
             try:
-                store.verify(
+                check(
                     candidate.path,
                     digest=candidate.digest,
                     trial=trial.number,

@@ -80,16 +80,27 @@ class LeaseFile:
 class Folder:
     """One experiment's files. ``path`` is where processes of this host work: the folder itself, or a remote one's stand-in."""
 
-    def __init__(self, root: Root | Path, work: Path | None = None) -> None:
+    def __init__(self, root: Root | Path, work: Path | None = None, cache_bytes: int | None = None) -> None:
         self.root: Root = LocalRoot(root) if isinstance(root, Path) else root
         self.location = self.root.location
         self.path = work if work is not None else Path(self.location)
+        self.cache_bytes = cache_bytes
 
     @classmethod
-    def at(cls, location: str, *, options: Mapping[str, Any] | None = None, work: Path | None = None) -> Folder:
-        """Return the folder at a location; an object store's needs ``work``, a local folder to work in."""
+    def at(
+        cls,
+        location: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        work: Path | None = None,
+        cache_bytes: int | None = None,
+    ) -> Folder:
+        """Return the folder at a location; an object store's needs ``work``, a local folder to work in.
+
+        ``cache_bytes`` is what copies of checkpoints may take there (None: what :mod:`checkpoints.cache` says).
+        """
         root = open_root(location, options)
-        return cls(root, None if isinstance(root, LocalRoot) else work)
+        return cls(root, None if isinstance(root, LocalRoot) else work, cache_bytes)
 
     @property
     def is_local(self) -> bool:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from holdfast.core.errors import SpecError
+from holdfast.storage.filesystems import ArrowStore, is_arrow
 
 Result = TypeVar("Result")
 
 STAMP = "holdfast-write"
 """Metadata by which a conditional write is known again when its answer was lost."""
-_PART = 16 << 20  # bytes of a part of a big upload; four at a time are in memory
-_AT_ONCE = 16
+_AT_ONCE = 16  # requests
 _LOCAL = {"file", "local"}
 
 
@@ -47,7 +49,12 @@ _CODES = {
     "RequestTimeout": Fault.PASSING,
     "InternalError": Fault.PASSING,
     "Throttling": Fault.PASSING,
+    "ThrottlingException": Fault.PASSING,
+    "RequestLimitExceeded": Fault.PASSING,
     "TooManyRequests": Fault.PASSING,
+    "BadDigest": Fault.PASSING,  # these three: what was sent did not arrive whole
+    "IncompleteBody": Fault.PASSING,
+    "XAmzContentSHA256Mismatch": Fault.PASSING,
 }
 _STATUSES = {400: Fault.UNSUPPORTED, 401: Fault.DENIED, 403: Fault.DENIED, 404: Fault.ABSENT, 409: Fault.CHANGED}
 _STATUSES |= {412: Fault.CHANGED, 429: Fault.PASSING, 501: Fault.UNSUPPORTED}
@@ -63,6 +70,22 @@ _NAMES = {
 }
 
 
+_ARROW = re.compile(r"AWS Error ([A-Z_]+)")
+_ARROW_CODES = {
+    "ACCESS_DENIED": Fault.DENIED,
+    "INVALID_ACCESS_KEY_ID": Fault.DENIED,
+    "SIGNATURE_DOES_NOT_MATCH": Fault.DENIED,
+    "NO_SUCH_BUCKET": Fault.NO_BUCKET,
+    "NETWORK_CONNECTION": Fault.PASSING,
+    "SLOW_DOWN": Fault.PASSING,
+    "THROTTLING": Fault.PASSING,
+    "SERVICE_UNAVAILABLE": Fault.PASSING,
+    "INTERNAL_FAILURE": Fault.PASSING,
+    "REQUEST_TIMEOUT": Fault.PASSING,
+}
+"""as pyarrow's errors name them in their text"""
+
+
 def fault_of(error: BaseException) -> Fault:
     """Return what an error of a file system means."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
@@ -76,6 +99,8 @@ def fault_of(error: BaseException) -> Fault:
         return Fault.DENIED
     if isinstance(error, (TimeoutError, ConnectionError)):
         return Fault.PASSING
+    if isinstance(error, OSError) and (named := _ARROW.search(str(error))):
+        return _ARROW_CODES.get(named[1], Fault.OTHER)
     return next((_NAMES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _NAMES), Fault.OTHER)
 
 
@@ -84,6 +109,8 @@ class Store(Protocol):
 
     conditions: bool
     """whether a write can have a condition at all"""
+    multipart: Multipart | None
+    """how a big object is written in parts that become one object at the end, where that can be done"""
 
     def get(self, key: str, *, limit: float) -> tuple[bytes, str | None]:
         """Return an object's content and ETag; ``limit`` in seconds."""
@@ -97,8 +124,8 @@ class Store(Protocol):
         """Write an object whole; return its ETag."""
         ...
 
-    def upload(self, file: Path, key: str) -> None:
-        """Write a file as an object, a big one in parts that become one object at the end."""
+    def upload(self, file: Path, key: str, *, limit: float) -> None:
+        """Write a file as an object."""
         ...
 
     def head(self, key: str, *, limit: float) -> tuple[str | None, str | None]:
@@ -111,6 +138,34 @@ class Store(Protocol):
 
     def remove(self, keys: Iterable[str], *, limit: float) -> None:
         """Delete objects; missing ones do not matter."""
+        ...
+
+    def remove_folders(self, folder: str) -> None:
+        """Delete what is left of a folder without objects, where folders exist by themselves."""
+        ...
+
+
+class Multipart(Protocol):
+    """An object that is written in parts: it appears when it is completed, or not at all."""
+
+    def begin(self, key: str, *, limit: float) -> str:
+        """Return the id of a new upload."""
+        ...
+
+    def put_part(self, key: str, upload: str, number: int, content: bytes, *, limit: float) -> dict[str, Any]:
+        """Send part ``number``, from 1; return what :meth:`complete` has to say of it."""
+        ...
+
+    def complete(self, key: str, upload: str, parts: list[dict[str, Any]], *, limit: float) -> None:
+        """Make the parts an object."""
+        ...
+
+    def abort(self, key: str, upload: str, *, limit: float) -> None:
+        """Forget an upload and its parts."""
+        ...
+
+    def unfinished(self, folder: str, *, limit: float) -> list[tuple[str, str]]:
+        """Return (key below ``folder``, id) of every upload that was neither completed nor aborted."""
         ...
 
 
@@ -134,6 +189,7 @@ class S3Store:
 
     def __init__(self, connection: Connection, location: str) -> None:
         self._fs = connection.fs
+        self.multipart: Multipart | None = self
         self._bucket, _, self._prefix = location.partition("://")[2].partition("/")
 
     def get(self, key: str, *, limit: float) -> tuple[bytes, str | None]:
@@ -145,15 +201,48 @@ class S3Store:
     async def _get(self, key: str, **arguments: Any) -> tuple[bytes, str | None]:
         answer = await self._call("get_object", key, **arguments)
         async with answer["Body"] as body:
-            return bytes(await body.read()), answer.get("ETag")
+            content = bytes(await body.read())
+        if len(content) != answer.get("ContentLength", len(content)):
+            raise ConnectionError(f"the answer broke off after {len(content)} of {answer['ContentLength']} bytes")
+        return content, answer.get("ETag")
 
     def put(self, key: str, content: bytes, *, limit: float, **arguments: Any) -> str | None:
         answer = self._run(lambda: self._call("put_object", key, Body=content, **arguments), limit)
         tag: str | None = answer.get("ETag")
         return tag
 
-    def upload(self, file: Path, key: str) -> None:
-        self._fs.put_file(str(file), f"{self._bucket}/{self._key(key)}", chunksize=_PART, max_concurrency=4)
+    def upload(self, file: Path, key: str, *, limit: float) -> None:
+        self.put(key, file.read_bytes(), limit=limit)
+
+    def begin(self, key: str, *, limit: float) -> str:
+        return str(self._run(lambda: self._call("create_multipart_upload", key), limit)["UploadId"])
+
+    def put_part(self, key: str, upload: str, number: int, content: bytes, *, limit: float) -> dict[str, Any]:
+        part = {"UploadId": upload, "PartNumber": number}
+        answer = self._run(lambda: self._call("upload_part", key, Body=content, **part), limit)
+        sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
+        return {"PartNumber": number, "ETag": answer["ETag"], **sums}
+
+    def complete(self, key: str, upload: str, parts: list[dict[str, Any]], *, limit: float) -> None:
+        whole = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+        self._run(lambda: self._call("complete_multipart_upload", key, **whole), limit)
+
+    def abort(self, key: str, upload: str, *, limit: float) -> None:
+        self._run(lambda: self._call("abort_multipart_upload", key, UploadId=upload), limit)
+
+    def unfinished(self, folder: str, *, limit: float) -> list[tuple[str, str]]:
+        return self._run(lambda: self._unfinished(self._key(folder).rstrip("/") + "/"), limit)
+
+    async def _unfinished(self, prefix: str) -> list[tuple[str, str]]:
+        arguments = {"Bucket": self._bucket, "Prefix": prefix}
+        found: list[tuple[str, str]] = []
+        while True:
+            page = await self._fs._call_s3("list_multipart_uploads", **arguments)
+            uploads = [(str(upload["Key"]), str(upload["UploadId"])) for upload in page.get("Uploads", ())]
+            found += [(key.removeprefix(prefix), upload) for key, upload in uploads if key.startswith(prefix)]
+            if not page.get("IsTruncated"):
+                return found
+            arguments |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def head(self, key: str, *, limit: float) -> tuple[str | None, str | None]:
         answer = self._run(lambda: self._call("head_object", key), limit)
@@ -183,6 +272,9 @@ class S3Store:
         for start in range(0, len(keys), _AT_ONCE):
             await asyncio.gather(*(self._call("delete_object", key) for key in keys[start : start + _AT_ONCE]))
 
+    def remove_folders(self, folder: str) -> None:
+        """Do nothing: a folder is only a part of names."""
+
     async def _call(self, method: str, key: str, **arguments: Any) -> Any:
         return await self._fs._call_s3(method, Bucket=self._bucket, Key=self._key(key), **arguments)
 
@@ -206,6 +298,7 @@ class AnyStore:
 
     def __init__(self, connection: Connection, location: str) -> None:
         self._fs = connection.fs
+        self.multipart: Multipart | None = None
         self._base = str(self._fs._strip_protocol(location)).rstrip("/")
 
     def get(self, key: str, *, limit: float) -> tuple[bytes, str | None]:
@@ -218,7 +311,7 @@ class AnyStore:
         self._in_folder(key, lambda path: self._fs.pipe_file(path, content))
         return None
 
-    def upload(self, file: Path, key: str) -> None:
+    def upload(self, file: Path, key: str, *, limit: float) -> None:
         self._in_folder(key, lambda path: self._fs.put_file(str(file), path))
 
     def _in_folder(self, key: str, write: Callable[[str], Any]) -> None:
@@ -253,19 +346,36 @@ class AnyStore:
             except FileNotFoundError:
                 continue
 
+    def remove_folders(self, folder: str) -> None:
+        self._fs.invalidate_cache()
+        path = self._path(folder)
+        found = self._fs.find(path, withdirs=True, detail=True)
+        below = [name for name, entry in found.items() if entry["type"] == "directory" and name.startswith(path + "/")]
+        for name in [*sorted(below, reverse=True), path]:
+            with suppress(OSError, NotImplementedError):  # object stores have none, and some file systems cannot
+                self._fs.rmdir(name)
+
     def _path(self, key: str) -> str:
         return f"{self._base}/{key}" if key else self._base
 
 
 _connections: dict[str, Connection] = {}
+_given: dict[int, Connection] = {}
+"""connections of callers' own file systems, which they keep alive: by id, because not every one has a hash"""
 _connecting = threading.Lock()
 
 
-def open_store(location: str, options: Mapping[str, Any]) -> tuple[Store, Connection]:
+def open_store(location: str, options: Mapping[str, Any], filesystem: Any = None) -> tuple[Store, Connection]:
     """Return the store at a URL and its connection; nothing is asked yet.
 
-    Raises SpecError for a URL that is none of an object store, and for a file system that is not installed.
+    Raises SpecError for a URL that is none of an object store, and for a file system that is not installed. A given
+    ``filesystem`` has to be as :func:`filesystems.resolve` returns it.
     """
+    if filesystem is not None:
+        connection = _connection_of(filesystem)
+        if is_arrow(filesystem):
+            return ArrowStore(filesystem, location), connection
+        return _fsspec_store(connection, location), connection
     protocol, _, rest = location.partition("://")
     if "::" in location:
         raise SpecError(
@@ -278,9 +388,22 @@ def open_store(location: str, options: Mapping[str, Any]) -> tuple[Store, Connec
     if not rest.partition("/")[0]:
         raise SpecError(f"storage {location}: it names no bucket; write {protocol}://bucket/prefix")
     connection = _connection(protocol, options)
+    return _fsspec_store(connection, location), connection
+
+
+def _fsspec_store(connection: Connection, location: str) -> Store:
     if any(kind.__name__ == "S3FileSystem" for kind in type(connection.fs).__mro__):
-        return S3Store(connection, location), connection
-    return AnyStore(connection, location), connection
+        return S3Store(connection, location)
+    return AnyStore(connection, location)
+
+
+def _connection_of(filesystem: Any) -> Connection:
+    """Return the connection of a caller's file system; one for all roots on it."""
+    with _connecting:
+        found = _given.get(id(filesystem))
+        if found is None or found.fs is not filesystem:
+            found = _given[id(filesystem)] = Connection(filesystem)
+        return found
 
 
 def _connection(protocol: str, options: Mapping[str, Any]) -> Connection:

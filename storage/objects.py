@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,14 +10,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from holdfast.core.errors import StorageError
-from holdfast.storage.object_stores import STAMP, Connection, Fault, Store, fault_of, open_store
+from holdfast.core.errors import SpecError, StorageError
+from holdfast.storage.filesystems import resolve
+from holdfast.storage.object_stores import STAMP, Connection, Fault, Multipart, Store, fault_of, open_store
 from holdfast.storage.root import absolute, join
 
 Result = TypeVar("Result")
 
 PATIENCE = 30.0
 """Seconds for which a store that has answered before is asked again."""
+MOVING = 300.0
+"""Seconds for one request that carries part of a checkpoint: lines may be slow."""
 LEASE_PATIENCE = 8.0
 """Seconds for one half of a conditional change: a renewal has to fail, or succeed, before the lease is in danger."""
 _SECRETS = ("key", "secret", "token", "password", "credential")
@@ -33,15 +37,23 @@ class _Refused(StorageError):
 class ObjectRoot:
     """A prefix of an object store, by any fsspec URL; S3 is spoken to directly.
 
-    ``options`` are fsspec's; without them the environment counts. They are kept in memory alone.
+    ``options`` are fsspec's; without them the environment counts. They are kept in memory alone. ``filesystem`` is a caller's
+    own instead, one of fsspec's or pyarrow's; SpecError for one that cannot be used.
     """
 
-    def __init__(self, location: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, location: str, options: Mapping[str, Any], filesystem: Any = None) -> None:
         self.location = absolute(location)
+        if filesystem is not None:
+            if options:
+                raise SpecError("storage_options and a file system are both given; the file system has its own options")
+            self.location, filesystem = resolve(location, filesystem)
+            if filesystem is None:
+                raise SpecError(f"storage {location}: a local folder is no object store; name it by its path alone")
+            options = getattr(filesystem, "storage_options", {})
         self._hidden = _secrets(options)
         self._store: Store
         self._connection: Connection
-        self._store, self._connection = open_store(self.location, options)
+        self._store, self._connection = open_store(self.location, options, filesystem)
 
     def __repr__(self) -> str:
         return f"ObjectRoot({self.location!r})"
@@ -80,6 +92,7 @@ class ObjectRoot:
     def delete_folder(self, name: str) -> None:
         keys = [f"{name}/{below}" for below in self.files(name)]
         self._ask(name, lambda limit: self._store.remove(keys, limit=limit))
+        self._ask(name, lambda _: self._store.remove_folders(name))
 
     def versioned(self, name: str) -> tuple[bytes | None, str | None]:
         return self._read(name, LEASE_PATIENCE)
@@ -145,15 +158,51 @@ class ObjectRoot:
     def part(self, name: str, start: int, end: int) -> bytes | None:
         """Return the bytes from ``start`` up to ``end``, or None when there is no such object."""
         try:
-            return self._ask(name, lambda limit: self._store.part(name, start, end, limit=limit))
+            return self._move(name, lambda limit: self._store.part(name, start, end, limit=limit))
         except _Absent:
             return None
 
     def upload(self, file: Path, name: str) -> None:
-        """Write a local file as an object; a big one goes in parts, which become one object at the end."""
-        if not file.is_file():
-            raise StorageError(f"cannot publish {join(self.location, name)}: {file} is missing")
-        self._ask(name, lambda _: self._store.upload(file, name))
+        """Write a local file as an object by one request; see :mod:`holdfast.storage.transfers` for big ones."""
+        self._move(name, lambda limit: self._store.upload(file, name, limit=limit))
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether :meth:`begin` and what follows can be used."""
+        return self._store.multipart is not None
+
+    @property
+    def _parts(self) -> Multipart:
+        assert self._store.multipart is not None
+        return self._store.multipart
+
+    def begin(self, name: str) -> str:
+        """Begin an object that is sent in parts; return the upload's id."""
+        return self._ask(name, lambda limit: self._parts.begin(name, limit=limit))
+
+    def put_part(self, name: str, upload: str, number: int, content: bytes) -> dict[str, Any]:
+        """Send part ``number``, from 1; return what :meth:`complete` has to be told of it."""
+        return self._move(name, lambda limit: self._parts.put_part(name, upload, number, content, limit=limit))
+
+    def complete(self, name: str, upload: str, parts: list[dict[str, Any]], size: int) -> None:
+        """Make the parts an object of ``size`` bytes. Only one upload may ever be completed under this name."""
+        try:
+            self._move(name, lambda limit: self._parts.complete(name, upload, parts, limit=limit))
+        except _Absent:  # the upload is gone: it was completed, and the answer was lost
+            folder, _, last = name.rpartition("/")
+            if self.files(folder).get(last) != size:
+                raise
+
+    def abort(self, name: str, upload: str) -> None:
+        """Forget an upload and its parts."""
+        with suppress(_Absent):
+            self._ask(name, lambda limit: self._parts.abort(name, upload, limit=limit))
+
+    def unfinished(self, folder: str) -> list[tuple[str, str]]:
+        """Return (name relative to ``folder``, id) of the uploads in parts that nobody finished."""
+        if not self.in_parts:
+            return []
+        return self._ask(folder, lambda limit: self._parts.unfinished(folder, limit=limit))
 
     def _head(self, name: str, limit: float) -> tuple[str | None, str | None]:
         try:
@@ -193,10 +242,18 @@ class ObjectRoot:
 
         Raises _Absent when there is no such object, StorageError for everything else.
         """
-        deadline, pause = time.monotonic() + patience, 0.2
+        deadline = time.monotonic() + patience
+        return self._repeat(name, lambda: call(deadline - time.monotonic()), patience, deadline)
+
+    def _move(self, name: str, call: Callable[[float], Result]) -> Result:
+        """Do as :meth:`_ask` for many bytes: a slow line is no fault, so the patience begins with the first fault."""
+        return self._repeat(name, lambda: call(MOVING), PATIENCE, None)
+
+    def _repeat(self, name: str, call: Callable[[], Result], patience: float, deadline: float | None) -> Result:
+        pause = 0.2
         while True:
             try:
-                result = call(deadline - time.monotonic())
+                result = call()
             except Exception as error:  # every library has errors of its own
                 fault = fault_of(error)
                 if fault is not Fault.PASSING:
@@ -204,9 +261,11 @@ class ObjectRoot:
                     if fault is Fault.ABSENT:
                         raise _Absent(f"there is no object {join(self.location, name)}") from error
                     raise self._error(name, error) from error
+                if deadline is None:
+                    deadline = time.monotonic() + patience
                 if not self._connection.answered or time.monotonic() + pause > deadline:
                     raise self._error(name, error) from error
-                time.sleep(pause)
+                time.sleep(pause * random.uniform(0.5, 1.0))  # those that failed together do not come back together
                 pause = min(2 * pause, 5.0)
             else:
                 self._connection.answered = True

@@ -216,16 +216,27 @@ def _append(descriptor: int, content: bytes) -> None:
         raise
 
 
-def open_root(location: str, options: Mapping[str, Any] | None = None) -> Root:
+def open_root(location: str, options: Mapping[str, Any] | None = None, filesystem: Any = None) -> Root:
     """Return the place at a location; ``options`` are an object store's, credentials among them.
 
-    Raises SpecError for a kind of URL that cannot be used; nothing is looked at yet.
+    ``filesystem`` is a caller's own, one of fsspec's or pyarrow's, and excludes options; it may also stand among them, as
+    ``filesystem``. Raises SpecError for what cannot be used; nothing is looked at yet.
     """
+    options = dict(options or {})
+    filesystem = options.pop("filesystem", None) if filesystem is None else filesystem
+    if filesystem is not None:
+        from holdfast.storage.filesystems import resolve
+
+        location, own = resolve(location, filesystem)
+        if own is not None:
+            from holdfast.storage.objects import ObjectRoot
+
+            return ObjectRoot(location, options, own)
     if not is_url(location):
         return LocalRoot(Path(location))
     from holdfast.storage.objects import ObjectRoot
 
-    return ObjectRoot(location, options or {})
+    return ObjectRoot(location, options)
 
 
 DAMAGE = (ValueError, KeyError, TypeError, RecursionError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 
 from holdfast.core.errors import HoldfastError
@@ -35,6 +36,8 @@ class Runtime:
     cancelled: set[int] = field(default_factory=set)
     """numbers of trials that somebody asked to cancel"""
     lost: HoldfastError | None = None
+    began: float = field(default_factory=time.monotonic)
+    """the moment of this process's monotonic clock from which the deadlines of this drive count"""
     _order: Decision = Decision.CONTINUE
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from holdfast.storage.database.attempts import AttemptWriter, Saved
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.rows import micros
 from holdfast.storage.recovery import Told
+from holdfast.tasks.pruning import Pruner
 from holdfast.tasks.runtime import Runtime
 from holdfast.tasks.workers.messages import Candidate, Decision, ProcessIdentity, Rejected, Report, Staged
 
@@ -43,6 +45,7 @@ class Supervisor:
     """checkpoints that could not be brought here"""
     _told: list[tuple[int, Told]] = field(default_factory=list)
     """seq and content of each report that the journal may lack"""
+    _pruner: Pruner | None = None
 
     @property
     def writer(self) -> AttemptWriter:
@@ -115,15 +118,32 @@ class Supervisor:
         decision = self.runtime.decision(self.trial)
         undue = report.staged is not None and self.reported == report.step
         if undue and report.staged is not None:  # saved only because of preemption: its report is committed already
-            self.writer.save(report.step, self._publish(report, report.staged))
+            self.writer.save(report.step, _saved(self.publication(report)()))
         else:
             self._commit(report, decision)
         if report.staged is not None:
             self._prune()
         return decision
 
+    def publication(self, report: Report) -> Callable[[], Published]:
+        """Return what publishes a checkpoint whose report is committed; its manifest tells what is known now."""
+        assert report.staged is not None
+        self.writer.check()
+        manifest = self._manifest(report, report.staged)
+        return partial(self.runtime.checkpoints.publish, Path(report.staged.path), manifest)
+
+    def saved(self, report: Report, published: Published) -> None:
+        """Commit the row of a checkpoint whose report is committed, and prune."""
+        try:
+            self.writer.save(report.step, _saved(published))
+        except CheckpointConflict:
+            self.runtime.checkpoints.delete(published.path)
+            raise
+        faults.point("checkpoint.committed")
+        self._prune()
+
     def _commit(self, report: Report, decision: Decision) -> None:
-        saved = self._publish(report, report.staged) if report.staged is not None else None
+        saved = _saved(self.publication(report)()) if report.staged is not None else None
         answer = "continue" if decision is Decision.CONTINUE else decision.value.lower()
         try:
             seq, moment = self.writer.report(report.step, report.metrics, decision=answer, saved=saved)
@@ -141,9 +161,8 @@ class Supervisor:
         self._told = [item for item in self._told if item[0] > reached]
         return [told for _, told in self._told]
 
-    def _publish(self, report: Report, staged: Staged) -> Saved:
-        self.writer.check()
-        manifest = Manifest(
+    def _manifest(self, report: Report, staged: Staged) -> Manifest:
+        return Manifest(
             experiment=self.runtime.uuid,
             trial=self.trial,
             attempt=self.attempt,
@@ -159,15 +178,14 @@ class Supervisor:
                 "reports": [list(told) for told in self.unjournaled()],
             },
         )
-        published: Published = self.runtime.checkpoints.publish(Path(staged.path), manifest)
-        return Saved(path=published.path, digest=published.digest, bytes=published.bytes)
 
     def _prune(self) -> None:
         """Delete what retention does not keep: rows first, then files; what is cut off here is swept later."""
-        spec = self.runtime.spec
-        chosen = retention.policies(spec.checkpoints, spec.goals[0])
-        kept, superseded = self.writer.kept()
-        surplus = [*superseded, *retention.surplus(kept, chosen)]
+        if self._pruner is None:
+            spec = self.runtime.spec
+            verified = None if self.resumed is None else self.resumed.id
+            self._pruner = Pruner(retention.policies(spec.checkpoints, spec.goals[0]), verified)
+        surplus = self._pruner.surplus(self.writer)
         if not surplus:
             return
         marked = self.writer.forget([checkpoint.id for checkpoint in surplus])
@@ -187,6 +205,10 @@ class Supervisor:
     def poll(self) -> Decision:
         """Say what the attempt is to do, while it says nothing itself."""
         return self.runtime.decision(self.trial)
+
+
+def _saved(published: Published) -> Saved:
+    return Saved(path=published.path, digest=published.digest, bytes=published.bytes)
 
 
 def candidate_of(checkpoint: Checkpoint) -> Candidate:

@@ -99,6 +99,7 @@ def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any]:
 def make_job(runtime: Runtime, supervisor: Supervisor) -> Job:
     """Return what the worker needs to run the attempt."""
     spec, trial, attempt = runtime.spec, supervisor.trial, supervisor.attempt
+    save_before = spec.checkpoints.save_before
     return Job(
         experiment=spec.name,
         experiment_id=runtime.uuid,
@@ -113,6 +114,8 @@ def make_job(runtime: Runtime, supervisor: Supervisor) -> Job:
         save_period=spec.checkpoints.due_period,
         saves=spec.checkpoints.saves,
         serializer=spec.checkpoints.serializer,
+        asynchronous=spec.checkpoints.asynchronous,
+        save_by=None if save_before is None else runtime.began + save_before,
         references=spec.references,
         max_steps=spec.stopping.max_steps,
         timeout=spec.failure.trial_timeout,

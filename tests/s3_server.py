@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -70,18 +71,29 @@ class S3:
         return f"s3://{name}"
 
     def fault(self, kind: str, *, method: str = "PUT", part: str = "", count: int = 1) -> None:
-        """Let the next ``count`` requests of a method whose path holds ``part`` go wrong.
+        """Let the next ``count`` requests of a method whose path and query hold ``part`` go wrong.
 
-        ``kind`` is an HTTP status that answers without doing anything, or ``lost``: done, but answered with 503; ``clear``
-        takes back what was ordered.
+        ``kind`` is an HTTP status that answers without doing anything, ``slow``: the 503 that asks for fewer requests,
+        ``lost``: done, but answered with 503, ``broken``: not done, and the connection is closed without an answer,
+        ``short``: done, but the answer breaks off in the middle of its body, ``hang``: no answer until ``clear``, which takes
+        back what was ordered.
         """
         body = json.dumps({"kind": kind, "method": method, "part": part, "count": count}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/_faults", body)).close()
 
+    def ordered(self) -> int:
+        """Return how many faults were ordered and did not happen yet."""
+        with urllib.request.urlopen(f"{self.endpoint}/_faults") as answer:
+            return int(answer.read())
+
     def requests(self, method: str, part: str) -> int:
-        """Return how many requests of a method there were whose path holds ``part``."""
+        """Return how many requests of a method there were whose path and query hold ``part``."""
+        return sum(seen == method and part in path for seen, path in self.seen())
+
+    def seen(self) -> list[tuple[str, str]]:
+        """Return method, and path with query, of every request that there was."""
         with urllib.request.urlopen(f"{self.endpoint}/_seen") as answer:
-            return sum(seen == method and part in path for seen, path in json.load(answer))
+            return [(method, path) for method, path in json.load(answer)]
 
     def stop(self) -> None:
         if self.process is not None:
@@ -101,28 +113,43 @@ class Server:
         self._lock = threading.Lock()
         self._faults: list[dict[str, Any]] = []
         self._seen: list[tuple[str, str]] = []
+        self._cleared = threading.Event()
 
     def __call__(self, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        target = f"{path}?{environ['QUERY_STRING']}" if environ["QUERY_STRING"] else path
         with self._lock:
+            if path == "/_faults" and method == "GET":
+                return _answer(start, "200 OK", str(sum(fault["count"] for fault in self._faults)).encode())
             if path == "/_faults":
                 fault = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+                self._cleared.set() if fault["kind"] == "clear" else self._cleared.clear()
                 self._faults = [] if fault["kind"] == "clear" else [*self._faults, fault]
                 return _answer(start, "204 No Content")
             if path == "/_seen":
                 return _answer(start, "200 OK", json.dumps(self._seen).encode())
-            self._seen.append((method, path))
+            self._seen.append((method, target))
             if _drop_conditions(environ, path):
                 return _answer(start, "400 Bad Request", _error("InvalidArgument"))
-            fault = next((f for f in self._faults if f["count"] and f["method"] == method and f["part"] in path), None)
+            fault = next((f for f in self._faults if f["count"] and f["method"] == method and f["part"] in target), None)
             if fault is None:
                 return list(self._app(environ, start))
             fault["count"] -= 1
             if fault["kind"] == "lost":
                 list(self._app(environ, lambda *_: lambda _: None))
                 return _answer(start, "503 Service Unavailable", _error("ServiceUnavailable"))
-            code = "AccessDenied" if fault["kind"] == "403" else "InternalError"
-            return _answer(start, f"{fault['kind']} Fault", _error(code))
+            if fault["kind"] == "short":
+                return _cut_off(environ, start, list(self._app(environ, start)))
+            if fault["kind"] == "broken":
+                return _cut_off(environ, start, [])
+            if fault["kind"] == "slow":
+                return _answer(start, "503 Slow Down", _error("SlowDown"))
+            if fault["kind"] != "hang":
+                code = {"403": "AccessDenied", "429": "TooManyRequests"}.get(fault["kind"], "InternalError")
+                return _answer(start, f"{fault['kind']} Fault", _error(code))
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # who is still sending sees no closed connection
+        self._cleared.wait()
+        return _cut_off(environ, start, [])
 
 
 def _drop_conditions(environ: dict[str, Any], path: str) -> bool:
@@ -134,6 +161,14 @@ def _drop_conditions(environ: dict[str, Any], path: str) -> bool:
         for name in names:
             del environ[name]
     return path.startswith("/refuses-")
+
+
+def _cut_off(environ: dict[str, Any], start: Start, body: list[bytes]) -> Iterable[bytes]:
+    """Yield half of a body, then close the connection."""
+    whole = b"".join(body)
+    if whole:
+        yield whole[: len(whole) // 2]
+    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
 
 
 def _error(code: str) -> bytes:

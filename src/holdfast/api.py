@@ -32,6 +32,7 @@ from holdfast.locate import find
 from holdfast.report.observer import Observer, restore_command, watching
 from holdfast.settings import names_api
 from holdfast.specfile import ExperimentSpec
+from holdfast.storage.filesystems import place_on
 from holdfast.transfer import take_in
 
 if TYPE_CHECKING:
@@ -68,17 +69,22 @@ def search(
     spec: ExperimentSpec | Mapping[str, Any] | str | Path,
     *,
     overrides: Sequence[str] = (),
+    filesystem: Any = None,
     observer: Observer | None = None,
 ) -> SearchResult:
     """Run a search to the end of its budget, as the Prefect flow ``search``, and return every trial.
 
     ``spec`` is a spec, its data, or the path of its file; ``overrides`` change one from a file. A spec that is made in Python
     may name its trainable by the callable itself, which then travels by cloudpickle and is kept with the experiment.
+    ``filesystem`` is one of fsspec's or pyarrow's on which ``storage`` lies, in place of ``storage_options``.
 
     Raises SpecError and ExperimentExists (nothing was created), LeaseHeld or Fenced when somebody else drives the experiment,
     EngineError when Prefect cannot be reached, and what interrupted the search.
     """
     checked, origin = checked_spec(spec, overrides)
+    if filesystem is not None:
+        storage, options = place_on(checked.storage, checked.storage_options, filesystem)
+        checked = checked.model_copy(update={"storage": str(storage), "storage_options": dict(options or {})})
     server = EmbeddedServer()
     watcher = _Recorder(observer or Observer(), server)
     try:
@@ -112,6 +118,7 @@ def restore(
     force: bool = False,
     database: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    filesystem: Any = None,
     observer: Observer | None = None,
 ) -> SearchResult:
     """Restore an experiment from its path and run it to the end of its budget; return every trial of every status.
@@ -119,10 +126,12 @@ def restore(
     Finished trials never run again. Unfinished ones go on from their newest valid checkpoint (``resume_unfinished``), or are
     left out; errored ones are kept, resumed or restarted. ``policy`` says the same in full and excludes the flags. ``space``
     is compared, ``references`` replace the stored ones, ``changes`` are new values such as ``{"search.num_trials": 40}``.
-    ``storage_options`` are an object store's, as in the spec; they are stored nowhere.
+    ``storage_options`` are an object store's, as in the spec; they are stored nowhere. ``filesystem`` is one of fsspec's or
+    pyarrow's on which the path lies, in their place.
 
     Raises SpecError before anything is changed, LeaseHeld when a live process drives the experiment.
     """
+    path, storage_options = place_on(path, storage_options, filesystem)
     request = request_of(
         path,
         trainable,
@@ -196,9 +205,16 @@ def plan(request: RestoreRequest) -> list[Planned]:
     return planned
 
 
-def can_restore(path: str | Path, *, database: str | None = None, storage_options: Mapping[str, Any] | None = None) -> bool:
+def can_restore(
+    path: str | Path,
+    *,
+    database: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: Any = None,
+) -> bool:
     """Tell whether :func:`restore` would work: the path is an intact experiment that no live process drives."""
     try:
+        path, storage_options = place_on(path, storage_options, filesystem)
         plan(RestoreRequest(path=path, database=database, storage_options=storage_options))
         with open(path, database=database, storage_options=storage_options) as experiment:
             experiment._opened.folder.lease()  # the same package; a damaged lease.json has to be seen to first
@@ -208,14 +224,20 @@ def can_restore(path: str | Path, *, database: str | None = None, storage_option
 
 
 def open(
-    target: str | Path, *, database: str | None = None, storage_options: Mapping[str, Any] | None = None
+    target: str | Path,
+    *,
+    database: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: Any = None,
 ) -> Experiment:  # holdfast.open
     """Return a handle on a stored experiment, by its path or URL or, with ``database``, by its name or UUID.
 
+    ``filesystem`` is one of fsspec's or pyarrow's on which the path lies, in place of an object store's ``storage_options``.
     A database that does not have the experiment, or an older state of it, is brought up to date from the path, and a copy
     whose original still exists becomes an experiment of its own: the log says so. Raises ExperimentNotFound, Corrupt or
     DatabaseError; nothing is changed then.
     """
+    target, storage_options = place_on(target, storage_options, filesystem)
     opened = find(target, database=database, options=storage_options)
     for note in opened.notes:
         log.warning("%s", note)

@@ -62,7 +62,8 @@ class Opened:
 def folder_at(location: str | Path, options: Mapping[str, Any] | None = None) -> Folder:
     """Return the folder at a location; SpecError for one that cannot be used."""
     place = absolute(location)
-    return Folder.at(place, options=options, work=settings().cache_folder / "work" / digest(place)[:16])
+    work = settings().cache_folder / "work" / digest(place)[:16]
+    return Folder.at(place, options=options, work=work, cache_bytes=settings().cache_bytes)
 
 
 def database_url(storage: str, given: str | None) -> Location:

@@ -22,6 +22,9 @@ class Settings(BaseSettings):
         default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast",
         description="what can be made again",
     )
+    cache_bytes: int = Field(
+        default=10 << 30, ge=0, description="what copies of checkpoints on object stores may take, but for those in use"
+    )
     data_folder: Path = Field(
         default_factory=lambda: Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "holdfast",
         description="databases of experiments on object stores that name none",

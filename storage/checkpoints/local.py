@@ -14,9 +14,18 @@ import secrets
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from holdfast.core.checkpoint import check_step
-from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, NotACheckpoint, StorageError
+from holdfast.core.errors import (
+    CheckpointCorrupt,
+    CheckpointNotFound,
+    Corrupt,
+    InvalidInput,
+    NewerFormat,
+    NotACheckpoint,
+    StorageError,
+)
 from holdfast.core.faults import point
 from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.files import Sink, fsync_folder, storage_errors
@@ -123,7 +132,7 @@ class LocalCheckpoints:
         """Return the manifest and its digest.
 
         Raises CheckpointNotFound when the directory is gone, NotACheckpoint when it has no valid manifest,
-        CheckpointCorrupt when the manifest is another directory's, and StorageError.
+        CheckpointCorrupt when the manifest is another directory's, NewerFormat, and StorageError.
         """
         named = self.layout.match(path)
         folder = self.root / path
@@ -136,8 +145,8 @@ class LocalCheckpoints:
                 raise NotACheckpoint(f"{folder} has no {MANIFEST}: it is not a checkpoint") from None
         try:
             manifest = Manifest.parse(data)
-        except NotACheckpoint as error:
-            raise NotACheckpoint(f"{folder / MANIFEST}: {error}") from error
+        except (NotACheckpoint, NewerFormat) as error:
+            raise type(error)(f"{folder / MANIFEST}: {error}") from error
         compare(folder, manifest, named)
         return manifest, digest_of(data)
 
@@ -177,7 +186,7 @@ class LocalCheckpoints:
 
     def scan(self, trial: int) -> list[tuple[str, Manifest, str]]:
         """Return (path, manifest, digest) of the trial's checkpoints by attempt and step; those without a valid manifest
-        do not exist. Their files are not read."""
+        do not exist, but one of a newer holdfast does: NewerFormat. Their files are not read."""
         found: list[tuple[str, Manifest, str]] = []
         for name in self._own(trial):
             if not name.startswith("."):
@@ -204,13 +213,15 @@ class LocalCheckpoints:
         """Remove what holdfast left of the trial and ``keep`` (relative paths) does not name; return what was removed.
 
         Staged and trashed directories go too, so nobody may be writing to this trial. Names that holdfast did not make
-        are let be. A failure is logged.
+        are let be, and so is what a newer holdfast published. A failure is logged.
         """
         removed: list[str] = []
         folder = self._trial(trial)
         for name in self._own(trial):
             path = (folder / name).relative_to(self.root).as_posix()
-            if path not in keep and (_remove if name.startswith(".") else self._retire)(folder / name):
+            if path in keep or not (name.startswith(".") or may_go(self, path)):
+                continue
+            if (_remove if name.startswith(".") else self._retire)(folder / name):
                 removed.append(path)
         return removed
 
@@ -295,6 +306,18 @@ def _while_it_is_there(folder: Path) -> Iterator[None]:
         if os.path.lexists(folder):
             raise
         raise CheckpointNotFound(f"the checkpoint {folder} was deleted while it was being read") from error
+
+
+def may_go(store: Any, path: str) -> bool:
+    """Tell whether a checkpoint that nothing names may be deleted: not when a newer holdfast wrote it, or may have."""
+    try:
+        store.read_manifest(path)
+    except (NewerFormat, StorageError) as error:
+        log.warning("%s is left alone: %s", path, error)
+        return False
+    except (Corrupt, CheckpointNotFound):
+        pass
+    return True
 
 
 def compare(folder: object, manifest: Manifest, expected: Mapping[str, int | None]) -> None:

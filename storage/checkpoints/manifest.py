@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import xxhash
 
-from holdfast.core.errors import InvalidInput, NotACheckpoint
+from holdfast.core.errors import InvalidInput, NewerFormat, NotACheckpoint
 from holdfast.core.values import Metrics, dumps, loads
 
 MANIFEST = "manifest.json"
@@ -91,7 +91,10 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
-        """Read what :meth:`to_bytes` wrote; NotACheckpoint when it is torn, altered, foreign or of a newer format."""
+        """Read what :meth:`to_bytes` wrote; NotACheckpoint when it is torn, altered or foreign.
+
+        NewerFormat for what a newer holdfast wrote: it is no damage, and must not be treated as such.
+        """
         envelope = _ENVELOPE.fullmatch(data)
         if envelope is None:
             raise NotACheckpoint("the manifest is torn, or holdfast did not write it")
@@ -102,7 +105,7 @@ class Manifest:
             values = loads(body)
             version = _typed(values, "format", int)
             if version > FORMAT:
-                raise NotACheckpoint(
+                raise NewerFormat(
                     f"the manifest has format {version}, and this holdfast reads up to {FORMAT}: update holdfast to load it"
                 )
             return cls(

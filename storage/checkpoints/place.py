@@ -34,21 +34,25 @@ class Place:
         path: str | os.PathLike[str],
         *,
         options: Mapping[str, Any] | None = None,
+        filesystem: Any = None,
         cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
     ) -> Place:
         """Return the place at a path or URL; SpecError for a URL that makes no sense. Nothing is read or made."""
         location = os.fspath(path)
-        root = open_root(location if is_url(location) else os.path.abspath(location), options)
+        where = location if is_url(location) or filesystem is not None else os.path.abspath(location)
+        root = open_root(where, options, filesystem)
         checkpoints: DirectCheckpoints
         if isinstance(root, LocalRoot):
             checkpoints = LocalCheckpoints(root.path, layout=FLAT)
             return cls(root=root, folder=root.path, checkpoints=checkpoints, catalog=Catalog(root, checkpoints, root.path))
+        from holdfast.storage.checkpoints.cache import LIMIT
         from holdfast.storage.checkpoints.remote import RemoteCheckpoints
         from holdfast.storage.objects import ObjectRoot
 
         assert isinstance(root, ObjectRoot)
         work = Path(cache).absolute() if cache is not None else _temporary(root.location)
-        checkpoints = RemoteCheckpoints(root, work, layout=FLAT)
+        checkpoints = RemoteCheckpoints(root, work, LIMIT if cache_bytes is None else cache_bytes, layout=FLAT)
         return cls(root=root, folder=None, checkpoints=checkpoints, catalog=Catalog(root, checkpoints, None))
 
     def where(self, name: str) -> Path | str:

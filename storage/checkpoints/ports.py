@@ -83,8 +83,10 @@ def checkpoints_in(folder: Folder) -> Checkpoints:
     """Return the store of an experiment's checkpoints."""
     if folder.is_local:
         return LocalCheckpoints(folder.path)
+    from holdfast.storage.checkpoints.cache import LIMIT
     from holdfast.storage.checkpoints.remote import RemoteCheckpoints
     from holdfast.storage.objects import ObjectRoot
 
     assert isinstance(folder.root, ObjectRoot)
-    return RemoteCheckpoints(folder.root, folder.path)
+    limit = LIMIT if folder.cache_bytes is None else folder.cache_bytes
+    return RemoteCheckpoints(folder.root, folder.path, limit)

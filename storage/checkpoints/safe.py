@@ -1,18 +1,26 @@
-"""The safe serializer: nested plain values, bytes and numpy arrays as JSON and raw buffers, exactly, without pickle.
+"""The safe serializer: nested plain values, bytes, numpy arrays and tensors as JSON and raw buffers, without pickle.
 
 What JSON has not is an object with one key that begins with ``$``; a dict that has such a key itself, or keys that are
 no strings, is written as ``{"$dict": [[key, value], ...]}``. The order of keys is kept, because training code iterates.
-Arrays and bytes stand as numbered buffers beside the structure, in the order in which they are met.
+Arrays and bytes stand as numbered buffers beside the structure, in the order in which they are met; tensors of PyTorch
+stand by name in a file of their own. Everything but tensors comes back exactly; a tensor comes back with its values, dtype
+and shape, on the CPU and requiring no gradient.
 """
 
 from __future__ import annotations
 
 import base64
+import math
 import sys
-from typing import Any, Protocol
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from holdfast.core.errors import NotStorable
 from holdfast.core.values import Json
+
+if TYPE_CHECKING:
+    from holdfast.storage.checkpoints.tensors import TensorReader, TensorWriter
 
 MAX_DEPTH = 100  # within the interpreter's limit when loading too, wherever the caller stands
 _KINDS = "biufcmMSUV"  # of numpy's dtypes: those whose bytes are their value
@@ -28,8 +36,32 @@ class Buffers(Protocol):
         ...
 
     def fill(self, index: int, view: memoryview) -> None:
-        """Copy buffer ``index`` into ``view``; ValueError when it is not the next, or of another size."""
+        """Copy buffer ``index`` into ``view``, now or at the end; ValueError when it is not the next, or of another size."""
         ...
+
+    def map(self, index: int, size: int) -> memoryview | None:
+        """Return buffer ``index`` where it stands in mapped memory, to be kept; None where it has to be copied."""
+        ...
+
+
+class Piece:
+    """A buffer of ``size`` bytes: there already, or copied when it is asked for."""
+
+    __slots__ = ("_memory", "size")
+
+    def __init__(self, size: int, memory: bytes | memoryview | Callable[[], memoryview]) -> None:
+        self.size = size
+        self._memory = memory
+
+    def memory(self) -> bytes | memoryview:
+        """Return the bytes."""
+        return self._memory() if callable(self._memory) else self._memory
+
+
+class _Attribute(str):
+    """The name of an attribute, within a path."""
+
+    __slots__ = ()
 
 
 def class_name(value: object) -> str:
@@ -42,10 +74,15 @@ def class_name(value: object) -> str:
 
 
 class Encoder:
-    """Turn a state into JSON values and buffers; NotStorable, naming the path inside the state, for what has no form."""
+    """Turn a state into JSON values, buffers and tensors; NotStorable, naming the path inside it, for what has no form.
 
-    def __init__(self) -> None:
-        self.buffers: list[bytes | memoryview] = []
+    With ``copy`` they are copies.
+    """
+
+    def __init__(self, *, copy: bool = False) -> None:
+        self.buffers: list[Piece] = []
+        self.tensors: TensorWriter | None = None
+        self._copy = copy
         self._path: list[object] = []  # keys and indexes; written out only for a message
 
     def encode(self, value: object) -> Json:
@@ -66,12 +103,17 @@ class Encoder:
             items = self._items(value)
             return items if kind is list else {"$tuple": items}
         if isinstance(value, bytes) and kind is bytes:
-            return {"$bytes": self._buffer(value)}
+            return {"$bytes": self._buffer(Piece(len(value), value))}
         if isinstance(value, complex) and kind is complex:
             return {"$complex": [self.encode(value.real), self.encode(value.imag)]}
-        if kind.__module__.partition(".")[0] == "numpy":
+        if isinstance(value, dict) and kind in _DICTS:
+            return {_DICTS[kind]: self._ordered(value)}
+        library = kind.__module__.partition(".")[0]
+        if library == "numpy":
             return self._numpy(value)
-        raise self._refusal(class_name(value))
+        if library == "torch" and hasattr(value, "data_ptr"):
+            return self._tensor(value)
+        raise self._refusal(class_name(value) + _advice(kind))
 
     def _items(self, values: list[Any] | tuple[Any, ...]) -> list[Json]:
         items: list[Json] = []
@@ -84,7 +126,29 @@ class Encoder:
             self._path.pop()
         return items
 
-    def _dict(self, values: dict[Any, Any]) -> Json:
+    def _ordered(self, values: dict[Any, Any]) -> Json:
+        """Return the pairs, and the attributes where there are any: a module's state has its versions there."""
+        found = self._dict(values)
+        content: list[Any] = [list(map(list, found.items())) if "$dict" not in found else found["$dict"]]
+        if attributes := vars(values):
+            content.append({})
+            for name, value in attributes.items():
+                self._path.append(_Attribute(name))
+                content[1][name] = self.encode(value)
+                self._path.pop()
+        return content
+
+    def _tensor(self, value: Any) -> Json:
+        from holdfast.storage.checkpoints.tensors import TensorWriter, Unfit
+
+        if self.tensors is None:
+            self.tensors = TensorWriter(copy=self._copy)
+        try:
+            return {"$tensor": self.tensors.add(value, self._path)}
+        except Unfit as error:
+            raise self._refusal(str(error)) from error
+
+    def _dict(self, values: dict[Any, Any]) -> Any:
         pairs: list[list[Json]] = []
         raw = True
         for key, value in values.items():
@@ -96,15 +160,15 @@ class Encoder:
             self._path.pop()
         return dict(pairs) if raw else {"$dict": pairs}
 
-    def _buffer(self, data: bytes | memoryview) -> int:
-        self.buffers.append(data)
+    def _buffer(self, piece: Piece) -> int:
+        self.buffers.append(piece)
         return len(self.buffers) - 1
 
     def _numpy(self, value: Any) -> Json:
         import numpy as np
 
-        if isinstance(value, np.str_ | np.bytes_):  # by way of an array they would lose trailing zeros
-            plain = str(value) if isinstance(value, np.str_) else bytes(value)
+        if isinstance(value, np.str_ | np.bytes_):  # by way of an array, or of str(), they would lose trailing zeros
+            plain = str.__str__(value) if isinstance(value, np.str_) else bytes.__getitem__(value, slice(None))
             return {"$scalar": [value.dtype.kind, self.encode(plain)]}
         if not isinstance(value, np.generic) and type(value) not in (np.ndarray, np.memmap):
             raise self._refusal(class_name(value))  # a masked array has more than its values
@@ -114,24 +178,55 @@ class Encoder:
         if isinstance(value, np.generic):
             return {"$scalar": [dtype.str, base64.b64encode(value.tobytes()).decode()]}
         array = np.asarray(value)
-        order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-        return {"$array": [self._buffer(_flat(array, order)), dtype.str, list(array.shape), order]}
+        order: Literal["C", "F"] = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+        if self._copy:
+            array = np.array(array, order=order, copy=True)  # from numpy's memory, which is quicker to get than bytes()
+        ready = array.flags.c_contiguous or array.flags.f_contiguous
+        piece = Piece(array.nbytes, _flat(array, order) if ready else lambda: _flat(array, order))
+        return {"$array": [self._buffer(piece), dtype.str, list(array.shape), order]}
 
     def _refusal(self, what: str) -> NotStorable:
-        path = "state" + "".join(map(_subscript, self._path))
+        path = "state" + "".join(map(subscript, self._path))
         path = path if len(path) <= 200 else path[:200] + "..."
         return NotStorable(
-            f"{path}: {what}; the safe serializer stores None, bool, int, float, complex, str, bytes, list, tuple, dict, and"
-            " numpy arrays and scalars of plain dtypes. With checkpoints.serializer: cloudpickle it can be stored"
+            f"{path}: {what}; the safe serializer stores None, bool, int, float, complex, str, bytes, list, tuple, dict,"
+            " OrderedDict, Counter, numpy arrays and scalars of plain dtypes, and tensors of PyTorch."
+            " With checkpoints.serializer: cloudpickle it can be stored"
         )
 
 
-def _subscript(key: object) -> str:
+_DICTS: dict[type, str] = {OrderedDict: "$ordered", Counter: "$counter"}
+
+
+def _advice(kind: type) -> str:
+    """Return what a value of this class can be stored as, where it says so itself."""
+    if hasattr(kind, "state_dict"):
+        return " (its state_dict() may be)"
+    return " (numpy.asarray of it may be)" if hasattr(kind, "__array__") else ""
+
+
+def subscript(key: object) -> str:
+    """Return how a key, an index or an attribute is written behind the path of what holds it."""
+    if isinstance(key, _Attribute):
+        return f".{key}"
     if isinstance(key, str):
         return f'["{key}"]'
     if isinstance(key, bytes) or key is None or (isinstance(key, int) and -_BIG < key < _BIG):
         return f"[{key!r}]"
     return f"[{class_name(key)}]"  # a repr may be the user's code
+
+
+def parts(value: object) -> Iterator[tuple[str, Any]]:
+    """Yield what ``value`` holds, each with how it is written behind the path of ``value``."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield subscript(key), item
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield subscript(index), item
+    if not isinstance(value, type):  # a class is one thing
+        for name, item in getattr(value, "__dict__", {}).items():
+            yield subscript(_Attribute(name)), item
 
 
 def _text(value: str) -> Json:
@@ -157,8 +252,9 @@ def _flat(array: Any, order: str) -> memoryview:
 class Decoder:
     """Turn back what :class:`Encoder` made. ValueError, TypeError or KeyError for anything else; runs no code of it."""
 
-    def __init__(self, buffers: Buffers) -> None:
+    def __init__(self, buffers: Buffers, tensors: TensorReader | None = None) -> None:
         self._buffers = buffers
+        self._tensors = tensors
 
     def decode(self, value: Json) -> Any:
         if isinstance(value, list):
@@ -185,6 +281,12 @@ class Decoder:
                 return tuple(self.decode(item) for item in content)
             case "$dict":
                 return {self.decode(key): self.decode(item) for key, item in content}
+            case "$ordered":
+                return self._ordered(OrderedDict(), *content)
+            case "$counter":
+                return self._ordered(Counter(), *content)
+            case "$tensor" if self._tensors is not None:
+                return self._tensors.take(*content)
             case "$complex":
                 real, imag = content
                 return complex(self.decode(real), self.decode(imag))
@@ -193,6 +295,14 @@ class Decoder:
             case "$array":
                 return self._array(*content)
         raise ValueError(f"unknown form {tag!r}")
+
+    def _ordered(self, result: Any, pairs: Any, attributes: Any = None) -> Any:
+        for key, item in pairs:
+            name = self.decode(key)  # first: buffers come back in the order in which they were met
+            result[name] = self.decode(item)
+        if attributes is not None:
+            vars(result).update((name, self.decode(item)) for name, item in attributes.items())
+        return result
 
     def _scalar(self, name: str, content: Any) -> Any:
         import numpy as np
@@ -208,6 +318,9 @@ class Decoder:
         dtype = _plain_dtype(name)
         if order not in ("C", "F") or any(type(length) is not int or length < 0 for length in shape):
             raise ValueError(f"array of shape {shape!r} and order {order!r}")
+        size = math.prod(shape) * dtype.itemsize
+        if size and (mapped := self._buffers.map(index, size)) is not None:
+            return np.ndarray(tuple(shape), dtype=dtype, buffer=mapped, order="F" if order == "F" else "C")
         array = np.ndarray(tuple(shape), dtype=dtype, order="F" if order == "F" else "C")
         self._buffers.fill(index, _flat(array, order))
         return array

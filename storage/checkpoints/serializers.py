@@ -2,6 +2,7 @@
 
 ``safe`` writes ``state.json``, with small arrays inside it, so that a small checkpoint is one file and one fsync. When
 its buffers exceed 64 KiB together they stand in ``arrays.bin`` instead, each aligned so that it can be memory-mapped.
+Tensors stand in ``tensors.safetensors``. docs/checkpoint-format.md describes the files for other programs.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from typing import Any, Literal, Protocol
 
 import xxhash
 
-from holdfast.core.errors import CheckpointCorrupt, HoldfastError, InvalidInput, NotStorable
+from holdfast.core.errors import CheckpointCorrupt, HoldfastError, InvalidInput, NewerFormat, NotStorable
 from holdfast.storage.checkpoints.files import CHUNK, Sink, Source, fsync_folder, storage_errors
 from holdfast.storage.checkpoints.manifest import MANIFEST, FileEntry, Manifest, name_fault
-from holdfast.storage.checkpoints.safe import Decoder, Encoder, class_name
+from holdfast.storage.checkpoints.safe import MAX_DEPTH, Buffers, Decoder, Encoder, class_name, parts
+from holdfast.storage.checkpoints.tensors import TENSORS, TensorReader
 
 STATE = "state.json"
 ARRAYS = "arrays.bin"
 PICKLE = "state.pkl"
+STATE_FORMAT = 2
+"""2 added ordered dicts, counters and tensors"""
 INLINE = 64 << 10  # bytes of buffers that go into the JSON: there, base64 costs less than one more fsync
 ALIGN = 64
 
@@ -60,10 +64,13 @@ def write_state(state: object, folder: Path, *, serializer: str) -> list[FileEnt
     return prepare(state, serializer=serializer).write(folder)
 
 
-def read_state(folder: Path, manifest: Manifest) -> object:
+def read_state(folder: Path, manifest: Manifest, *, mmap: bool = False) -> object:
     """Return the state, or ``folder`` itself when it holds the user's own files; verified while it is read.
 
-    Raises CheckpointCorrupt naming the file and what differs. Executes no pickle unless the manifest says cloudpickle.
+    With ``mmap`` large arrays and tensors of the safe serializer are not copied into memory but mapped: verified once, read
+    again from the disk when memory is short, and to be changed freely, which never reaches the file. The files may be
+    deleted meanwhile, not shortened. Raises CheckpointCorrupt naming the file and what differs, NewerFormat, and
+    MissingLibrary for tensors where PyTorch is not installed. Executes no pickle unless the manifest says cloudpickle.
     """
     if manifest.serializer == "directory":
         verify_files(folder, manifest)
@@ -73,8 +80,8 @@ def read_state(folder: Path, manifest: Manifest) -> object:
     names = set(entries)
     if manifest.serializer == "cloudpickle" and names == {PICKLE}:
         return _read_pickle(folder, entries[PICKLE])
-    if manifest.serializer == "safe" and names in ({STATE}, {STATE, ARRAYS}):
-        return _read_safe(folder, entries[STATE], entries.get(ARRAYS))
+    if manifest.serializer == "safe" and {STATE} <= names <= {STATE, ARRAYS, TENSORS}:
+        return _read_safe(folder, entries[STATE], entries.get(ARRAYS), entries.get(TENSORS), mapped=mmap)
     raise CheckpointCorrupt(f"{folder} lists {sorted(names)}, which the serializer {manifest.serializer} does not write")
 
 
@@ -134,52 +141,69 @@ class _Safe:
     serializer: Literal["safe", "cloudpickle"] = "safe"
 
     def __init__(self, state: object, *, copy: bool) -> None:
-        encoder = Encoder()
-        self._document: dict[str, Any] = {"format": 1, "state": encoder.encode(state)}
-        self._buffers = [_copied(buffer) for buffer in encoder.buffers] if copy else encoder.buffers
+        encoder = Encoder(copy=copy)
+        self._document: dict[str, Any] = {"format": STATE_FORMAT, "state": encoder.encode(state)}
+        self._buffers = encoder.buffers
+        self._tensors = encoder.tensors
 
     def write(self, folder: Path) -> list[FileEntry]:
         document, buffers = self._document, self._buffers
         entries: list[FileEntry] = []
-        if sum(map(len, buffers)) <= INLINE:
-            document["inline"] = [base64.b64encode(buffer).decode() for buffer in buffers]
+        if sum(piece.size for piece in buffers) <= INLINE:
+            document["inline"] = [base64.b64encode(piece.memory()).decode() for piece in buffers]
         else:
-            document["sizes"] = [len(buffer) for buffer in buffers]
+            document["sizes"] = [piece.size for piece in buffers]
             with Sink(folder, ARRAYS) as sink:
-                for buffer in buffers:
-                    sink.write(b"\0" * (-sink.size % ALIGN))
-                    sink.write(buffer)
+                for piece in buffers:
+                    if gap := -sink.size % ALIGN:
+                        sink.write(bytes(gap))
+                    sink.write(piece.memory())
             entries.append(sink.entry())
         # as ASCII: a file of it survives any editor; unsorted: a dict keeps its order
         text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
         with Sink(folder, STATE) as sink:
             sink.write(text)
-        return [*entries, sink.entry()]
+        entries.append(sink.entry())
+        if self._tensors is not None:
+            entries.append(self._tensors.write(folder))
+        return entries
 
 
-def _copied(buffer: bytes | memoryview) -> bytes | memoryview:
-    """Return a buffer that nobody else holds: bytes are nobody's to change, and what is read-only may still be a view."""
-    return buffer if isinstance(buffer, bytes) else memoryview(bytes(buffer))
-
-
-def _read_safe(folder: Path, state: FileEntry, arrays: FileEntry | None) -> object:
+def _read_safe(folder: Path, state: FileEntry, arrays: FileEntry | None, tensors: FileEntry | None, *, mapped: bool) -> object:
     with Source(folder, state) as source:
         data = source.read()
+    reading = state
     try:
         document = json.loads(data)
-        if document["format"] != 1:
-            raise ValueError(f"format {document['format']!r}: written by a newer holdfast")
+        version = document["format"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"format {version!r}")
+        if version > STATE_FORMAT:
+            raise NewerFormat(
+                f"{folder / STATE} has format {version}, and this holdfast reads up to {STATE_FORMAT}:"
+                " update holdfast to load it"
+            )
+        found = None
+        if tensors is not None:
+            reading = tensors
+            with Source(folder, tensors) as source:
+                found = TensorReader(source, mapped=mapped)
+        reading = state
         if arrays is None:
-            return Decoder(_Inline(document["inline"])).decode(document["state"])
+            return Decoder(_Inline(document["inline"]), found).decode(document["state"])
         with Source(folder, arrays) as source:
-            return Decoder(_Packed(source, document["sizes"])).decode(document["state"])
-    except (ValueError, TypeError, LookupError) as error:
+            sizes = document["sizes"]
+            buffers: _Filed = _Mapped(source.map(), sizes) if mapped else _Packed(source, sizes)
+            value = Decoder(buffers, found).decode(document["state"])
+            buffers.finish()
+        return value
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         if isinstance(error, HoldfastError):
             raise
-        raise CheckpointCorrupt(f"{folder / state.name} makes no sense: {error}") from error
+        raise CheckpointCorrupt(f"{folder / reading.name} makes no sense: {error}") from error
 
 
-class _Inline:
+class _Inline(Buffers):
     """Buffers that stand in the JSON."""
 
     def __init__(self, texts: list[str]) -> None:
@@ -194,26 +218,75 @@ class _Inline:
             raise ValueError(f"buffer {index} has {len(data)} bytes, {len(view)} are needed")
         view[:] = data
 
+    def map(self, index: int, size: int) -> memoryview | None:
+        return None
 
-class _Packed:
-    """Buffers that stand in a file of their own, read straight into their arrays."""
 
-    def __init__(self, source: Source, sizes: list[int]) -> None:
-        self._source = source
+class _Filed(Buffers):
+    """Buffers that stand in a file of their own, one behind the other."""
+
+    def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
         self._next = 0
+        self._end = 0
+
+    def _place(self, index: int, size: int) -> tuple[int, int]:
+        """Return the bytes to leave out before the next buffer, and where it begins; ValueError when it is another."""
+        if index != self._next or self._sizes[index] != size:
+            raise ValueError(f"buffer {index} of {size} bytes is not the next")
+        gap = -self._end % ALIGN
+        start = self._end + gap
+        self._next, self._end = index + 1, start + size
+        return gap, start
+
+    def finish(self) -> None:
+        """Have every buffer where it was asked for."""
+
+
+class _Packed(_Filed):
+    """Buffers that are read straight into their arrays, as many at once as can be."""
+
+    def __init__(self, source: Source, sizes: list[int]) -> None:
+        super().__init__(sizes)
+        self._source = source
+        self._waiting: list[memoryview] = []
 
     def take(self, index: int) -> bytes:
         data = bytearray(self._sizes[index])
         self.fill(index, memoryview(data))
+        self.finish()
         return bytes(data)
 
     def fill(self, index: int, view: memoryview) -> None:
-        if index != self._next or self._sizes[index] != len(view):
-            raise ValueError(f"buffer {index} of {len(view)} bytes is not the next")
-        self._source.readinto(memoryview(bytearray(-self._source.position % ALIGN)))
-        self._source.readinto(view)
-        self._next += 1
+        gap, _ = self._place(index, len(view))
+        self._waiting += [memoryview(bytearray(gap)), view]
+
+    def map(self, index: int, size: int) -> memoryview | None:
+        return None
+
+    def finish(self) -> None:
+        self._source.readinto(*self._waiting)
+        self._waiting.clear()
+
+
+class _Mapped(_Filed):
+    """Buffers that stand in mapped memory."""
+
+    def __init__(self, memory: memoryview, sizes: list[int]) -> None:
+        super().__init__(sizes)
+        self._memory = memory
+
+    def take(self, index: int) -> bytes:
+        return bytes(self.map(index, self._sizes[index]))
+
+    def fill(self, index: int, view: memoryview) -> None:
+        view[:] = self.map(index, len(view))
+
+    def map(self, index: int, size: int) -> memoryview:
+        _, start = self._place(index, size)
+        if start + size > len(self._memory):
+            raise ValueError(f"buffer {index} ends behind the file")
+        return self._memory[start : start + size]
 
 
 class _Pickle:
@@ -243,7 +316,34 @@ class _Pickle:
         except HoldfastError:
             raise
         except Exception as error:  # __reduce__ and __getstate__ are the user's code
-            raise NotStorable(f"state: {class_name(self._state)} cannot be pickled: {error}") from error
+            path, value = _unpicklable(self._state)
+            raise NotStorable(f"state{path}: {class_name(value)} cannot be pickled: {error}") from error
+
+
+def _unpicklable(value: Any) -> tuple[str, Any]:
+    """Return the innermost part of ``value`` that cannot be pickled, and its path, as far as one leads there."""
+    path = ""
+    for _ in range(MAX_DEPTH):
+        inner = next(((name, part) for name, part in parts(value) if not _pickles(part)), None)
+        if inner is None:
+            break
+        path, value = path + inner[0], inner[1]
+    return path, value
+
+
+def _pickles(value: object) -> bool:
+    import cloudpickle
+
+    try:
+        cloudpickle.dump(value, _Nowhere(), protocol=5)
+    except Exception:  # noqa: BLE001  # __reduce__ and __getstate__ are the user's code
+        return False
+    return True
+
+
+class _Nowhere:
+    def write(self, data: Any) -> int:
+        return memoryview(data).nbytes
 
 
 def _read_pickle(folder: Path, entry: FileEntry) -> object:

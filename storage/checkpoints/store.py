@@ -71,15 +71,18 @@ class CheckpointStore:
         config: CheckpointConfig | Mapping[str, Any] | None = None,
         *,
         storage_options: Mapping[str, Any] | None = None,
+        filesystem: Any = None,
         cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         """Open the store at ``path``; nothing is read or made yet.
 
-        ``storage_options`` are fsspec's; ``cache`` is the folder for local copies of an object store's checkpoints, a temporary
-        one by default. Raises SpecError for a config or a URL that makes no sense.
+        ``storage_options`` are fsspec's, ``filesystem`` is a file system of one's own, fsspec's or pyarrow's. ``cache`` is the
+        folder for local copies of an object store's checkpoints, a temporary one by default; ``cache_bytes`` is what they may
+        take there (10 GiB). Raises SpecError for a config or a URL that makes no sense.
         """
         self.config = _config(config)
-        self._place = Place.at(path, options=storage_options, cache=cache)
+        self._place = Place.at(path, options=storage_options, filesystem=filesystem, cache=cache, cache_bytes=cache_bytes)
         self._loader = Loader(self._place, self.config)
         self._saver = Saver(self._place, self.config)
         self._drafts: dict[Path, Draft] = {}

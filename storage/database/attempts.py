@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, Self
 
-from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, check_step, eligible
+from holdfast.core.checkpoint import Checkpoint, check_step, eligible
 from holdfast.core.errors import AlreadyClaimed, CheckpointConflict, Conflict, Fenced
 from holdfast.core.trial import Event, Outcome, TrialStatus, transition
 from holdfast.core.values import Metrics
@@ -14,7 +14,7 @@ from holdfast.storage.database import statements as sql
 from holdfast.storage.database.driver import Ending, end_attempt, fence, forget_checkpoints, mark_checkpoint
 from holdfast.storage.database.engine import Database, Transaction
 from holdfast.storage.database.losses import repeatable
-from holdfast.storage.database.rows import add_metrics, attempts_of, checkpoints_of, now, storable, typed
+from holdfast.storage.database.rows import add_metrics, attempts_of, now, storable, to_checkpoint, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,23 +164,24 @@ class AttemptWriter:
         )
 
     @repeatable
-    def kept(self) -> tuple[list[Checkpoint], list[Checkpoint]]:
+    def kept(self, after: int = 0) -> tuple[list[Checkpoint], list[Checkpoint]]:
         """Return the trial's valid checkpoints: (those on this attempt's chain, oldest first; others that are not pinned).
 
-        Each carries the metrics that were reported with it.
+        Each carries the metrics that were reported with it. ``after`` is a row id: only later ones are returned.
         """
         with self.database.snapshot() as state:
             attempts, _ = attempts_of(state, self.trial)
-            metrics = _metrics_by_checkpoint(state, self.trial)
-            checkpoints = checkpoints_of(state, self.trial)
-        found = [
-            replace(checkpoint, metrics=metrics.get(checkpoint.id, {}))
-            for checkpoint in checkpoints
-            if checkpoint.status is CheckpointStatus.VALID
-        ]
+            metrics = _metrics_by_checkpoint(state, self.trial, after)
+            rows = state.run(sql.VALID_CHECKPOINTS_OF, trial=self.trial, after=after)
+        found = [to_checkpoint(0, row, metrics.get(row[0])) for row in rows]
         on_chain = eligible(self.number, attempts, found)
         identities = {checkpoint.id for checkpoint in on_chain}
         return on_chain[::-1], [item for item in found if item.id not in identities and not item.pinned]
+
+    @repeatable
+    def pins(self) -> dict[int, bool]:
+        """Return whether it is pinned for each of the trial's valid checkpoints (row ids)."""
+        return {identity: bool(pinned) for identity, pinned in self.database.run(sql.PINS_OF, trial=self.trial)}
 
     @repeatable
     def forget(self, checkpoints: Collection[int]) -> set[int]:
@@ -232,9 +233,9 @@ def _reject(
     tx.run(sql.SET_PARENT, attempt=attempt, parent=parent, parent_step=step, reason=None, note=storable(note))
 
 
-def _metrics_by_checkpoint(state: Transaction, trial: int) -> dict[int, Metrics]:
+def _metrics_by_checkpoint(state: Transaction, trial: int, after: int) -> dict[int, Metrics]:
     """Return the finite numbers reported with each checkpoint: what retention ranks by."""
     found: dict[int, Metrics] = {}
-    for checkpoint, name, number in state.run(sql.CHECKPOINT_METRICS, trial=trial):
+    for checkpoint, name, number in state.run(sql.CHECKPOINT_METRICS, trial=trial, after=after):
         found.setdefault(checkpoint, {})[name] = number
     return found

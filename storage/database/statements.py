@@ -149,6 +149,18 @@ CHECKPOINTS_OF = _sql(
     " JOIN attempt a ON a.id = c.attempt_id WHERE a.trial_id = :trial ORDER BY a.number, c.step"
 )
 
+# A save reads these, so it must not read the thousands that were pruned before.
+VALID_CHECKPOINTS_OF = _sql(
+    "SELECT c.id, a.number, c.step, c.path, c.digest, c.bytes, c.status, c.reason, c.pinned FROM checkpoint c"
+    " JOIN attempt a ON a.id = c.attempt_id WHERE a.trial_id = :trial AND c.status = 'valid' AND c.id > :after"
+    " ORDER BY a.number, c.step"
+)
+
+PINS_OF = _sql(
+    "SELECT c.id, c.pinned FROM checkpoint c JOIN attempt a ON a.id = c.attempt_id"
+    " WHERE a.trial_id = :trial AND c.status = 'valid'"
+)
+
 REQUESTS = _sql("SELECT seq, stop_requested FROM experiment WHERE id = :experiment")
 
 STATUS_OF = _sql("SELECT status, current_attempt, config_id FROM trial WHERE id = :trial AND experiment_id = :experiment")
@@ -173,7 +185,8 @@ REPORT_OF = _sql("SELECT id FROM report WHERE attempt_id = :attempt AND step = :
 CHECKPOINT_METRICS = _sql(
     "SELECT c.id, m.name, m.number FROM checkpoint c JOIN attempt a ON a.id = c.attempt_id"
     " JOIN report r ON r.attempt_id = c.attempt_id AND r.step = c.step JOIN metric m ON m.report_id = r.id"
-    " WHERE a.trial_id = :trial AND c.status = 'valid' AND m.kind IN ('float', 'int') AND m.number IS NOT NULL"
+    " WHERE a.trial_id = :trial AND c.status = 'valid' AND c.id > :after"
+    " AND m.kind IN ('float', 'int') AND m.number IS NOT NULL"
 )
 
 # Where a lease stands, by the database's own clock ({clock} differs between databases: see leases.py).

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,21 +59,40 @@ def choose(job: Job, checkpoints: LocalCheckpoints) -> Resume:
 
 
 def perform(
-    job: Job, trainable: Trainable, link: Link, checkpoints: LocalCheckpoints, checkpoint: ResumedCheckpoint | None
+    job: Job,
+    trainable: Trainable,
+    link: Link,
+    checkpoints: LocalCheckpoints,
+    checkpoint: ResumedCheckpoint | None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Decision | None, Metrics | None]:
     """Run the user's code; return what it was told when it was told to stop, or None and the record that it returned.
 
-    Whatever the user's code raises passes, even after it was told to stop.
+    Whatever the user's code raises passes, even after it was told to stop. A save that is under way is finished in any case;
+    its error is raised unless the user's code raised one.
     """
     seed_everything(job.seed)
-    trial = Trial(job, link, checkpoints, checkpoint)
+    trial = Trial(job, link, checkpoints, checkpoint, clock=clock)
     try:
-        metrics = run(trainable, trial, max_steps=job.max_steps)
-    except TrialStopped as stop:
-        return stop.decision, None
+        metrics = _run(trainable, trial, job.max_steps)
+        trial.flush()
     finally:
         trial.finish()
     return (trial.stopped, None) if trial.stopped is not None else (None, metrics)
+
+
+def _run(trainable: Trainable, trial: Trial, max_steps: int | None) -> Metrics | None:
+    try:
+        return run(trainable, trial, max_steps=max_steps)
+    except TrialStopped:
+        return None
+    except BaseException as error:
+        try:
+            trial.flush()
+        except BaseException as other:  # noqa: BLE001  # the user's own counts
+            error.add_note(f"Besides, a checkpoint was not saved: {type(other).__name__}: {other}")
+        raise
 
 
 def describe(error: BaseException) -> Failure:

@@ -17,11 +17,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from holdfast.core.errors import HoldfastError
-from holdfast.core.values import Metrics
+from holdfast.core.errors import HoldfastError, StorageError
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.tasks.workers.attempt import Resume, choose, describe, perform
-from holdfast.tasks.workers.messages import Decision, Frame, Job, Staged, TelemetryRow, job_from, report_frame
+from holdfast.tasks.workers.messages import Decision, Frame, Job, Report, TelemetryRow, job_from, report_frame
 from holdfast.tasks.workers.output import Output
 from holdfast.tasks.workers.trainables import Trainable, load
 from holdfast.tasks.workers.wire import Channel
@@ -91,13 +90,29 @@ class _PipeLink:
         self._channel = channel
         self._rows: list[TelemetryRow] = []
         self._since = 0.0
+        self._early: dict[str, Frame] = {}
+        """answers that came before somebody waited for them, by kind"""
 
     def check(self) -> None:
         self._channel.check_owned()
 
-    def report(self, step: int, metrics: Metrics, staged: Staged | None) -> Decision:
-        self._channel.send({**report_frame(step, metrics, staged), **self.rows()})
-        return Decision(self._channel.receive()["d"])
+    def report(self, report: Report) -> Decision:
+        self._channel.send({**report_frame(report), **self.rows()})
+        return Decision(self._answer("decision")["d"])
+
+    def hand_over(self, report: Report) -> None:
+        self._channel.send(report_frame(report, "saved"))
+
+    def settle(self) -> None:
+        error = self._answer("stored")["error"]
+        if error is not None:
+            raise StorageError(error)
+
+    def _answer(self, kind: str) -> Frame:
+        while kind not in self._early:
+            frame = self._channel.receive()
+            self._early[frame["t"]] = frame
+        return self._early.pop(kind)
 
     def telemetry(self, row: TelemetryRow) -> None:
         now = time.monotonic()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from holdfast.core.errors import StorageError, TrialFailed, TrialTimedOut
+from holdfast.core.errors import Infrastructure, StorageError, TrialFailed, TrialTimedOut
 from holdfast.core.trial import Outcome
-from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.tasks.workers.attempt import choose, describe, perform
 from holdfast.tasks.workers.messages import (
@@ -19,7 +19,6 @@ from holdfast.tasks.workers.messages import (
     Ended,
     Job,
     Report,
-    Staged,
     Supervision,
     TelemetryRow,
 )
@@ -28,11 +27,12 @@ from holdfast.tasks.workers.trainables import Trainable, load
 from holdfast.tasks.workers.trial_api import TrialStopped
 
 
-def run_inline(job: Job, supervision: Supervision) -> Ended:
+def run_inline(job: Job, supervision: Supervision, *, clock: Callable[[], float] = time.monotonic) -> Ended:
     """Run ``job`` here and now, and return how it ended; raises as ``WorkerPool.run``, but nothing crashes alone.
 
     The user's code prints where this process prints, and its working directory is this process's. Wishes to stop and
-    the timeout are heeded at its reports only.
+    the timeout are heeded at its reports only. With asynchronous saves a thread writes the files; they are published in
+    the thread that reports, at the next report or at the end. ``clock`` is what ``job.save_by`` is a moment of.
     """
     link = _DirectLink(job, supervision)
     try:
@@ -44,10 +44,10 @@ def run_inline(job: Job, supervision: Supervision) -> Ended:
     resumed = None if resume.place is None else job.candidates[resume.place]
     supervision.started(None, resumed, resume.rejected)
     try:
-        decision, metrics = perform(job, trainable, link, checkpoints, resume.checkpoint)
+        decision, metrics = perform(job, trainable, link, checkpoints, resume.checkpoint, clock=clock)
     except BaseException as error:
         link.raise_own()
-        if link.told is not None:
+        if link.told is not None and not isinstance(error, Infrastructure):
             return Ended(outcome=OUTCOMES[link.told])
         raise _failure(error) from error
     link.raise_own()
@@ -89,6 +89,9 @@ class _DirectLink:
         self._next_poll = time.monotonic() + POLL
         self._wish = Decision.CONTINUE
         self._error: BaseException | None = None
+        self._written: Report | None = None
+        """a checkpoint that waits to be published; the thread that writes sets it, and none before this one was taken"""
+        self._refused: StorageError | None = None
         self.told: Decision | None = None
 
     def check(self) -> None:
@@ -101,10 +104,36 @@ class _DirectLink:
         if self._error is not None:
             raise self._error
 
-    def report(self, step: int, metrics: Metrics, staged: Staged | None) -> Decision:
+    def hand_over(self, report: Report) -> None:
+        self._written = report
+
+    def settle(self) -> None:
+        self._publish()
+        refused, self._refused = self._refused, None
+        if refused is not None:
+            raise refused
+
+    def _publish(self) -> None:
         self.check()
+        report = self._written
+        if report is None:
+            return
+        self._written = None
         try:
-            decision = self._supervision.report(Report(step=step, metrics=metrics, staged=staged))
+            publish = self._supervision.publication(report)
+            try:
+                published = publish()
+            except StorageError as error:
+                self._refused = error
+            else:
+                self._supervision.saved(report, published)
+        except BaseException as error:  # noqa: BLE001  # raised by raise_own
+            self._stop(error)
+
+    def report(self, report: Report) -> Decision:
+        self._publish()
+        try:
+            decision = self._supervision.report(report)
             now = time.monotonic()
             if now >= self._next_poll:
                 self._next_poll = now + POLL

@@ -2,15 +2,18 @@
 
 A frame is a length of four bytes and as many bytes of UTF-8 JSON. ``t`` names its kind:
 
-to the child      setup, load, probe, job, go, decision
-from the child    ready, kind, refused, started, report, telemetry, ended, failed
+to the child      setup, load, probe, job, go, decision, stored
+from the child    ready, kind, refused, started, report, saved, telemetry, ended, failed
 
-The child waits for an answer after ``started`` (go) and ``report`` (decision), and after nothing else.
+The child waits for an answer after ``started`` (go) and ``report`` (decision). ``saved`` hands over a checkpoint that was
+written in the background, after its report; ``stored`` says that it counts, or why not. It may come at any time before the
+next ``saved``, which waits for it; so do ``ended`` and ``failed``. One is under way at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -18,6 +21,7 @@ from typing import Any, Protocol
 from holdfast.core.errors import NotStorable
 from holdfast.core.trial import Outcome
 from holdfast.core.values import Config, Json, Metrics, dumps, loads, plain
+from holdfast.storage.checkpoints.local import Published
 from holdfast.storage.checkpoints.manifest import FileEntry
 
 Frame = dict[str, Any]
@@ -61,6 +65,10 @@ class Job:
     save_period: int = 1
     saves: bool = True
     serializer: str = "safe"
+    asynchronous: bool = False
+    """whether checkpoints are written in the background, from a copy of the state"""
+    save_by: float | None = None
+    """the moment of this process's monotonic clock before which one more step is to be saved, due or not"""
     references: dict[str, Any] = field(default_factory=dict)
     max_steps: int | None = None
     timeout: float | None = None
@@ -157,6 +165,18 @@ class Supervision(Protocol):
         """
         ...
 
+    def publication(self, report: Report) -> Callable[[], Published]:
+        """Return what publishes the checkpoint staged with ``report``; without it, that was recorded before.
+
+        What is returned may take minutes. It is called once, maybe in a thread of its own while other methods are called
+        here, and raises StorageError when the storage refuses.
+        """
+        ...
+
+    def saved(self, report: Report, published: Published) -> None:
+        """Record what :meth:`publication` published; the checkpoint counts when this returns."""
+        ...
+
     def telemetry(self, rows: Sequence[TelemetryRow]) -> None:
         """Record telemetry; the attempt does not wait for it."""
         ...
@@ -210,21 +230,24 @@ class Inbox:
 
 
 def job_frame(job: Job) -> Frame:
-    """Return ``job`` as the content of a frame."""
-    return {**vars(job), "t": "job", "candidates": [vars(candidate) for candidate in job.candidates]}
+    """Return ``job`` as the content of a frame; the clocks of two processes need not agree, so moments go as seconds left."""
+    left = None if job.save_by is None else job.save_by - time.monotonic()
+    return {**vars(job), "t": "job", "candidates": [vars(candidate) for candidate in job.candidates], "save_by": left}
 
 
 def job_from(frame: Frame) -> Job:
     """Read what :func:`job_frame` wrote."""
     values = {name: value for name, value in frame.items() if name != "t"}
     values["candidates"] = tuple(Candidate(**candidate) for candidate in values["candidates"])
+    if values["save_by"] is not None:
+        values["save_by"] += time.monotonic()
     return Job(**values)
 
 
-def report_frame(step: int, metrics: Metrics, staged: Staged | None) -> Frame:
-    """Return a report as the content of a frame."""
-    frame: Frame = {"t": "report", "step": step, "metrics": metrics}
-    if staged is not None:
+def report_frame(report: Report, kind: str = "report") -> Frame:
+    """Return a report, or the checkpoint that is ``saved`` after it, as the content of a frame."""
+    frame: Frame = {"t": kind, "step": report.step, "metrics": report.metrics}
+    if (staged := report.staged) is not None:
         files = [[entry.name, entry.size, entry.digest] for entry in staged.files]
         frame["staged"] = {"path": staged.path, "serializer": staged.serializer, "files": files}
     return frame

@@ -6,7 +6,7 @@ import contextlib
 import time
 from dataclasses import dataclass
 
-from holdfast.core.errors import StorageError, TrialCrashed, TrialFailed, TrialTimedOut
+from holdfast.core.errors import StorageError, TrialCrashed, TrialFailed, TrialFailure, TrialTimedOut
 from holdfast.core.trial import Outcome
 from holdfast.tasks.workers.logs import LogTail
 from holdfast.tasks.workers.messages import (
@@ -21,6 +21,7 @@ from holdfast.tasks.workers.messages import (
     job_frame,
     report_from,
 )
+from holdfast.tasks.workers.saving import Publication, Publisher
 from holdfast.tasks.workers.worker import Worker, WorkerDied
 
 POLL = 0.2
@@ -52,20 +53,42 @@ class Attempt:
         self._patience = float("inf")  # when a stopping attempt is killed
         self._next_poll = 0.0
         self._deadline = float("inf")
+        self._publisher = Publisher()
 
     def run(self) -> Verdict:
         """Run to the end; TrialFailed, TrialTimedOut, TrialCrashed, StorageError, or what the supervision raised."""
+        try:
+            verdict = self._end()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error counts
+                self._show_log(final=True)
+            raise
+        finally:
+            self._publisher.close()
+        self._show_log(final=True)
+        return verdict
+
+    def _end(self) -> Verdict:
+        """Run to the end, and see to it that what the child had saved by then counts."""
         try:
             try:
                 verdict = self._run()
             except WorkerDied:
                 verdict = self._dead()
-        except BaseException:
-            with contextlib.suppress(Exception):  # the first error counts
-                self._show_log(final=True)
+        except TrialFailure:
+            with contextlib.suppress(StorageError):  # how the attempt ended counts
+                self._settle()
             raise
-        self._show_log(final=True)
+        self._settle()
         return verdict
+
+    def _settle(self) -> None:
+        """Finish what is being published when the attempt ends otherwise than by itself: then its child waits for nothing."""
+        if self._publisher.wake is None:
+            return
+        self._worker.kill()
+        if (refused := self._stored(wait=True)) is not None and refused.error is not None:
+            raise refused.error
 
     def _run(self) -> Verdict:
         now = time.monotonic()
@@ -77,9 +100,12 @@ class Attempt:
         self._worker.send(job_frame(self._job))
         while True:
             until = min(self._next_poll, self._deadline, self._patience)
-            frame = self._worker.receive(until - time.monotonic())
+            frame = self._worker.receive(until - time.monotonic(), self._publisher.wake)
             verdict = self._answer(frame) if frame is not None else None
-            verdict = verdict or self._look(time.monotonic())
+            if verdict is not None:
+                return verdict
+            self._tell()
+            verdict = self._look(time.monotonic())
             if verdict is not None:
                 return verdict
 
@@ -89,6 +115,8 @@ class Attempt:
         match frame["t"]:
             case "report":
                 return self._report(frame)
+            case "saved":
+                self._publish(frame)
             case "started":
                 self._started(frame)
             case "ended":
@@ -118,6 +146,29 @@ class Attempt:
                 self._patience = time.monotonic() + STOP_GRACE
         return None
 
+    def _publish(self, frame: Frame) -> None:
+        """Publish what the child has written, while its reports go on being answered."""
+        self._tell(wait=True)  # a child has one under way at most
+        report = report_from(frame)
+        self._publisher.start(report, self._supervision.publication(report))
+
+    def _tell(self, *, wait: bool = False) -> None:
+        """Tell the child what became of its save, once that is known."""
+        done = self._stored(wait=wait)
+        if done is not None:
+            self._worker.send({"t": "stored", "error": None if done.error is None else str(done.error)})
+
+    def _stored(self, *, wait: bool) -> Publication | None:
+        """Record a checkpoint that was published since the last call, if any; what the storage did not refuse is raised."""
+        done = self._publisher.take(wait=wait)
+        if done is not None and done.published is not None:
+            self._supervision.saved(done.report, done.published)
+        elif done is not None and isinstance(done.error, StorageError):
+            self._supervision.log([f"the checkpoint of step {done.report.step} was not stored: {done.error}"])
+        elif done is not None and done.error is not None:
+            raise done.error
+        return done
+
     def _ended(self, frame: Frame) -> Verdict:
         clean = bool(frame["clean"])
         if frame["stopped"] is not None:
@@ -125,10 +176,10 @@ class Attempt:
         return Verdict(ended=Ended(outcome=Outcome.COMPLETED, metrics=frame["metrics"]), reusable=clean)
 
     def _failed(self, frame: Frame) -> Verdict:
-        if self._told is not None or self._wish is Decision.CANCEL:
-            return self._stopped(self._told or self._wish)
         if frame["infrastructure"]:
             raise StorageError(frame["message"])
+        if self._told is not None or self._wish is Decision.CANCEL:
+            return self._stopped(self._told or self._wish)
         raise TrialFailed(frame["message"], kind=frame["kind"], traceback=frame["traceback"])
 
     def _look(self, now: float) -> Verdict | None:
@@ -156,6 +207,10 @@ class Attempt:
         return Verdict(ended=Ended(outcome=OUTCOMES[decision]), reusable=False)
 
     def _dead(self) -> Verdict:
+        with contextlib.suppress(WorkerDied):
+            while (frame := self._worker.receive(0)) is not None:  # its last words
+                if frame["t"] == "saved":
+                    self._publish(frame)
         fate = self._worker.fate()
         if self._told is not None or self._wish is Decision.CANCEL:
             return self._stopped(self._told or self._wish)

@@ -6,18 +6,22 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Protocol
 
 from holdfast.core.checkpoint import check_step
+from holdfast.core.deadline import Deadline
 from holdfast.core.errors import InvalidInput, InvalidStep
 from holdfast.core.values import Config, Metrics, plain, plain_metrics
 from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints
-from holdfast.storage.checkpoints.serializers import hash_directory, ingest_directory, write_state
-from holdfast.tasks.workers.messages import Candidate, Decision, Job, Staged, TelemetryRow
+from holdfast.storage.checkpoints.manifest import FileEntry
+from holdfast.storage.checkpoints.serializers import hash_directory, ingest_directory, prepare
+from holdfast.tasks.workers.messages import Candidate, Decision, Job, Report, Staged, TelemetryRow
+from holdfast.tasks.workers.saving import Saver
 
 FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
 """What ``state`` is called as; a model is often callable too, and is a value."""
@@ -38,8 +42,16 @@ class Link(Protocol):
         """Raise unless this process may speak for the attempt."""
         ...
 
-    def report(self, step: int, metrics: Metrics, staged: Staged | None) -> Decision:
+    def report(self, report: Report) -> Decision:
         """Deliver a report; it is durable when this returns."""
+        ...
+
+    def hand_over(self, report: Report) -> None:
+        """Give a checkpoint that was written after its report to whoever publishes it; called by the thread that wrote it."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until what was handed over counts as a checkpoint; StorageError when it could not be published."""
         ...
 
     def telemetry(self, row: TelemetryRow) -> None:
@@ -83,7 +95,15 @@ class Trial:
     ``checkpoint`` is None unless this attempt continues an earlier one.
     """
 
-    def __init__(self, job: Job, link: Link, checkpoints: LocalCheckpoints, checkpoint: ResumedCheckpoint | None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        link: Link,
+        checkpoints: LocalCheckpoints,
+        checkpoint: ResumedCheckpoint | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.config: Config = dict(job.config)
         self.number = job.trial
         self.attempt = job.attempt
@@ -96,6 +116,8 @@ class Trial:
         self._checkpoints = checkpoints
         self._last = -1 if checkpoint is None else checkpoint.step
         self._own: dict[int, Path] = {}
+        self._saver = Saver(link.hand_over, link.settle) if job.asynchronous else None
+        self._deadline = Deadline(job.save_by, clock)
         self._stopped: Decision | None = None
         self._pid = os.getpid()
         self._over = False
@@ -110,13 +132,19 @@ class Trial:
         return self._stopped
 
     def should_checkpoint(self, step: int) -> bool:
-        """Tell whether what is reported with ``step`` is going to be saved."""
-        return self._job.saves and check_step(step) % self._job.save_period == 0
+        """Tell whether what is reported with ``step`` is going to be saved.
+
+        Asked before a report, it knows whether that is expected to be the last one before ``save_before``, too; what it
+        cannot know is whether the trial is about to be told to stop.
+        """
+        due = check_step(step) % self._job.save_period == 0
+        return self._job.saves and (due or self._deadline.due(step))
 
     def stage(self, step: int) -> Path:
         """Return a folder to write large files into, on the checkpoints' own file system.
 
-        The report of that step saves it as it is, without a copy, when the step is due; otherwise it is removed.
+        The report of that step saves it as it is, without a copy, when the step is due; otherwise it is removed. The folder
+        is holdfast's from that report on: with asynchronous saves it is digested and made durable in the background.
         """
         with self._lock:
             self._check_running()
@@ -138,6 +166,10 @@ class Trial:
         ``step`` is the one after the last unless given, and must rise. ``state`` is a value, or a function that returns
         it and is called only when it is to be saved; ``directory`` is a folder of files to copy instead. Raises
         TrialStopped, which ends the attempt, when it is told to stop; InvalidStep; NotStorable; StorageError.
+
+        With asynchronous saves the metrics are durable when this returns, and of the checkpoint there is a copy: of the
+        state in memory, of a folder on disk. The rest goes on in the background, one save at a time: the next due report
+        first waits for it, and raises its error in place of its own work, once. So does the end of the attempt.
         """
         with self._lock:
             self._check_running()
@@ -146,16 +178,25 @@ class Trial:
             step = self._last + 1 if step is None else self._check_new(step)
             values = plain_metrics(metrics)
             content = self._content(step, state, directory)
-            staged = self._save(step, *content) if content and self.should_checkpoint(step) else None
+            due = content is not None and self.should_checkpoint(step)
+            last_in_time = self._deadline.reported(step)
+            report = Report(step=step, metrics=values)
+            write = self._writer(step, *content) if content is not None and due else None
+            staged = write() if write is not None and self._saver is None else None
             self._last = step
-            decision = self._link.report(step, values, staged)
-            if decision is Decision.PREEMPT and staged is None and content and self._job.saves:
-                self._link.report(step, values, self._save(step, *content))
-            for stale in [number for number in self._own if number <= step]:
-                self._checkpoints.discard(self._own.pop(stale))
+            decision = self._link.report(replace(report, staged=staged))
             if decision is not Decision.CONTINUE:
                 self._stopped = decision
-                raise TrialStopped(decision)
+            if write is not None and self._saver is not None:
+                self._saver.start(report, write)
+            if due and last_in_time:
+                self._deadline.met()
+            if decision is Decision.PREEMPT and content is not None and not due and self._job.saves:
+                self._save_undue(report, *content)
+            for stale in [number for number in self._own if number <= step]:
+                self._checkpoints.discard(self._own.pop(stale))
+            if self._stopped is not None:
+                raise TrialStopped(self._stopped)
 
     def telemetry(self, name: str, value: Any, timestamp: float | datetime | None = None) -> None:
         """Record ``value`` under ``name`` at ``timestamp``: seconds since 1970, an aware datetime, or now."""
@@ -170,6 +211,13 @@ class Trial:
         with self._lock:
             self._check_running()
             self._link.telemetry(row)
+
+    def flush(self) -> None:
+        """Take no more reports, and finish the save that is under way; its error is raised as by a report."""
+        self._over = True
+        if self._saver is not None and os.getpid() == self._pid:  # a forked copy has no thread that writes
+            with self._lock:
+                self._saver.finish()
 
     def finish(self) -> None:
         """Take no more reports, and remove the folders that were staged and never reported."""
@@ -207,22 +255,41 @@ class Trial:
             raise InvalidInput(f"step {step} has {' and '.join(kind for kind, _ in given)}; a checkpoint holds one of them")
         return given[0] if given else None
 
-    def _save(self, step: int, kind: str, value: Any) -> Staged:
-        if kind == "state" and isinstance(value, FUNCTIONS):
-            value = value()
+    def _save_undue(self, report: Report, kind: str, value: Any) -> None:
+        """Save what a trial that has to stop reported at a step that is not due, after the save that is under way."""
+        try:
+            if self._saver is not None:
+                self._saver.finish()
+        finally:  # the older one's error must not cost the newer one
+            self._link.report(replace(report, staged=self._writer(report.step, kind, value)()))
+
+    def _writer(self, step: int, kind: str, value: Any) -> Callable[[], Staged]:
+        """Return what writes the files of a checkpoint, once the save that is under way is finished.
+
+        With asynchronous saves nothing of the user's is touched by what is returned.
+        """
+        if self._saver is not None:
+            self._saver.finish()
+        write: Callable[[Path], list[FileEntry]]
+        if kind == "state":
+            if isinstance(value, FUNCTIONS):
+                value = value()
+            write = prepare(value, serializer=self._job.serializer, copy=self._saver is not None).write
+        else:
+            write = functools.partial(ingest_directory, Path(value)) if kind == "directory" else hash_directory
         folder = self._own.pop(step) if kind == "stage" else self._checkpoints.stage(self.number, self.attempt, step)
         serializer = self._job.serializer if kind == "state" else "directory"
+        if kind != "directory":
+            return functools.partial(self._write, folder, serializer, write)
+        staged = self._write(folder, serializer, write)
+        return lambda: staged
+
+    def _write(self, folder: Path, serializer: str, write: Callable[[Path], list[FileEntry]]) -> Staged:
         try:
-            if kind == "state":
-                files = write_state(value, folder, serializer=serializer)
-            elif kind == "directory":
-                files = ingest_directory(Path(value), folder)
-            else:
-                files = hash_directory(folder)
+            return Staged(path=str(folder), serializer=serializer, files=tuple(write(folder)))
         except BaseException:
             self._checkpoints.discard(folder)
             raise
-        return Staged(path=str(folder), serializer=serializer, files=tuple(files))
 
 
 _FIRST_SECOND, _LAST_SECOND = -62135596800, 253402300799

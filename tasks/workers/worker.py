@@ -96,8 +96,20 @@ class Worker:
             except OSError:
                 raise WorkerDied from None
 
-    def receive(self, timeout: float) -> Frame | None:
-        """Return the next frame, or None after ``timeout`` seconds; WorkerDied when none will come any more."""
+    def receive(self, timeout: float, wake: int | None = None) -> Frame | None:
+        """Return the next frame, or None after ``timeout`` seconds; WorkerDied when none will come any more.
+
+        None also once there is something to read from the descriptor ``wake``.
+        """
+        if wake is None:
+            return self._receive(timeout, None)
+        self._poller.register(wake, select.POLLIN)
+        try:
+            return self._receive(timeout, wake)
+        finally:
+            self._poller.unregister(wake)
+
+    def _receive(self, timeout: float, wake: int | None) -> Frame | None:
         while True:
             try:
                 frame = self._inbox.next()
@@ -113,7 +125,10 @@ class Worker:
                 if self._pidfd is None and not self.alive:
                     raise WorkerDied
                 return None
-            self._read(dead=all(descriptor != self._receive_fd for descriptor, _ in events))
+            ready = {descriptor for descriptor, _ in events}
+            if ready == {wake}:
+                return None
+            self._read(dead=self._receive_fd not in ready)
 
     def _read(self, *, dead: bool) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import pytest
 from s3_server import S3
 
 from holdfast.core.errors import CheckpointNotFound, NotACheckpoint, StorageError
+from holdfast.storage.checkpoints.cache import Cache
+from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.storage.checkpoints.manifest import MANIFEST
 from holdfast.storage.checkpoints.remote import RemoteCheckpoints
 from holdfast.storage.checkpoints.serializers import hash_directory
 from holdfast.storage.objects import ObjectRoot
 from holdfast.testing.checkpoints import CheckpointContract
+from holdfast.testing.racing import Racers
 from holdfast.testing.saving import Files, manifest_of, save
 
 
@@ -193,11 +197,39 @@ def test_foreign_objects_survive(store: RemoteCheckpoints) -> None:
 def test_a_copy_here_is_used_and_a_damaged_one_replaced(s3: S3, store: RemoteCheckpoints, tmp_path: Path) -> None:
     published = save(store, {"w": 1})
     named: dict[str, Any] = {"digest": published.digest, "trial": 7, "attempt": 1, "step": 0}
-    before = s3.requests("GET", published.path) if s3.own else 0
+    read = f"{published.path}/state.json"
+    before = s3.requests("GET", read) if s3.own else 0
     store.fetch(published.path, **named)
-    assert not s3.own or s3.requests("GET", published.path) == before
+    assert not s3.own or s3.requests("GET", read) == before
     copy = tmp_path / "work" / published.path / "state.json"
     good = copy.read_bytes()
     copy.write_bytes(b"torn")
     store.fetch(published.path, **named)
     assert copy.read_bytes() == good
+
+
+def fetch_often(location: str, options: dict[str, Any], work: str, saved: list[list[Any]]) -> Callable[[], int]:
+    """Fetch checkpoints into a shared folder that has room for two, and load each as a worker does."""
+    store = RemoteCheckpoints(ObjectRoot(location, options), Path(work), 2 * 70_000)
+    folder = LocalCheckpoints(Path(work))
+
+    def run() -> int:
+        good = 0
+        for _ in range(3):
+            for step, path, digest in saved:
+                store.fetch(path, digest=digest, trial=7, attempt=1, step=step)
+                good += folder.load(path, digest=digest).state == bytes([step]) * 40_000
+        return good
+
+    return run
+
+
+def test_processes_share_copies_while_they_are_evicted(s3: S3, store: RemoteCheckpoints, tmp_path: Path) -> None:
+    published = [save(store, bytes([step]) * 40_000, step=step) for step in range(5)]
+    saved = [[step, one.path, one.digest] for step, one in enumerate(published)]
+    work = tmp_path / "shared"
+    job = {"location": store.root.location, "options": s3.options, "work": str(work), "saved": saved}
+    with Racers(4) as racers:
+        assert racers.race(fetch_often, [job] * 4) == [15] * 4
+    Cache(work, 0).make_room(1 << 40)
+    assert not list(work.rglob("*step_*"))

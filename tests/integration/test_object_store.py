@@ -147,8 +147,8 @@ def test_killed_in_the_middle_and_restored(remote: Make, s3: S3, cache: str) -> 
     assert work(lab) == []
 
 
-def test_the_prefix_is_enough(remote: Make) -> None:
-    """R17: killed, then restored by a host that has neither the database nor the work folder."""
+def test_the_prefix_is_enough(remote: Make, s3: S3) -> None:
+    """R17: killed, then restored by a host that has neither the database nor the work folder. Each byte comes once."""
     lab = remote(steps=6)
     hold = lab.order("hold", 1, 3)
     process = lab.start("run", lab.spec(search={"num_trials": 3}))
@@ -158,7 +158,11 @@ def test_the_prefix_is_enough(remote: Make) -> None:
     for name in ("data", "cache"):
         shutil.rmtree(lab.folder / name)
     assert [row["path"] for row in lab.json("list", lab.storage)] == [lab.path()]
+    newest = ObjectRoot(lab.path(), s3.options).names("trials/000001/checkpoints")[-1]
+    before = s3.requests("GET", f"{newest}/state.json") if s3.own else 0
     lab.run("restore", lab.path())
+    if s3.own:
+        assert s3.requests("GET", f"{newest}/state.json") == before + 1
     assert lab.statuses() == ["COMPLETED"] * 3
     assert starts(lab.log(), 1) == [(1, 0), (2, 3)]
     assert all(executed(lab.log(), number) == steps_of(lab, number) == list(range(6)) for number in range(3))
@@ -206,6 +210,48 @@ with holdfast.create(spec) as experiment:
     log = ObjectRoot(lab.path(), lab.options or {}).read("trials/000001/log-a1.txt")
     assert log is not None
     assert b"hello from trial 1" in log
+
+
+@pytest.mark.parametrize("kind", ["s3fs", "memory"])
+def test_a_search_on_a_callers_own_file_system(remote: Make, s3: S3, kind: str) -> None:
+    """Only the file system knows how to reach the storage; it is given again to whatever opens the experiment."""
+    lab = remote()
+    lab.environment = {name: value for name, value in lab.environment.items() if not name.startswith("AWS_")}
+    code = """
+import json, sys
+import holdfast, s3fs
+from fsspec.implementations.memory import MemoryFileSystem
+from holdfast.core.errors import SpecError
+
+def train(trial):
+    trial.report({"loss": trial.config["x"]}, step=0, state={"x": trial.config["x"]})
+
+kind, storage, database = sys.argv[1:4]
+fs = MemoryFileSystem() if kind == "memory" else s3fs.S3FileSystem(**json.loads(sys.argv[4]))
+spec = {"name": "exp", "storage": storage.partition("://")[2], "trainable": train, "objectives": {"loss": "min"},
+        "space": {"x": {"type": "float", "low": 0, "high": 1}}, "database": database,
+        "search": {"engine": "random", "num_trials": 2, "seed": 1}}
+result = holdfast.search(spec, filesystem=fs)
+assert [str(trial.status) for trial in result.trials] == ["COMPLETED"] * 2
+path = storage.partition("://")[2] + "/exp"
+assert holdfast.can_restore(path, database=database, filesystem=fs)
+result = holdfast.restore(path, database=database, filesystem=fs, changes={"search.num_trials": 3})
+assert len(result.trials) == 3
+with holdfast.open(path, database=database, filesystem=fs) as experiment:
+    assert len(experiment.trials) == 3
+    print("path", experiment.path)
+try:
+    holdfast.open(path, filesystem=fs, storage_options={"a": 1})
+except SpecError as error:
+    print(error)
+"""
+    storage = str(lab.storage) if kind == "s3fs" else "memory://given/runs"
+    done = lab.python(code, kind, storage, f"sqlite:///{lab.folder}/given.db", json.dumps(s3.options))
+    assert done.code == 0, done.output
+    assert f"path {storage}/exp" in done.output
+    assert "both given" in done.output
+    assert s3.options["secret"] not in done.output
+    assert bool(below(lab, s3, "exp/trials/000002/")) == (kind == "s3fs")
 
 
 @pytest.mark.parametrize(

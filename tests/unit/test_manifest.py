@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.core.errors import InvalidInput, NotACheckpoint
+from holdfast.core.errors import InvalidInput, NewerFormat, NotACheckpoint
 from holdfast.core.values import dumps
 from holdfast.storage.checkpoints.manifest import FileEntry, Manifest, digest_of
 
@@ -71,7 +71,7 @@ def changed(**values: object) -> bytes:
 
 def test_a_newer_format_says_so() -> None:
     assert Manifest.parse(changed()).trial == 0
-    with pytest.raises(NotACheckpoint, match=r"format 3.*update holdfast"):
+    with pytest.raises(NewerFormat, match=r"format 3.*update holdfast"):
         Manifest.parse(changed(format=3, info={}))
 
 

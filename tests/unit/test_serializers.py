@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import errno
 import json
 import math
 import os
 import subprocess
 import sys
-from collections import OrderedDict
+import threading
+from collections import Counter, OrderedDict, defaultdict
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,10 +27,7 @@ from holdfast.core.errors import CheckpointCorrupt, InvalidInput, NotStorable, S
 from holdfast.storage.checkpoints import safe
 from holdfast.storage.checkpoints.files import Sink
 from holdfast.storage.checkpoints.manifest import FileEntry, Manifest, digest_of
-from holdfast.storage.checkpoints.serializers import (
-    read_state,
-    write_state,
-)
+from holdfast.storage.checkpoints.serializers import prepare, read_state, write_state
 
 
 def manifest(entries: list[FileEntry], serializer: Any = "safe") -> Manifest:
@@ -55,11 +57,13 @@ def same(one: Any, two: Any) -> bool:
             one.tobytes() == two.tobytes() and bool(two.flags.writeable)
         )
     if isinstance(one, (np.str_, np.bytes_)):
-        return bool(one == two)
+        return bool(one == two) and len(one) == len(two)
     if isinstance(one, np.generic):
         return bool(one.dtype == two.dtype and one.tobytes() == two.tobytes())
     if isinstance(one, float):
         return math.copysign(1, one) == math.copysign(1, two) and (one == two or (one != one and two != two))
+    if isinstance(one, OrderedDict | Counter) and not same(dict(vars(one)), dict(vars(two))):
+        return False
     if isinstance(one, dict):
         return len(one) == len(two) and all(same(a, b) and same(one[a], two[b]) for a, b in zip(one, two, strict=True))
     if isinstance(one, (list, tuple)):
@@ -79,6 +83,12 @@ DTYPES = (
     | hnp.byte_string_dtypes()
 )
 ARRAYS = hnp.arrays(DTYPES, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+LARGE = {
+    "a": np.arange(3 << 20, dtype="<f8"),
+    "b": b"bytes" * 7,
+    "odd": np.arange(1001, dtype=np.uint8),
+    "c": np.ones((300, 90)).T,
+}
 ANY_TEXT = st.text(st.characters(), max_size=5)
 TEXTS = ANY_TEXT | st.sampled_from(["$dict", "$tuple", "$array", "$", "\ud83d\ude00", "\udcff", "a\0"])
 LEAVES = (
@@ -105,6 +115,8 @@ STATES = st.recursive(
         | st.lists(inner, max_size=3).map(tuple)
         | st.dictionaries(TEXTS, inner, max_size=4)
         | st.dictionaries(KEYS, inner, max_size=4)
+        | st.dictionaries(KEYS, inner, max_size=3).map(OrderedDict)
+        | st.dictionaries(TEXTS, inner, max_size=3).map(Counter)
     ),
     max_leaves=12,
 )
@@ -161,6 +173,11 @@ def test_a_memory_map_comes_back_as_an_array(tmp_path: Path) -> None:
     assert back.shape == (3, 2)
 
 
+def test_null_characters_at_the_end_are_kept(tmp_path: Path) -> None:
+    for value in (np.str_("a\0"), np.bytes_(b"a\0\0"), "a\0", b"\0"):
+        assert same(value, through(value, tmp_path))
+
+
 def test_huge_integers(tmp_path: Path) -> None:
     state = [2**4096, -(2**4096), 10**5000, {-(10**5000): 2**4096 - 1}]
     assert through(state, tmp_path) == state
@@ -175,11 +192,112 @@ def test_a_small_state_is_one_file_and_a_large_one_two(tmp_path: Path) -> None:
         assert [entry.name for entry in entries] == names
 
 
-def test_large_arrays_can_be_mapped(tmp_path: Path) -> None:
-    first, second = np.arange(100_001, dtype=np.uint8), np.arange(50.0)
-    write_state([first, second], tmp_path, serializer="safe")
-    offset = -(-100_001 // 64) * 64
-    assert (np.memmap(tmp_path / "arrays.bin", dtype=float, mode="r", offset=offset) == second).all()
+def test_large_arrays_can_be_mapped_by_what_is_documented(tmp_path: Path) -> None:
+    """By docs/checkpoint-format.md alone: buffers in order, each at the next multiple of 64."""
+    arrays = [np.arange(100_001, dtype=np.uint8), np.arange(50.0), np.asfortranarray(np.arange(6, dtype=">i4").reshape(2, 3))]
+    write_state({"pad": b"x", "arrays": arrays}, tmp_path, serializer="safe")
+    document = json.loads((tmp_path / "state.json").read_bytes())
+    offsets, end = [], 0
+    for size in document["sizes"]:
+        offsets.append(-(-end // 64) * 64)
+        end = offsets[-1] + size
+    assert (tmp_path / "arrays.bin").stat().st_size == end
+    for array, value in zip(arrays, document["state"]["arrays"], strict=True):
+        number, dtype, shape, order = value["$array"]
+        mapped = np.memmap(tmp_path / "arrays.bin", dtype, "r", offsets[number], tuple(shape), order)
+        assert (mapped == array).all()
+        assert mapped.flags.aligned
+
+
+def test_a_state_is_mapped(tmp_path: Path) -> None:
+    state = {**LARGE, "more": [np.arange(5), np.zeros((0, 3)), b"", np.array(3.5)]}
+    entries = write_state(state, tmp_path, serializer="safe")
+    before = (tmp_path / "arrays.bin").read_bytes()
+    back: Any = read_state(tmp_path, manifest(entries), mmap=True)
+    assert same(state, back)
+    assert not back["a"].flags.owndata
+    back["a"][:] = 0
+    assert (tmp_path / "arrays.bin").read_bytes() == before
+    (tmp_path / "arrays.bin").unlink()  # as pruning does
+    assert same(state["c"], back["c"])
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_large_states_are_verified_while_they_are_read(mmap: bool, tmp_path: Path) -> None:
+    entries = write_state(LARGE, tmp_path, serializer="safe")
+    file = tmp_path / "arrays.bin"
+    data = bytearray(file.read_bytes())
+    for place in (0, 1, len(data) // 3, len(data) // 2 + 7, len(data) - 1):
+        data[place] ^= 4
+        file.write_bytes(data)
+        with pytest.raises(CheckpointCorrupt, match=r"arrays\.bin has the digest"):
+            read_state(tmp_path, manifest(entries), mmap=mmap)
+        data[place] ^= 4
+    file.write_bytes(data)
+    assert same(LARGE, read_state(tmp_path, manifest(entries), mmap=mmap))
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = write_state(LARGE, tmp_path, serializer="safe")
+    real = os.preadv
+
+    def cut(descriptor: int, buffers: Any, offset: int) -> int:
+        if offset >= 1 << 20:
+            os.truncate(tmp_path / "arrays.bin", 1 << 20)
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", cut)
+    with pytest.raises(CheckpointCorrupt, match="too short"):
+        read_state(tmp_path, manifest(entries))
+
+
+def test_a_read_error_is_of_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = write_state(LARGE, tmp_path, serializer="safe")
+    real = os.preadv
+
+    def fail(descriptor: int, buffers: Any, offset: int) -> int:
+        if offset >= 8 << 20:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(StorageError, match=r"cannot read .*arrays\.bin"):
+        read_state(tmp_path, manifest(entries))
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = write_state(LARGE, tmp_path, serializer="safe")
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, at: real(descriptor, [buffers[0][:1_000_003]], at))
+    assert same(LARGE, read_state(tmp_path, manifest(entries)))
+
+
+def test_without_threads_it_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the interpreter is ending."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert same(LARGE, through(LARGE, tmp_path))
+
+
+def test_a_copy_is_not_changed_any_more(tmp_path: Path) -> None:
+    state = {name: value.copy("K") if isinstance(value, np.ndarray) else value for name, value in LARGE.items()}
+    prepared = prepare(state, serializer="safe", copy=True)
+    for value in state.values():
+        if isinstance(value, np.ndarray):
+            value[:] = 0
+    assert same(LARGE, read_state(tmp_path, manifest(prepared.write(tmp_path))))
+
+
+def test_attributes_of_an_ordered_dict_come_back(tmp_path: Path) -> None:
+    state: Any = OrderedDict([("$b", 1), ("a", [2])])
+    state._metadata = OrderedDict([("", {"version": 2})])
+    assert same(state, through(state, tmp_path))
+    state._hook = print
+    with pytest.raises(NotStorable, match=r"^state\._hook: builtin_function_or_method;"):
+        through(state, tmp_path)
 
 
 class Odd:
@@ -191,12 +309,30 @@ class Named(dict[str, int]):
     pass
 
 
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+class Text(str):
+    __slots__ = ()
+
+
+@dataclasses.dataclass
+class Settings:
+    lr: float = 0.1
+
+
+class Wrapped:
+    def __init__(self, inner: object) -> None:
+        self.inner = inner
+
+
 @pytest.mark.parametrize(
     ("state", "where"),
     [
         ({"model": Odd()}, r'^state\["model"\]: .*test_serializers.Odd;'),
         ({"a": [1, (2, {3: {1, 2}})]}, r'^state\["a"\]\[1\]\[1\]\[3\]: set;'),
-        ({"o": OrderedDict()}, r'^state\["o"\]: collections.OrderedDict;'),
+        ({"o": defaultdict(int)}, r'^state\["o"\]: collections.defaultdict;'),
         ([Named(a=1)], r"^state\[0\]: .*Named;"),
         ({"f": lambda: 1}, r'^state\["f"\]: function;'),
         (np.array([object()]), r"^state: numpy array of dtype object;"),
@@ -205,6 +341,16 @@ class Named(dict[str, int]):
         (np.random.default_rng(0), r"^state: numpy.random.Generator;"),
         ({frozenset(): 1}, r"^state\[frozenset\]: frozenset;"),
         ({"path": Path("/")}, r'^state\["path"\]: pathlib.PosixPath;'),
+        ({"a": {"b": [0, [Settings()]]}}, r'^state\["a"\]\["b"\]\[1\]\[0\]: .*test_serializers.Settings;'),
+        ({"level": Level.LOW}, r'^state\["level"\]: .*test_serializers.Level;'),
+        ({1: {None: {b"k": {True: Text("x")}}}}, r"^state\[1\]\[None\]\[b'k'\]\[True\]: .*test_serializers.Text;"),
+        ({(1, 2): {1}}, r"^state\[tuple\]: set;"),
+        ({"t": pd.DataFrame({"a": [1]})}, r'^state\["t"\]: pandas.*DataFrame \(numpy.asarray of it may be\);'),
+        ({"t": [pd.Timestamp(0)]}, r'^state\["t"\]\[0\]: pandas.*Timestamp;'),
+        ({"g": (i for i in ())}, r'^state\["g"\]: generator;'),
+        ({"c": Settings}, r'^state\["c"\]: type;'),
+        (np.rec.array([(1, 2.0)]), r"^state: numpy.*recarray;"),
+        (bytearray(b"x"), r"^state: bytearray;"),
     ],
 )
 def test_what_cannot_be_stored_is_named(state: object, where: str, tmp_path: Path) -> None:
@@ -212,6 +358,33 @@ def test_what_cannot_be_stored_is_named(state: object, where: str, tmp_path: Pat
         write_state(state, tmp_path, serializer="safe")
     assert "checkpoints.serializer: cloudpickle" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_named_with_the_setting_that_stores_it(tmp_path: Path) -> None:
+    linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    model = linear.LogisticRegression().fit([[0.0], [1.0]], [0, 1])
+    with pytest.raises(NotStorable) as caught:
+        write_state({"model": model}, tmp_path, serializer="safe")
+    assert str(caught.value).startswith('state["model"]: sklearn.linear_model.LogisticRegression; ')
+    assert str(caught.value).endswith("With checkpoints.serializer: cloudpickle it can be stored")
+    write_state({"model": model}, tmp_path, serializer="cloudpickle")
+
+
+@pytest.mark.parametrize(
+    ("state", "where"),
+    [
+        ({"model": Wrapped([1, {"lock": threading.Lock()}])}, r'^state\["model"\]\.inner\[1\]\["lock"\]: _thread.lock cannot'),
+        ({"a": 1, "b": Wrapped(Odd())}, r'^state\["b"\]\.inner: .*Odd cannot be pickled: not today'),
+        ([(i for i in ())], r"^state\[0\]: generator cannot"),
+        (Odd(), r"^state: .*Odd cannot"),
+    ],
+)
+def test_what_cannot_be_pickled_is_named(state: object, where: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(NotStorable, match=where):
+        write_state(state, tmp_path / "a", serializer="cloudpickle")
+    with pytest.raises(NotStorable, match=where):
+        prepare(state, serializer="cloudpickle", copy=True)
 
 
 def test_the_public_name_of_a_class() -> None:
@@ -267,7 +440,8 @@ def test_an_unknown_serializer(tmp_path: Path) -> None:
     "document",
     [
         [],
-        {"format": 2, "state": 1, "inline": []},
+        {"format": 0, "state": 1, "inline": []},
+        {"format": True, "state": 1, "inline": []},
         {"format": 1, "state": 1},
         {"format": 1, "state": {"$unknown": 1}, "inline": []},
         {"format": 1, "state": {"$bytes": 0}, "inline": []},
@@ -304,6 +478,23 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(data[:1000])))
     state = np.arange(10_000.0)
     assert same(state, through(state, tmp_path))
+
+
+def test_a_full_disk_while_two_threads_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, room = os.write, [13 << 20]
+
+    def write(descriptor: int, data: Any) -> int:
+        if room[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = real(descriptor, data[: room[0]])
+        room[0] -= count
+        return count
+
+    before = threading.active_count()
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(StorageError, match=r"cannot write .*arrays\.bin: No space left"):
+        write_state(LARGE, tmp_path, serializer="safe")
+    assert threading.active_count() == before
 
 
 def test_a_file_that_is_there_already_is_not_overwritten(tmp_path: Path) -> None:

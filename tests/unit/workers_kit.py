@@ -65,6 +65,10 @@ class Recorder:
     rows: list[tuple[float, str, Any]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     running: threading.Event = field(default_factory=threading.Event)
+    publish: Callable[[Job, Report], Published] = publish
+    """what publishes checkpoints that come after their reports"""
+    events: list[tuple[str, int]] = field(default_factory=list)
+    """(reported, publishing or saved, step) in the order in which this thread was called"""
 
     def started(self, process: ProcessIdentity | None, resumed: Candidate | None, rejected: Sequence[Rejected]) -> None:
         assert not self.running.is_set()
@@ -73,17 +77,28 @@ class Recorder:
 
     def report(self, report: Report) -> Decision:
         self.reports.append(report)
+        self.events.append(("reported", report.step))
         if report.staged is not None:
-            published = publish(self.job, report)
-            candidate = Candidate(
-                attempt=self.job.attempt,
-                step=report.step,
-                path=published.path,
-                digest=published.digest,
-                metrics=report.metrics,
-            )
-            self.candidates.insert(0, candidate)
+            self._count(report, publish(self.job, report))
         return self.answer(report)
+
+    def publication(self, report: Report) -> Callable[[], Published]:
+        self.events.append(("publishing", report.step))
+        return lambda: self.publish(self.job, report)
+
+    def saved(self, report: Report, published: Published) -> None:
+        self.events.append(("saved", report.step))
+        self._count(report, published)
+
+    def _count(self, report: Report, published: Published) -> None:
+        candidate = Candidate(
+            attempt=self.job.attempt,
+            step=report.step,
+            path=published.path,
+            digest=published.digest,
+            metrics=report.metrics,
+        )
+        self.candidates.insert(0, candidate)
 
     def telemetry(self, rows: Sequence[tuple[float, str, Any]]) -> None:
         self.rows.extend(rows)

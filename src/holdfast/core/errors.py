@@ -20,13 +20,15 @@ HoldfastError
 │   ├── CheckpointCorrupt
 │   └── NotACheckpoint
 ├── CheckpointNotFound (FileNotFoundError)
-├── Infrastructure                     database, storage or Prefect failed; exit code 4
+├── Infrastructure                     database, storage, Prefect or the installation failed; exit code 4
 │   ├── DatabaseError
 │   │   ├── RolledBack                 the database undid the call: it may be repeated
 │   │   │   └── ConnectionLost
 │   │   └── OutcomeUnknown             the connection was lost during a commit
 │   ├── StorageError (OSError)
-│   └── EngineError
+│   ├── EngineError
+│   ├── NewerFormat                    a newer holdfast wrote it: nothing is damaged, and nothing older is used instead
+│   └── MissingLibrary (ImportError)   what was stored needs a library that is not installed here
 └── TrialFailure                       user code failed; ends one attempt
     ├── TrialFailed                    it raised, or returned no objective
     ├── TrialTimedOut (TimeoutError)   it ran into ``trial_timeout``
@@ -149,6 +151,14 @@ class StorageError(Infrastructure, OSError):
 
 class EngineError(Infrastructure):
     """Prefect could not be started or reached, or did not persist a result."""
+
+
+class NewerFormat(Infrastructure):
+    """A newer holdfast wrote what was to be read; it is intact, so no older checkpoint is taken in its place."""
+
+
+class MissingLibrary(Infrastructure, ImportError):
+    """What was stored needs a library that is not installed here; the message says which."""
 
 
 class TrialFailure(HoldfastError):

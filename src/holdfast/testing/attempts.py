@@ -75,7 +75,7 @@ class AttemptContract:
             "renew": lambda: leases.renew(epoch=1, active=5.0),
             "release": lambda: leases.release(epoch=1, active=5.0, ended="late"),
         }
-        reads = {"kept"}
+        reads = {"kept", "pins"}
         for kind in (Driver, AttemptWriter):
             methods = {name for name, value in vars(kind).items() if not name.startswith("_") and hasattr(value, "__get__")}
             assert methods - reads <= {name.partition(",")[0].rpartition(".")[2] for name in writes}
@@ -278,9 +278,12 @@ class AttemptContract:
         kept, superseded = writer.kept()
         assert [(item.step, item.metrics) for item in kept] == [(0, {"loss": 0.5}), (1, {}), (2, {"loss": 0.1})]
         assert superseded == []
+        assert writer.kept(after=kept[1].id) == (kept[2:], [])
+        assert writer.pins() == {item.id: False for item in kept}
         assert writer.forget([kept[0].id]) == {kept[0].id}
         assert writer.forget([kept[0].id]) == set()  # it was deleted already: its files are not to be deleted again
         assert [item.step for item in writer.kept()[0]] == [1, 2]
+        assert set(writer.pins()) == {item.id for item in kept[1:]}
 
     # Trials
 

@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 
-from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, Corrupt, InvalidInput, InvalidStep, NotACheckpoint
+from holdfast.core.errors import (
+    CheckpointCorrupt,
+    CheckpointNotFound,
+    Corrupt,
+    InvalidInput,
+    InvalidStep,
+    NewerFormat,
+    NotACheckpoint,
+)
 from holdfast.storage.checkpoints.local import Published
-from holdfast.storage.checkpoints.manifest import MANIFEST
+from holdfast.storage.checkpoints.manifest import FORMAT, MANIFEST, digest_of
 from holdfast.storage.checkpoints.serializers import hash_directory, write_state
 from holdfast.testing.saving import Checkpoints, Files, flip, manifest_of, save
 
@@ -137,6 +145,20 @@ class CheckpointContract:
             checkpoints.load(published.path)
         assert [path for path, _, _ in checkpoints.scan(7)] == [good.path]
         assert checkpoints.load(good.path).state == 2
+
+    def test_a_newer_format_is_neither_damage_nor_swept(self, checkpoints: Checkpoints) -> None:
+        old, new = save(checkpoints, 1), save(checkpoints, 2, step=1)
+        files = self.files(checkpoints)
+        body = files.read(new.path, MANIFEST).partition(b'"manifest":')[2][:-2]
+        body = body.replace(b'"format":%d' % FORMAT, b'"format":%d' % (FORMAT + 1))
+        files.write(new.path, MANIFEST, b'{"checksum":"%s","manifest":%s}\n' % (digest_of(body).encode(), body))
+        for call in (checkpoints.load, checkpoints.verify, checkpoints.read_manifest):
+            with pytest.raises(NewerFormat, match="update holdfast"):
+                call(new.path)
+        with pytest.raises(NewerFormat, match="update holdfast"):
+            checkpoints.scan(7)
+        assert old.path in checkpoints.sweep(7, [])
+        assert "state.json" in files.names(new.path)
 
     def test_any_damage_is_noticed(self, checkpoints: Checkpoints) -> None:
         np = pytest.importorskip("numpy")
