@@ -201,7 +201,7 @@ def test_a_folder_that_may_not_be_written_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "call"), [("readv", "load"), ("readv", "verify"), ("fstat", "load"), ("open", "load"), ("scandir", "scan")]
+    ("name", "call"), [("preadv", "load"), ("preadv", "verify"), ("fstat", "load"), ("open", "load"), ("scandir", "scan")]
 )
 def test_a_disk_error_is_no_damage(name: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalCheckpoints(tmp_path)
