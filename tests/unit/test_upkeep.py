@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 from store_kit import content, create, unprivileged
-from upkeep_kit import Shop, end, staged_and_trash
+from upkeep_kit import Shop, end, reachable, staged_and_trash
 
 from holdfast.cli import main
 from holdfast.core.errors import Fenced, LeaseHeld
@@ -368,8 +368,7 @@ def test_what_cannot_be_removed_is_said(
         place.chmod(0o777 if place.is_dir() else 0o666)
     (shop.path / stubborn).chmod(0o555)
     shop.opened.close()
-    for parent in (shop.path.parent.parent, shop.path.parent.parent.parent, shop.path.parent.parent.parent.parent):
-        parent.chmod(0o755)
+    reachable(shop.path.parent)
     with caplog.at_level(logging.WARNING), unprivileged():
         code = main(["gc", str(shop.path), "--json"])
     (shop.path / stubborn).chmod(0o755)
