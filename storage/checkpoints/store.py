@@ -15,17 +15,18 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ValidationError
 
-from holdfast.core.checkpoint import check_step
+from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, check_step
 from holdfast.core.checkpoint_config import CheckpointConfig
 from holdfast.core.deadline import Deadline
 from holdfast.core.errors import HoldfastError, InvalidInput, NotStorable, SpecError
 from holdfast.core.spec import explain
 from holdfast.core.values import Json, Metrics, plain_metrics
+from holdfast.storage.checkpoints import writer
 from holdfast.storage.checkpoints.background import Background
 from holdfast.storage.checkpoints.leaving import flush_on_exit
 from holdfast.storage.checkpoints.loading import Loader, info_of
 from holdfast.storage.checkpoints.manifest import FileEntry, Kind, Manifest
-from holdfast.storage.checkpoints.names import STAGING
+from holdfast.storage.checkpoints.names import FLAT, STAGING
 from holdfast.storage.checkpoints.place import Place
 from holdfast.storage.checkpoints.saving import Draft, Saver
 from holdfast.storage.checkpoints.serializers import called, hash_directory, prepare
@@ -203,6 +204,25 @@ class CheckpointStore:
         """Return the checkpoints, oldest first."""
         with self._looking(again=True):
             return [self._stored(entry.path, entry.manifest) for entry in self._place.catalog.all()]
+
+    def rows(self) -> list[Checkpoint]:
+        """Return every checkpoint that counts or was found bad, oldest first, with its status, as experiments list theirs."""
+        with self._looking(again=True):
+            catalog = self._place.catalog
+            entries = catalog.all()
+            good = catalog.checkpoints(entries, self._place.verified)
+            bad = [
+                Checkpoint(
+                    id=len(entries) + place, trial=0, path=name, digest="", bytes=0, reason=reason,
+                    status=CheckpointStatus.CORRUPT, **FLAT.match(name),
+                )
+                for place, (name, reason) in enumerate(catalog.condemned().items())
+            ]  # fmt: skip
+            return sorted([*good, *bad], key=lambda each: each.step)
+
+    def is_there(self) -> bool:
+        """Tell whether anybody has saved here yet."""
+        return writer.read(self._place.root).number > 0
 
     def history(self) -> list[tuple[int, Path | str, dict[str, Json]]]:
         """Return (step, path, training info) of each checkpoint, oldest first."""

@@ -20,17 +20,20 @@ from holdfast.cli.common import (
     open_experiment,
     print_json,
     storage_option,
+    storage_options,
     terminal,
 )
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus
-from holdfast.core.errors import CheckpointNotFound, HoldfastError, InvalidInput
+from holdfast.core.errors import CheckpointNotFound, ExperimentNotFound, HoldfastError, InvalidInput, SpecError
 
 if TYPE_CHECKING:
     from holdfast.upkeep import Bad, Collected
 
 
 def add_checkpoints(commands: Commands) -> None:
-    checkpoints = command(commands, "checkpoints", _checkpoints, "list the checkpoints of an experiment")
+    checkpoints = command(
+        commands, "checkpoints", _checkpoints, "list the checkpoints of an experiment, or of a CheckpointStore"
+    )
     checkpoints.add_argument(
         "--verify", action="store_true", help="read every file; a bad checkpoint is marked corrupt, and the exit code is 1"
     )
@@ -53,7 +56,13 @@ def add_checkpoints(commands: Commands) -> None:
 def _checkpoints(options: argparse.Namespace) -> int:
     from holdfast.upkeep import verify
 
-    with open_experiment(options) as experiment:
+    try:
+        experiment = open_experiment(options)
+    except ExperimentNotFound:
+        if (stored := _of_store(options)) is None:
+            raise
+        return stored
+    with experiment:
         rows = [item for item in experiment.checkpoints() if item.status is not CheckpointStatus.DELETED]
         if options.trial is not None:
             experiment.trial(options.trial)  # says which there are
@@ -74,6 +83,28 @@ def _checkpoints(options: argparse.Namespace) -> int:
         print(f"{len(rows) - len(corrupt)} of {len(rows)} are good{note and f'; {note}'}")
     elif note:
         print(f"holdfast: {note}", file=sys.stderr)
+    return 1 if corrupt else 0
+
+
+def _of_store(options: argparse.Namespace) -> int | None:
+    """List, and verify if asked, a store of its own; None when there is none."""
+    from holdfast.storage.checkpoints.store import CheckpointStore
+
+    store = CheckpointStore(options.path, storage_options=storage_options(options))
+    if not store.is_there():
+        return None
+    if options.trial is not None:
+        raise SpecError(f"{options.path} is a store of its own: it has no trials; leave --trial out")
+    if options.verify:
+        store.verify()
+    rows = store.rows()
+    _print_checkpoints(options, rows)
+    corrupt = [item for item in rows if item.status is CheckpointStatus.CORRUPT]
+    if not options.verify:
+        return 0
+    if not options.json:
+        sys.stdout.writelines(f"step {item.step}: {item.reason}\n" for item in corrupt)
+        print(f"{len(rows) - len(corrupt)} of {len(rows)} are good")
     return 1 if corrupt else 0
 
 
