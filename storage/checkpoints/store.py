@@ -213,11 +213,18 @@ class CheckpointStore:
             good = catalog.checkpoints(entries, self._place.verified)
             bad = [
                 Checkpoint(
-                    id=len(entries) + place, trial=0, path=name, digest="", bytes=0, reason=reason,
-                    status=CheckpointStatus.CORRUPT, **FLAT.match(name),
+                    id=len(entries) + place,
+                    trial=0,
+                    attempt=FLAT.match(name)["attempt"],
+                    step=FLAT.match(name)["step"],
+                    path=name,
+                    digest="",
+                    bytes=0,
+                    status=CheckpointStatus.CORRUPT,
+                    reason=reason,
                 )
                 for place, (name, reason) in enumerate(catalog.condemned().items())
-            ]  # fmt: skip
+            ]
             return sorted([*good, *bad], key=lambda each: each.step)
 
     def is_there(self) -> bool:
