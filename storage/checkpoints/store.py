@@ -70,7 +70,7 @@ class CheckpointStore:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         config: CheckpointConfig | Mapping[str, Any] | None = None,
         *,
         storage_options: Mapping[str, Any] | None = None,
@@ -78,14 +78,15 @@ class CheckpointStore:
         cache: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
     ) -> None:
-        """Open the store at ``path``; nothing is read or made yet.
+        """Open the store at ``path``, or at the config's ``directory``; nothing is read or made yet.
 
         ``storage_options`` are fsspec's, ``filesystem`` is a file system of one's own, fsspec's or pyarrow's. ``cache`` is the
         folder for local copies of an object store's checkpoints, a temporary one by default; ``cache_bytes`` is what they may
         take there (10 GiB). Raises SpecError for a config or a URL that makes no sense.
         """
         self.config = _config(config)
-        self._place = Place.at(path, options=storage_options, filesystem=filesystem, cache=cache, cache_bytes=cache_bytes)
+        where = _location(path, self.config)
+        self._place = Place.at(where, options=storage_options, filesystem=filesystem, cache=cache, cache_bytes=cache_bytes)
         self._loader = Loader(self._place, self.config)
         self._saver = Saver(self._place, self.config)
         self._drafts: dict[Path, Draft] = {}
@@ -354,6 +355,14 @@ def _config(given: CheckpointConfig | Mapping[str, Any] | None) -> CheckpointCon
         return CheckpointConfig.model_validate({} if given is None else given)
     except ValidationError as error:
         raise SpecError(explain(error, CheckpointConfig, source="config")) from None
+
+
+def _location(path: str | os.PathLike[str] | None, config: CheckpointConfig) -> str | os.PathLike[str]:
+    if path is None and config.directory is None:
+        raise SpecError("there is no path; give CheckpointStore one, or its config a directory")
+    if path is not None and config.directory is not None and os.fspath(path) != config.directory:
+        raise SpecError(f"path is {os.fspath(path)!r}, and the config's directory is {config.directory!r}; give one of them")
+    return path if path is not None else config.directory or ""
 
 
 def _draft(step: int, info: Mapping[str, Any] | None, what: str, run_config: Any) -> Draft:

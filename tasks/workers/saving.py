@@ -6,7 +6,9 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
+from holdfast.storage.checkpoints.background import Background
 from holdfast.storage.checkpoints.local import Published
 from holdfast.tasks.workers.messages import Report, Staged
 
@@ -21,32 +23,25 @@ class Saver:
     def __init__(self, hand_over: Callable[[Report], None], settle: Callable[[], None]) -> None:
         self._hand_over = hand_over
         self._settle = settle
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._background = Background("holdfast-saver")
 
     def start(self, report: Report, write: Callable[[], Staged]) -> None:
         """Let ``write`` run in the background; its files are the checkpoint of ``report``, which is durable."""
-        assert self._thread is None
-        thread = threading.Thread(target=self._run, args=(report, write), name="holdfast-saver", daemon=True)
-        thread.start()
-        self._thread = thread
+        assert not self._background.busy
+        self._background.start(partial(self._run, report, write))
 
     def finish(self) -> None:
         """Wait until what is under way, if anything, counts as a checkpoint; raise the error that it met, once."""
-        if self._thread is None:
-            return
-        self._thread.join()
-        error, self._thread, self._error = self._error, None, None
-        if error is not None:
-            raise error
-        self._settle()
+        if self._background.busy:
+            self._background.wait()
+            self._settle()
 
     def _run(self, report: Report, write: Callable[[], Staged]) -> None:
         try:
             self._hand_over(replace(report, staged=write()))
-        except BaseException as error:  # noqa: BLE001  # raised by finish
+        except BaseException as error:
             error.add_note(f"while the checkpoint of step {report.step} was written in the background")
-            self._error = error
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ class CheckpointConfig(Section):
     """
 
     enabled: bool = Field(default=True, description="false: nothing is saved")
+    directory: str | None = Field(default=None, description="of a CheckpointStore; a search keeps its checkpoints in its path")
     mode: Mode = Field(
         default="all",
         description="all, gap: each save_period-th step; last: every step, only the newest is kept; gap_overwrite: each"

@@ -144,6 +144,11 @@ class ExperimentSpec(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        if self.checkpoints.directory is not None:
+            raise ValueError(
+                "checkpoints.directory is for a CheckpointStore; a search keeps its checkpoints in its path, which is enough"
+                " to restore it then: leave it out, or set storage"
+            )
         if not self.objectives:
             raise ValueError("objectives is empty; name at least one, such as {loss: min}")
         if self.search.target is not None and len(self.objectives) > 1:

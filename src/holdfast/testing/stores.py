@@ -22,10 +22,12 @@ from holdfast.core.errors import (
     HoldfastError,
     InvalidInput,
     InvalidStep,
+    NewerFormat,
     NotACheckpoint,
     NotStorable,
     SpecError,
 )
+from holdfast.storage.checkpoints.manifest import MANIFEST, Manifest
 from holdfast.storage.checkpoints.store import CheckpointStore
 from holdfast.storage.root import Root, open_root
 from holdfast.testing.saving import flip
@@ -370,6 +372,24 @@ class CheckpointStoreContract:
         store.save(1, 1)
         assert opens().load("latest") == 1
 
+    def test_what_a_newer_holdfast_wrote_is_neither_passed_over_nor_deleted(self, opens: Opens) -> None:
+        store = opens()
+        for step in range(2):
+            store.save(step, step)
+        root = self.root(store)
+        name = f"{Path(str(store.latest_path())).name}/{MANIFEST}"
+        data = root.read(name)
+        assert data is not None
+        newer = dataclasses.replace(Manifest.parse(data), format=99).to_bytes()
+        root.write(name, newer)
+        late = opens(keep_last=1)
+        for call in (late.load, late.steps, late.prune, lambda: late.load(1), lambda: late.save(2, 2)):
+            with pytest.raises(NewerFormat, match="update holdfast"):
+                call()
+        assert root.read(name) == newer
+        root.write(name, data)
+        assert opens().load() == 1
+
     def test_foreign_files_survive(self, opens: Opens) -> None:
         store = opens(keep_last=1)
         store.save(0, 0)
@@ -398,6 +418,15 @@ class CheckpointStoreContract:
         with pytest.raises(SpecError) as refused:
             CheckpointStore(opens().path, config)
         assert isinstance(refused.value, ValueError)
+
+    def test_the_place_may_stand_in_the_config(self, opens: Opens) -> None:
+        place = str(opens().path)
+        with pytest.raises(SpecError, match="no path"):
+            CheckpointStore(config={"keep_last": 1})
+        with pytest.raises(SpecError, match="give one of them"):
+            CheckpointStore("elsewhere", {"directory": place})
+        if "://" not in place:
+            assert str(CheckpointStore(config={"directory": place}).path) == place
 
     def test_background_saves_hold_what_they_were_given(self, opens: Opens) -> None:
         np = pytest.importorskip("numpy", reason="numpy is not installed")
