@@ -231,7 +231,7 @@ class S3Store:
         self._run(lambda: self._call("abort_multipart_upload", key, UploadId=upload), limit)
 
     def unfinished(self, folder: str, *, limit: float) -> list[tuple[str, str]]:
-        return self._run(lambda: self._unfinished(self._key(folder).rstrip("/") + "/"), limit)
+        return self._run(lambda: self._unfinished(self._below(folder)), limit)
 
     async def _unfinished(self, prefix: str) -> list[tuple[str, str]]:
         arguments = {"Bucket": self._bucket, "Prefix": prefix}
@@ -251,8 +251,13 @@ class S3Store:
     def entries(self, folder: str, *, deep: bool, limit: float) -> dict[str, int | None]:
         return self._run(lambda: self._list(folder, deep), limit)
 
+    def _below(self, folder: str) -> str:
+        """Return the prefix of what lies in a folder; of the bucket itself none."""
+        key = self._key(folder).rstrip("/")
+        return f"{key}/" if key else ""
+
     async def _list(self, folder: str, deep: bool) -> dict[str, int | None]:
-        prefix = self._key(folder).rstrip("/") + "/" if self._key(folder) else ""
+        prefix = self._below(folder)
         arguments = {"Bucket": self._bucket, "Prefix": prefix, **({} if deep else {"Delimiter": "/"})}
         found: dict[str, int | None] = {}
         while True:

@@ -184,7 +184,7 @@ class Supervisor:
         if self._pruner is None:
             spec = self.runtime.spec
             verified = None if self.resumed is None else self.resumed.id
-            self._pruner = Pruner(retention.policies(spec.checkpoints, spec.goals[0]), verified)
+            self._pruner = Pruner(retention.policies(spec.checkpoints, retention.meant(spec.checkpoints, spec.goals)), verified)
         surplus = self._pruner.surplus(self.writer)
         if not surplus:
             return

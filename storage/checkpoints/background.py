@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 
 class Background:
-    """At most one call is under way. The interpreter waits for it before it ends, because its thread is no daemon."""
+    """At most one call is under way. The interpreter waits for it before it ends, because its thread is no daemon.
+
+    Where no thread can be had, a call is made in place; its error is raised by the next wait all the same.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -22,8 +25,13 @@ class Background:
     def start(self, call: Callable[[], None]) -> None:
         """Begin ``call``; waits for the one before, and raises its error instead."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(call,), name=self._name)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(call,), name=self._name)
+        try:
+            thread.start()
+        except RuntimeError:  # there are too many, or the interpreter is about to end
+            self._run(call)
+        else:
+            self._thread = thread
 
     def wait(self) -> None:
         """Wait until nothing is under way; raise the error of the last call, once."""

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.errors import Corrupt, HoldfastError
-from holdfast.core.objective import Direction, Objective, score
+from holdfast.core.errors import CheckpointNotFound, Corrupt, HoldfastError
+from holdfast.core.objective import Objective
+from holdfast.core.retention import rank
 from holdfast.core.values import dumps, loads
 from holdfast.storage.checkpoints import writer
 from holdfast.storage.checkpoints.manifest import MANIFEST, Manifest
@@ -68,6 +69,7 @@ class Catalog:
         self._local = local
         self._entries: dict[str, Entry] = {}
         self._known: dict[str, Name] = {}
+        self._torn: dict[str, str] = {}
         self._own: object = None
         self._names: list[Name] = []
         self._others: list[Name] = []
@@ -120,6 +122,7 @@ class Catalog:
     def _arrange(self) -> None:
         before = {name.name for name in self._names}
         names = sorted(self._known.values())
+        self._refuse_a_stale_record(names)
         newest = {name.step: name for name in names if self.record.counts(name.attempt, name.step)}
         self._names = list(newest.values())  # without a record two writers may have one step: the later one's
         self._others = [name for name in names if newest.get(name.step) != name]
@@ -130,6 +133,16 @@ class Catalog:
             for name in self._names:
                 if name.name not in before and (entry := self._entry(name)) is not None:
                     self._compare(entry)
+
+    def _refuse_a_stale_record(self, names: list[Name]) -> None:
+        """Raise Corrupt when there is a checkpoint by a later writer than the record knows: it is an old copy."""
+        later = [name for name in names if self._local and name.attempt > self.record.number > 0]
+        for name in later:
+            if self._root.read(f"{name.name}/{MANIFEST}") is not None:
+                raise Corrupt(
+                    f"{self._root.location}: {writer.FILE} is older than {name.name}, which a later writer saved; put the newer"
+                    " one back, or delete it, and all checkpoints count"
+                )
 
     def _counts(self, name: str) -> bool:
         return name in self._entries and name not in self._bad
@@ -186,17 +199,26 @@ class Catalog:
     def _compare(self, entry: Entry) -> None:
         if self._best is not None:
             goal, best = self._best
-            if rank(entry, goal) < math.inf and (best is None or rank(entry, goal) <= rank(best, goal)):
+            if (found := rank(entry.manifest.metrics, goal)) < math.inf and (
+                best is None or found <= rank(best.manifest.metrics, goal)
+            ):
                 self._best = (goal, entry)
 
-    def _entry(self, name: Name) -> Entry | None:
-        if name.name in self._bad:
+    def _entry(self, name: Name, *, bad: bool = False) -> Entry | None:
+        if name.name in self._bad and not bad:
             return None
         if name.name not in self._entries:
-            with contextlib.suppress(Corrupt, FileNotFoundError):
+            self._torn.pop(name.name, None)
+            try:
                 manifest, digest = self._manifests.read_manifest(name.name)
-                self._entries[name.name] = Entry(name=name, manifest=manifest, digest=digest)
-        return self._entries.get(name.name)
+            except CheckpointNotFound:
+                return None
+            except Corrupt as error:  # without a manifest it does not exist; with one that makes no sense it is damaged
+                if self._root.read(f"{name.name}/{MANIFEST}") is not None:
+                    self._torn[name.name] = str(error)
+                return None
+            self._entries[name.name] = Entry(name=name, manifest=manifest, digest=digest)
+        return self._entries[name.name]
 
     def added(self, name: str, manifest: Manifest, digest: str) -> Entry:
         """Take in a checkpoint that was just published, without looking at the folder."""
@@ -218,6 +240,18 @@ class Catalog:
         if self._best is not None and self._best[1] is not None and self._best[1].path in gone:
             self._best = None
 
+    def of_step(self, step: int) -> list[str]:
+        """Return the names of all that is there of a step, whether it counts or not."""
+        return [known.name for known in self._known.values() if known.step == step]
+
+    def taken(self, step: int, attempt: int) -> bool:
+        """Tell whether a writer has published something of a step that does not count: it is bad, or has no manifest."""
+        entry = self.at(step)
+        return any(
+            (known.step, known.attempt) == (step, attempt) and (entry is None or entry.name != known)
+            for known in self._known.values()
+        )
+
     def exists(self, name: str) -> bool:
         """Tell whether a checkpoint is still there; forget what is known of it when it is not."""
         if self._local is not None:
@@ -230,16 +264,9 @@ class Catalog:
 
     def is_pinned(self, name: str) -> bool:
         """Tell whether a checkpoint is pinned, as the folder says now."""
-        return self._marker(PIN + name)
-
-    def is_bad(self, name: str) -> bool:
-        """Tell whether a checkpoint was found bad, as the folder says now."""
-        return self._marker(BAD + name)
-
-    def _marker(self, name: str) -> bool:
         if self._local is not None:
-            return os.path.lexists(self._local / name)
-        return self._root.read(name) is not None
+            return os.path.lexists(self._local / (PIN + name))
+        return self._root.read(PIN + name) is not None
 
     def pin(self, name: str) -> None:
         self._root.write(PIN + name, b"")
@@ -257,14 +284,30 @@ class Catalog:
             self._root.write(BAD + name, (dumps({"reason": reason}) + "\n").encode())
 
     def acquit(self, name: str) -> None:
-        """Take back what :meth:`condemn` noted."""
-        self._root.delete(BAD + name)
+        """Take back what :meth:`condemn` noted; where nothing can be written only this object knows."""
         self._bad.discard(name)
         self._best = None
+        with contextlib.suppress(HoldfastError):
+            self._root.delete(BAD + name)
 
     def condemned(self) -> dict[str, str]:
-        """Return the reason for each checkpoint that counts and was found bad, by name."""
-        return {name.name: self._reason(name.name) for name in self._names if name.name in self._bad}
+        """Return the reason for each checkpoint that counts and is bad, by name: it was found so, or its manifest is torn."""
+        self.all()
+        return self.known_bad()
+
+    def known_bad(self) -> dict[str, str]:
+        """Return what :meth:`condemned` does, of torn ones only those whose manifest has been read."""
+        found = {name.name: self._reason(name.name) for name in self._names if name.name in self._bad}
+        counting = {name.name for name in self._names}
+        return {**found, **{name: reason for name, reason in self._torn.items() if name in counting}}
+
+    def everything(self) -> list[Entry]:
+        """Return every checkpoint that counts and has a manifest, also those that were found bad, oldest first."""
+        return [entry for name in self._names if (entry := self._entry(name, bad=True)) is not None]
+
+    def is_condemned(self, name: str) -> bool:
+        """Tell whether a checkpoint was found bad."""
+        return name in self._bad
 
     def _reason(self, name: str) -> str:
         data = self._root.read(BAD + name)
@@ -297,11 +340,3 @@ class Catalog:
             )
             for place, entry in enumerate(entries)
         ]
-
-
-def rank(entry: Entry, goal: Objective) -> float:
-    """Return by what entries are ordered, the lowest best: infinite for NaN, infinite and missing values."""
-    value = score(entry.manifest.metrics, goal)
-    if value is None or not math.isfinite(value):
-        return math.inf
-    return value if goal.direction is Direction.MIN else -value

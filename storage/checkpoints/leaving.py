@@ -1,17 +1,18 @@
-"""What a process does with saves that are under way when it ends."""
+"""What a process does about its stores when it ends: saves that are under way are finished, temporary folders go."""
 
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401  # its hook must be registered before ours
 import logging
 import os
+import shutil
 import signal
+import tempfile
 import threading
-import weakref
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
-
-from holdfast.core.errors import HoldfastError
 
 log = logging.getLogger(__name__)
 
@@ -22,37 +23,78 @@ class Flushes(Protocol):
         ...
 
 
-_alive: weakref.WeakSet[Flushes] = weakref.WeakSet()
-os.register_at_fork(after_in_child=_alive.clear)  # the saves of a forked process's parent are the parent's
+_busy: set[Flushes] = set()
+"""Stores with something under way, or with an error that nobody has seen: they must not be collected."""
+_folders: dict[tuple[int, str], str] = {}
+"""Temporary folders by process and location."""
+_leaver: threading.Thread | None = None
+os.register_at_fork(after_in_child=_busy.clear)  # the saves of a forked process's parent are the parent's
 
 
-def flush_on_exit(store: Flushes) -> None:
-    """Finish what ``store`` has under way when the process ends or gets SIGTERM; errors are logged then.
-
-    SIGTERM is left alone where the program handles or ignores it; a handler that ends the process normally flushes, too.
-    """
-    _alive.add(store)
+def watch_sigterm() -> None:
+    """Have SIGTERM finish what is under way, where the program neither handles nor ignores it. For the main thread alone."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
 
 
-@atexit.register
+def begin(store: Flushes) -> None:
+    """Note that ``store`` has something under way, which is to be finished when the process ends; errors are logged then."""
+    watch_sigterm()
+    _busy.add(store)
+
+
+def done(store: Flushes) -> None:
+    """Note that nothing is under way any more, and that its error, if any, was raised."""
+    _busy.discard(store)
+
+
+def make_way() -> None:
+    """Wait for ever in a thread that uses a store once SIGTERM has come: what is under way is finished by another one."""
+    leaver = _leaver
+    if leaver is not None and threading.current_thread() is not leaver:
+        leaver.join()
+        threading.Event().wait()
+
+
 def _flush_all() -> None:
-    for store in list(_alive):
+    for store in list(_busy):
         try:
             store.flush()
-        except HoldfastError:
+        except Exception:
             log.exception("%r: the last save failed", store)
+
+
+# Before the executors of concurrent.futures are shut down, which an upload needs: they were registered when that was imported,
+# and the last one is called first. Where Python has no such hook (it is not documented), atexit's comes later.
+getattr(threading, "_register_atexit", atexit.register)(_flush_all)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     """Flush in a thread, because the code that was interrupted may hold what flushing waits for; then die of the signal."""
+    global _leaver  # noqa: PLW0603  # signals are the whole process's
     signal.signal(number, signal.SIG_DFL)  # a second one does not wait
 
     def leave() -> None:
         try:
             _flush_all()
+            _remove_folders()
         finally:
             os.kill(os.getpid(), number)
 
-    threading.Thread(target=leave, name="holdfast-leaving").start()
+    _leaver = threading.Thread(target=leave, name="holdfast-leaving")
+    _leaver.start()
+
+
+def temporary_folder(location: str) -> Path:
+    """Return this process's folder for copies of what is at a location; it is removed when the process ends."""
+    key = (os.getpid(), location)
+    if key not in _folders:
+        _folders[key] = tempfile.mkdtemp(prefix="holdfast-checkpoints-")
+    return Path(_folders[key])
+
+
+@atexit.register
+def _remove_folders() -> None:
+    for (owner, _), folder in _folders.items():
+        if owner == os.getpid():  # not what a fork has inherited
+            shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from holdfast.core import retention
@@ -38,8 +38,8 @@ class Loader:
         self._place = place
         self._goal = retention.ranking(config, None)
 
-    def candidates(self, which: int | str) -> list[Entry]:
-        """Return what may be taken as ``which``, in the order in which it is tried."""
+    def candidates(self, which: int | str) -> Iterable[Entry]:
+        """Return what may be taken as ``which``, in the order in which it is tried; of the newest no more than is asked for."""
         catalog = self._place.catalog
         if isinstance(which, int):
             entry = catalog.at(which)
@@ -49,7 +49,7 @@ class Loader:
         if which == "best" and self._goal is not None:
             entries = catalog.all()
             return [entries[each.id] for each in retention.best(catalog.checkpoints(entries, set()), self._goal)]
-        return list(catalog.newest_first())
+        return catalog.newest_first()
 
     def best(self) -> Entry | None:
         """Return the best checkpoint; without a metric, or a value of it, the newest."""
@@ -78,7 +78,8 @@ class Loader:
     def _at_path(self, path: str) -> Entry:
         place = self._place
         for entry in place.catalog.all():
-            if path in (entry.path, str(place.where(entry.path))) or os.path.abspath(path) == str(place.where(entry.path)):
+            here = str(place.where(entry.path))
+            if path in (entry.path, here) or (place.folder is not None and os.path.realpath(path) == os.path.realpath(here)):
                 return entry
         if place.folder is not None and os.path.lexists(path):
             raise NotACheckpoint(f"{path} is no checkpoint of {place.root.location}")
@@ -91,6 +92,8 @@ class Loader:
         for _ in range(_TRIES):
             bad: dict[str, str] = {}
             for entry in self.candidates(wanted):
+                if wanted in ("latest", "last") and not bad:
+                    self._mention_newer(entry.step, strict=strict)
                 try:
                     loaded = place.checkpoints.load(entry.path, digest=entry.digest, step=entry.step)
                 except (Corrupt, CheckpointNotFound) as error:
@@ -102,7 +105,7 @@ class Loader:
                         raise
                     log.warning("the checkpoint of step %d is not used: %s", entry.step, error)
                 else:
-                    place.verified = {entry.path}
+                    place.verified.add(entry.path)
                     return loaded
             else:
                 if not place.catalog.changed():
@@ -110,6 +113,15 @@ class Loader:
                 continue
             place.catalog.look(again=True)
         raise CheckpointNotFound(f"{place.root.location}: its checkpoints are deleted faster than they can be read")
+
+    def _mention_newer(self, newest: int, *, strict: bool) -> None:
+        """Say which newer checkpoints are not used because they are bad; CheckpointCorrupt when ``strict``."""
+        for name, reason in self._place.catalog.known_bad().items():
+            step = FLAT.match(name)["step"]
+            if step > newest and strict:
+                raise CheckpointCorrupt(f"the newest checkpoint, of step {step}, is bad: {reason}")
+            if step > newest:
+                log.warning("the checkpoint of step %d is not used: %s", step, reason)
 
     def _nothing(self, which: int | str, found: Mapping[str, str]) -> HoldfastError:
         bad = {FLAT.match(name)["step"]: reason for name, reason in {**self._place.catalog.condemned(), **found}.items()}
@@ -123,12 +135,7 @@ class Loader:
     def verify(self, step: int | None) -> dict[int, str]:
         """Read every file of a step, or of all, also of those that were found bad; return the reasons for the bad ones."""
         place = self._place
-        for name in place.catalog.condemned():
-            if step is None or FLAT.match(name)["step"] == step:
-                place.catalog.acquit(name)
-        entries = [entry for entry in place.catalog.all() if step is None or entry.step == step]
-        if step is not None and not entries:
-            raise place.missing(step)
+        entries = [entry for entry in place.catalog.everything() if step is None or entry.step == step]
         bad: dict[int, str] = {}
         for entry in entries:
             try:
@@ -138,8 +145,16 @@ class Loader:
                     bad[entry.step] = str(error)
                     place.catalog.condemn(entry.path, str(error))
             else:
-                place.verified = {entry.path}
-        return bad
+                place.verified.add(entry.path)
+                if place.catalog.is_condemned(entry.path):
+                    place.catalog.acquit(entry.path)
+        for name, reason in place.catalog.condemned().items():
+            number = FLAT.match(name)["step"]
+            if step is None or number == step:
+                bad.setdefault(number, reason)
+        if step is not None and not entries and not bad:
+            raise place.missing(step)
+        return dict(sorted(bad.items()))
 
 
 def info_of(entry: Entry | None) -> dict[str, Any] | None:

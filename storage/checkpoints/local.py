@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,13 +195,14 @@ class LocalCheckpoints:
                     found.append((path, *self.read_manifest(path)))
         return sorted(found, key=lambda entry: (entry[1].attempt, entry[1].step, entry[0]))
 
-    def delete(self, path: str) -> None:
+    def delete(self, path: str, *, spared: Callable[[], bool] | None = None) -> None:
         """Delete a checkpoint, if it is there: into the trash, then its files, foreign ones inside it too.
 
-        A failure is logged, and :meth:`sweep` tries again.
+        ``spared`` tells whether it is to stay; it is asked last, when nobody can find it any more. A failure is logged, and
+        :meth:`sweep` tries again.
         """
         self.layout.match(path)
-        self._retire(self.root / path)
+        self._retire(self.root / path, spared)
 
     def fetch(self, path: str, *, digest: str, trial: int, attempt: int, step: int) -> None:
         """Do nothing: workers load where checkpoints are, and verify them then."""
@@ -279,12 +280,15 @@ class LocalCheckpoints:
                 fsync_folder(parent)
             self._synced.add(trial)
 
-    def _retire(self, folder: Path) -> bool:
+    def _retire(self, folder: Path, spared: Callable[[], bool] | None = None) -> bool:
         """Rename a published directory into the trash and remove it, or what an earlier try left; tell whether it is gone."""
         trash = folder.parent / (self.own or "") / (TRASH + folder.name)
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(folder, trash)
+                if spared is not None and spared():
+                    os.rename(trash, folder)
+                    return False
                 point("checkpoint.pruned-renamed")
                 fsync_folder(folder.parent)
         except OSError as error:

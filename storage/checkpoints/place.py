@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import tempfile
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.errors import CheckpointNotFound, InvalidInput
+from holdfast.core.errors import CheckpointNotFound, InvalidInput, SpecError, StorageError
 from holdfast.storage.checkpoints.catalog import Catalog, Entry
+from holdfast.storage.checkpoints.leaving import temporary_folder
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.storage.checkpoints.manifest import MANIFEST
 from holdfast.storage.checkpoints.names import FLAT, is_name
 from holdfast.storage.checkpoints.ports import DirectCheckpoints
 from holdfast.storage.root import LocalRoot, Root, is_url, join, open_root
+
+log = logging.getLogger(__name__)
+
+_OF_A_TRIAL = re.compile(r"[/\\]trials[/\\][0-9]{6,}[/\\]checkpoints$")
+_URL_AS_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)")
 
 
 @dataclass
@@ -27,7 +34,7 @@ class Place:
     checkpoints: DirectCheckpoints
     catalog: Catalog
     verified: set[str] = field(default_factory=set)
-    """the checkpoint that was last read back and found good"""
+    """the checkpoints that were read back and found good"""
 
     @classmethod
     def at(
@@ -40,7 +47,11 @@ class Place:
         cache_bytes: int | None = None,
     ) -> Place:
         """Return the place at a path or URL; SpecError for a URL that makes no sense. Nothing is read or made."""
-        location = os.fspath(path)
+        location = _checked(path)
+        if cache is not None and any((Path(cache) / name).exists() for name in ("writer.json", "experiment.json")):
+            raise SpecError(f"cache {cache} holds checkpoints of its own; give copies a folder that nothing else is in")
+        if cache_bytes is not None and (type(cache_bytes) is not int or cache_bytes < 0):
+            raise SpecError(f"cache_bytes is {cache_bytes!r}; it must be a whole number from 0")
         where = location if is_url(location) or filesystem is not None else os.path.abspath(location)
         root = open_root(where, options, filesystem)
         checkpoints: DirectCheckpoints
@@ -52,7 +63,7 @@ class Place:
         from holdfast.storage.objects import ObjectRoot
 
         assert isinstance(root, ObjectRoot)
-        work = Path(cache).absolute() if cache is not None else _temporary(root.location)
+        work = Path(cache).absolute() if cache is not None else temporary_folder(root.location)
         checkpoints = RemoteCheckpoints(root, work, LIMIT if cache_bytes is None else cache_bytes, layout=FLAT)
         return cls(root=root, folder=None, checkpoints=checkpoints, catalog=Catalog(root, checkpoints, None))
 
@@ -85,25 +96,32 @@ class Place:
         assert isinstance(self.root, ObjectRoot)
         assert isinstance(self.checkpoints, RemoteCheckpoints)
         self.checkpoints.abort_uploads(0)
-        names = {name for name in self.root.names() if is_name(name)}
-        published = {file.rpartition("/")[0] for file in self.root.files("") if file.endswith(f"/{MANIFEST}")}
+        try:
+            names = {name for name in self.root.names() if is_name(name)}
+            published = {file.rpartition("/")[0] for file in self.root.files("") if file.endswith(f"/{MANIFEST}")}
+        except StorageError as error:
+            log.warning("what was uploaded in vain to %s stays there for now: %s", self.root.location, error)
+            return
         for name in names - published:
             self.checkpoints.delete(name)
 
     def refuse_experiments(self) -> None:
-        """Raise InvalidInput when the folder is that of a trial's checkpoints, which rows decide about."""
-        if self.folder is not None and self.folder.name == "checkpoints":
-            experiment = self.folder.parent.parent.parent
-            if (experiment / "experiment.json").exists():
-                raise InvalidInput(f"{self.folder} belongs to a trial of {experiment}; it can be read here, not written")
+        """Raise InvalidInput when the place is that of a trial's checkpoints, which rows decide about."""
+        found = _OF_A_TRIAL.search(self.root.location)
+        if found is None:
+            return
+        experiment = self.root.location[: found.start()]
+        if self.folder is None or os.path.exists(os.path.join(experiment, "experiment.json")):
+            raise InvalidInput(f"{self.root.location} belongs to a trial of {experiment}; it can be read here, not changed")
 
 
-_folders: dict[tuple[int, str], tempfile.TemporaryDirectory[str]] = {}
-
-
-def _temporary(location: str) -> Path:
-    """Return this process's folder for copies of what is at a location; it is removed when the process ends."""
-    key = (os.getpid(), location)
-    if key not in _folders:
-        _folders[key] = tempfile.TemporaryDirectory(prefix="holdfast-checkpoints-")
-    return Path(_folders[key].name)
+def _checked(path: object) -> str:
+    try:
+        location = os.fspath(path)  # type: ignore[call-overload]  # it may be anything
+    except TypeError:
+        location = None
+    if not isinstance(location, str) or not location.strip() or "\0" in location:
+        raise SpecError(f"path is {path!r}; name a folder, or a URL such as s3://bucket/prefix")
+    if isinstance(path, os.PathLike) and _URL_AS_PATH.match(location):
+        raise SpecError(f"path is {path!r}, a URL that has lost a slash as a path; give it as a string")
+    return location

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,8 +44,8 @@ class Checkpoints(Protocol):
         """Return (path, manifest, digest) of the trial's checkpoints by attempt and step."""
         ...
 
-    def delete(self, path: str) -> None:
-        """Delete a checkpoint, if it is there; a failure is logged, and :meth:`sweep` tries again."""
+    def delete(self, path: str, *, spared: Callable[[], bool] | None = None) -> None:
+        """Delete a checkpoint, if it is there and not ``spared``; a failure is logged, and :meth:`sweep` tries again."""
         ...
 
     def load(

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import xxhash
@@ -178,8 +178,13 @@ class RemoteCheckpoints:
                 found.append((path, *self.read_manifest(path)))
         return sorted(found, key=lambda entry: (entry[1].attempt, entry[1].step, entry[0]))
 
-    def delete(self, path: str) -> None:
-        """Delete a checkpoint, if it is there: its manifest first. A failure is logged, and :meth:`sweep` tries again."""
+    def delete(self, path: str, *, spared: Callable[[], bool] | None = None) -> None:
+        """Delete a checkpoint, if it is there and not ``spared``: its manifest first.
+
+        A failure is logged, and :meth:`sweep` tries again.
+        """
+        if spared is not None and spared():
+            return
         trial = self._trial(path)
         self._unpublish(path)
         with self._holding:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from holdfast.core import retention
 from holdfast.core.checkpoint_config import CheckpointConfig
-from holdfast.core.errors import CheckpointConflict, Fenced, HoldfastError, InvalidInput, InvalidStep, StorageError
+from holdfast.core.errors import CheckpointConflict, Fenced, HoldfastError, InvalidInput, InvalidStep, NotStorable, StorageError
 from holdfast.core.values import Json, Metrics
 from holdfast.storage.atomic import make_folder
 from holdfast.storage.checkpoints import writer
@@ -20,6 +22,8 @@ from holdfast.storage.checkpoints.local import LocalCheckpoints, may_go
 from holdfast.storage.checkpoints.manifest import FileEntry, Kind, Manifest
 from holdfast.storage.checkpoints.names import FLAT, TRASH
 from holdfast.storage.checkpoints.place import Place
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +47,20 @@ class Saver:
         self._trash: set[str] = set()
 
     def take_over(self, *, rewind: int | None = None) -> None:
-        """Become the writer; with ``rewind`` later checkpoints count no more."""
+        """Become the writer; with ``rewind`` later checkpoints count no more. CheckpointNotFound when there is none of it."""
         place = self._place
         place.refuse_experiments()
         if place.folder is not None:
             make_folder(place.folder)
-        self._record = writer.take_over(place.root, place.folder, self._listing, rewind=rewind)
+        record, there = writer.take_over(place.root, place.folder, self._listing, rewind=rewind)
         if place.folder is not None:
-            self._checkpoints = LocalCheckpoints(place.folder, layout=FLAT, own=self._record.folder)
+            self._checkpoints = LocalCheckpoints(place.folder, layout=FLAT, own=record.folder)
         else:
             place.sweep()
-        place.catalog.own(self._record)
+        place.catalog.own(record)
+        self._record = record
+        if rewind is not None and not there:
+            raise place.missing(rewind)
 
     def _listing(self) -> list[tuple[int, int]]:
         found = []
@@ -68,7 +75,9 @@ class Saver:
         if self._record is None:
             self.take_over()
         catalog = self._place.catalog
-        newest = next(catalog.newest_first(), None)
+        if self._record is not None and catalog.taken(step, self._record.number):
+            self.take_over()  # what is there of this step is bad; a later writer's replaces it
+        newest = self._place.newest()
         if newest is None or step > newest.step:
             return
         where = self._place.root.location
@@ -118,9 +127,12 @@ class Saver:
             writer.check(root, self._record)
             published = self._checkpoints.publish(staged, manifest)
         except BaseException as error:
-            self.discard(staged)
+            if not (isinstance(error, NotStorable) and serializer == "directory"):  # whose files can be mended
+                self.discard(staged)
             if isinstance(error, StorageError):
                 raise self._refused(error) from error
+            if not isinstance(error, Exception):  # it may have come right after the rename
+                catalog.look(again=True)
             raise
         if self._place.folder is None:  # there nobody could take our folder away: what came too late counts for nobody
             try:
@@ -129,7 +141,10 @@ class Saver:
                 self._checkpoints.delete(published.path)
                 raise
         entry = catalog.added(published.path, manifest, published.digest)
-        self.prune()
+        try:
+            self.prune()
+        except HoldfastError as error:  # it is saved, whatever becomes of others
+            log.warning("pruning %s failed, the next save tries again: %s", root.location, error)
         return entry
 
     def _refused(self, error: Exception) -> Exception:
@@ -148,23 +163,29 @@ class Saver:
         if self._record is not None:
             writer.check(self._place.root, self._record)
 
-    def prune(self, *, latest: bool = True) -> list[int]:
-        """Delete what no rule keeps, and what counts no more; return the steps that are gone.
+    def prune(self, *, latest: bool = True, corrupt: bool = False) -> list[int]:
+        """Delete what no rule keeps, what counts no more, and with ``corrupt`` what is bad; return the steps that are gone.
 
         What cannot be deleted is logged, and tried again the next time.
         """
         catalog = self._place.catalog
-        surplus = [entry for entry in self._surplus(latest=latest) if not catalog.is_pinned(entry.path)]
+        if self._record is None:
+            self._place.refuse_experiments()
+        surplus = self._surplus(latest=latest)
+        if surplus:
+            catalog.look(again=True)  # others may have pinned one, or found one bad, on which more depends then
+            surplus = self._surplus(latest=latest)
         # Without a writer all that is there counts, so that nothing is given up.
-        others = [other.name for other in catalog.others if catalog.record.number and self._may_go(other.name)]
-        names = [*others, *(entry.path for entry in surplus)]
+        others = [other.name for other in catalog.others if catalog.record.number]
+        bad = list(catalog.condemned()) if corrupt else []
+        names = [*(name for name in (*others, *bad) if self._may_go(name)), *(entry.path for entry in surplus)]
         for name in {*names, *self._trash}:
-            self._checkpoints.delete(name)
+            self._checkpoints.delete(name, spared=partial(catalog.is_pinned, name))
         gone = {name for name in names if not catalog.exists(name)}
         self._trash = self._left() if names or self._trash else set()
         catalog.removed(gone)
         catalog.drop_markers(gone)
-        return [entry.step for entry in surplus if entry.path in gone]
+        return sorted(FLAT.match(name)["step"] for name in gone if name not in others)
 
     def _may_go(self, name: str) -> bool:
         return not self._place.catalog.is_pinned(name) and may_go(self._checkpoints, name)

@@ -31,5 +31,10 @@ class StagedPath(type(Path())):  # type: ignore[misc]  # a path of this system
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._finalize is not None and self._discard is not None:
-            (self._finalize if kind is None else self._discard)(Path(self))
+        if self._finalize is None or self._discard is None:
+            return
+        try:
+            if kind is None:
+                self._finalize(Path(self))
+        finally:
+            self._discard(Path(self))  # which does nothing once it is finalized

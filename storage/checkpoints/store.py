@@ -21,9 +21,8 @@ from holdfast.core.deadline import Deadline
 from holdfast.core.errors import HoldfastError, InvalidInput, NotStorable, SpecError
 from holdfast.core.spec import explain
 from holdfast.core.values import Json, Metrics, plain_metrics
-from holdfast.storage.checkpoints import writer
+from holdfast.storage.checkpoints import leaving, writer
 from holdfast.storage.checkpoints.background import Background
-from holdfast.storage.checkpoints.leaving import flush_on_exit
 from holdfast.storage.checkpoints.loading import Loader, info_of
 from holdfast.storage.checkpoints.manifest import FileEntry, Kind, Manifest
 from holdfast.storage.checkpoints.names import FLAT, STAGING
@@ -40,7 +39,7 @@ Which = int | str | os.PathLike[str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredCheckpoint:
-    """A checkpoint of a store: ``path`` is its folder, or its URL on an object store; ``bytes`` those of its files."""
+    """A checkpoint of a store: ``path`` is its folder, or its URL on an object store."""
 
     step: int
     path: Path | str
@@ -49,7 +48,8 @@ class StoredCheckpoint:
     run_config: dict[str, Json] | None
     created: str
     """ISO 8601, UTC"""
-    bytes: int
+    bytes: int | None
+    """those of its files; None while it is being saved in the background"""
     _load: Callable[[], Any] = dataclasses.field(repr=False, compare=False)
 
     def load(self) -> Any:
@@ -60,12 +60,12 @@ class StoredCheckpoint:
 class CheckpointStore:
     """Checkpoints of one training run, in a folder or below an object store's URL.
 
-    Reading changes nothing, and any number of processes may do it. The first save takes the store over from whoever wrote
-    before: that one's next save raises Fenced. Steps rise; :meth:`rewind` goes back.
+    Any number of processes may read; they write nothing but notes of what they find bad. The first save takes the store over
+    from whoever wrote before: that one's next save raises Fenced. Steps rise; :meth:`rewind` goes back.
 
     With ``asynchronous`` in its config, ``save`` copies the state, ``finalize`` takes the directory, and both return; one save
-    is under way at most, and the next call of any method waits for it and raises its error. The end of the process and
-    SIGTERM wait for it, too.
+    is under way at most. The next one that is due, and whatever reads, waits for it and raises its error in place of its own
+    work. The end of the process and SIGTERM wait for it, too.
     """
 
     def __init__(
@@ -94,6 +94,8 @@ class CheckpointStore:
         self._background = Background("holdfast-checkpoint")
         self._pid = os.getpid()
         limit = self.config.save_before
+        if self.config.asynchronous:
+            leaving.watch_sigterm()
         self._deadline = Deadline(None if limit is None else time.monotonic() + limit, time.monotonic)
 
     def __repr__(self) -> str:
@@ -147,29 +149,37 @@ class CheckpointStore:
     def finalize(self, path: str | os.PathLike[str]) -> StoredCheckpoint:
         """Make a staged directory a checkpoint, atomically and durably, and prune by the rules. Raises as :meth:`save`."""
         with self._quiet():
-            staged = Path(path)
+            staged = Path(os.path.abspath(path))
             draft = self._drafts.get(staged)
             if draft is None:
                 raise InvalidInput(f"{path} was not staged by this store, or is finalized or discarded already")
             self._saver.check_new(draft.step)
             del self._drafts[staged]
-            return self._commit(staged, draft, "directory", hash_directory)
+            try:
+                return self._commit(staged, draft, "directory", hash_directory)
+            except NotStorable:
+                self._drafts[staged] = draft  # its files can be mended
+                raise
 
     def discard(self, path: str | os.PathLike[str]) -> None:
         """Remove a staged directory; nothing happens to any other one."""
         with self._lock:
-            if self._drafts.pop(Path(path), None) is not None:
-                self._saver.discard(Path(path))
+            staged = Path(os.path.abspath(path))
+            if self._drafts.pop(staged, None) is not None and os.getpid() == self._pid:
+                self._saver.discard(staged)
 
     def rewind(self, step: int) -> None:
         """Go back to a step: later checkpoints count no more, and are deleted once the next one is saved.
 
-        What is staged is given up. Raises CheckpointNotFound when there is no checkpoint of that step.
+        What is staged is given up. Raises CheckpointNotFound when there is no checkpoint of that step, Fenced when another
+        process took over.
         """
         with self._looking(again=True):
+            self._saver.check()
             if self._place.catalog.at(check_step(step)) is None:
                 raise self._place.missing(step)
-            self._drafts.clear()  # a new writer has a staging folder of its own
+            for staged in list(self._drafts):
+                self.discard(staged)
             self._saver.take_over(rewind=step)
 
     def flush(self) -> None:
@@ -183,7 +193,7 @@ class CheckpointStore:
             self.flush()
         finally:
             for staged in list(self._drafts):
-                self.discard(staged)
+                self.discard(staged)  # in a fork, nothing: they are its parent's
 
     def __enter__(self) -> Self:
         return self
@@ -276,18 +286,20 @@ class CheckpointStore:
         with self._looking(again=True):
             return self._loader.verify(None if step is None else check_step(step))
 
-    def prune(self, exclude_latest: bool = True) -> list[int]:
+    def prune(self, exclude_latest: bool = True, *, corrupt: bool = False) -> list[int]:
         """Delete what no rule of the config keeps, and return the steps; False lets even the newest go for a better one.
 
-        A failing delete is logged, and tried again by the next prune. Raises Fenced when another process took over.
+        What was found bad stays, as evidence, unless ``corrupt``. Pinned ones stay. A failing delete is logged, and tried again
+        by the next prune. Raises Fenced when another process took over.
         """
         with self._looking(again=True):
             self._saver.check()
-            return self._saver.prune(latest=exclude_latest)
+            return self._saver.prune(latest=exclude_latest, corrupt=corrupt)
 
     def pin(self, step: int) -> None:
         """Keep a checkpoint whatever the rules say, until :meth:`unpin`. CheckpointNotFound when there is none."""
         with self._looking(again=True):
+            self._place.refuse_experiments()
             catalog = self._place.catalog
             entry = catalog.at(check_step(step))
             if entry is not None:
@@ -298,20 +310,27 @@ class CheckpointStore:
             raise self._place.missing(step)
 
     def unpin(self, step: int) -> None:
-        """Take a pin away. CheckpointNotFound when there is no checkpoint of that step."""
+        """Take a pin away, also from a checkpoint that was given up by going back. CheckpointNotFound when there is none."""
         with self._looking(again=True):
-            entry = self._place.catalog.at(check_step(step))
-            if entry is None:
+            self._place.refuse_experiments()
+            names = self._place.catalog.of_step(check_step(step))
+            if not names:
                 raise self._place.missing(step)
-            self._place.catalog.unpin(entry.path)
+            for name in names:
+                self._place.catalog.unpin(name)
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
         """Have the store for this thread alone, with nothing under way in the background."""
         if os.getpid() != self._pid:
             raise InvalidInput(f"{self!r} was opened by process {self._pid}; open it anew in this fork of it")
+        leaving.make_way()
         with self._lock:
-            self._background.wait()
+            leaving.make_way()
+            try:
+                self._background.wait()
+            finally:
+                leaving.done(self)
             yield
 
     @contextlib.contextmanager
@@ -331,9 +350,10 @@ class CheckpointStore:
         def commit() -> None:
             self._saver.commit(staged, draft, serializer, write)
 
-        flush_on_exit(self)
+        leaving.begin(self)
         self._background.start(commit)
-        return self._stored(staged.name.removeprefix(STAGING), self._saver.manifest(staged, draft, serializer, ()))
+        stored = self._stored(staged.name.removeprefix(STAGING), self._saver.manifest(staged, draft, serializer, ()))
+        return dataclasses.replace(stored, bytes=None)
 
     def _stored(self, name: str, manifest: Manifest) -> StoredCheckpoint:
         return StoredCheckpoint(

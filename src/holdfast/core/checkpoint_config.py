@@ -51,7 +51,7 @@ class CheckpointConfig(Section):
         default=None, description="what best means; null: the first objective, or in a store of its own the newest"
     )
     higher_is_better: bool | None = Field(
-        default=None, description="null: as the first objective says, or in a store of its own false"
+        default=None, description="null: as the objective of that name says, else the first one; in a store of its own false"
     )
     serializer: Literal["safe", "cloudpickle"] = Field(
         default="safe", description="safe: JSON values, bytes, numpy arrays, tensors; cloudpickle: anything, by pickle"

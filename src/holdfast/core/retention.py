@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.checkpoint_config import CheckpointConfig
 from holdfast.core.objective import Direction, Objective, score
+from holdfast.core.values import Json
 
 
 class Policy(Protocol):
@@ -40,13 +41,8 @@ class KeepBest:
     objective: Objective
 
     def keeps(self, checkpoints: Sequence[Checkpoint]) -> set[int]:
-        sign = 1.0 if self.objective.direction is Direction.MIN else -1.0
-        ranked = sorted(
-            (sign * value, -place, checkpoint.id)
-            for place, checkpoint in enumerate(checkpoints)
-            if (value := score(checkpoint.metrics, self.objective)) is not None and math.isfinite(value)
-        )
-        return {identity for _, _, identity in ranked[: self.count]}
+        order = best(checkpoints, self.objective)[: self.count]
+        return {checkpoint.id for checkpoint in order if rank(checkpoint.metrics, self.objective) < math.inf}
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ def policies(config: CheckpointConfig, objective: Objective | None, *, latest: b
     """
     chosen: list[Policy] = []
     goal = ranking(config, objective)
-    if config.mode in ("all", "gap") and not config.rules:
+    if not config.saves or (config.mode in ("all", "gap") and not config.rules):
         chosen.append(KeepAll())
     if config.mode == "gap_and_last":
         chosen.append(KeepEvery(config.save_period))
@@ -92,6 +88,11 @@ def policies(config: CheckpointConfig, objective: Objective | None, *, latest: b
     if latest or config.keep_last is not None or not chosen:
         chosen.append(KeepLast(config.keep_last or 1))
     return [*chosen, KeepVerified(), KeepPinned()]
+
+
+def meant(config: CheckpointConfig, goals: Sequence[Objective]) -> Objective:
+    """Return the objective that ``metric_name`` names, with its direction; else the first one."""
+    return next((goal for goal in goals if goal.name == config.metric_name), goals[0])
 
 
 def ranking(config: CheckpointConfig, objective: Objective | None) -> Objective | None:
@@ -113,13 +114,15 @@ def best(checkpoints: Sequence[Checkpoint], goal: Objective | None) -> list[Chec
     newest_first = list(reversed(checkpoints))
     if goal is None:
         return newest_first
-    sign = 1.0 if goal.direction is Direction.MIN else -1.0
+    return sorted(newest_first, key=lambda checkpoint: rank(checkpoint.metrics, goal))
 
-    def rank(checkpoint: Checkpoint) -> float:
-        value = score(checkpoint.metrics, goal)
-        return sign * value if value is not None and math.isfinite(value) else math.inf
 
-    return sorted(newest_first, key=rank)
+def rank(metrics: Mapping[str, Json], goal: Objective) -> float:
+    """Return by what checkpoints are ordered, the lowest best: infinite for NaN, infinite and missing values."""
+    value = score(metrics, goal)
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return value if goal.direction is Direction.MIN else -value
 
 
 def surplus(checkpoints: Sequence[Checkpoint], chosen: Sequence[Policy]) -> list[Checkpoint]:

@@ -18,6 +18,7 @@ Config = dict[str, Scalar]
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TAG = "$float"
+_BIG = 1 << 4096  # longer ints exceed the interpreter's limit for decimal digits
 
 
 def plain(value: object, where: str = "value") -> Json:
@@ -26,7 +27,11 @@ def plain(value: object, where: str = "value") -> Json:
     Raises NotStorable, naming the path inside the value, for anything else (sets, arrays, objects, non-string keys).
     """
     kind = type(value)
-    if value is None or kind in (bool, int, float, str):
+    if value is None or kind in (bool, float, str):
+        return value
+    if kind is int:
+        if not -_BIG < value < _BIG:  # type: ignore[operator]  # an int
+            raise NotStorable(f"{where} is an int of more than 4,096 bits; store it as a string")
         return value
     if isinstance(value, Mapping):
         for key in value:
@@ -41,8 +46,8 @@ def plain(value: object, where: str = "value") -> Json:
         base = next(base for base in (bool, int, float, str) if isinstance(value, base))
         return base(value)
     item = getattr(value, "item", None)
-    if callable(item) and getattr(value, "ndim", None) == 0:
-        return plain(item(), where)
+    if callable(item) and getattr(value, "ndim", None) == 0 and type(content := item()) is not kind:
+        return plain(content, where)
     raise NotStorable(
         f"{where} is a {kind.__module__}.{kind.__qualname__}; "
         "allowed are float, int, bool, str, None, and lists and dicts of them"
@@ -53,7 +58,10 @@ def plain_metrics(metrics: object, where: str = "metrics") -> Metrics:
     """Return ``metrics`` as a dict of plain values; NotStorable unless it is a mapping with string keys."""
     if not isinstance(metrics, Mapping):
         raise NotStorable(f'{where} must be a dict such as {{"loss": 0.1}}, not {type(metrics).__name__}')
-    return cast(Metrics, plain(metrics, where))
+    try:
+        return cast(Metrics, plain(metrics, where))
+    except RecursionError:
+        raise NotStorable(f"{where} is nested too deeply, or holds itself") from None
 
 
 def tagged(value: Json) -> Json:
