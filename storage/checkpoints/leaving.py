@@ -10,6 +10,8 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -27,14 +29,43 @@ _busy: set[Flushes] = set()
 """Stores with something under way, or with an error that nobody has seen: they must not be collected."""
 _folders: dict[tuple[int, str], str] = {}
 """Temporary folders by process and location."""
-_leaver: threading.Thread | None = None
 os.register_at_fork(after_in_child=_busy.clear)  # the saves of a forked process's parent are the parent's
+
+
+@dataclass
+class _Sigterm:
+    """What SIGTERM sets going: a thread of the process ``owner``, waked by a pipe.
+
+    A handler may interrupt code that holds any lock, that of the threads among them; so it takes none, and starts nothing.
+    """
+
+    owner: int
+    thread: threading.Thread
+    wake: int
+    come: bool = False
+
+
+_sigterm: _Sigterm | None = None
 
 
 def watch_sigterm() -> None:
     """Have SIGTERM finish what is under way, where the program neither handles nor ignores it. For the main thread alone."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
+    global _sigterm  # noqa: PLW0603  # signals are the whole process's
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, _terminate):
+        return
+    if _sigterm is None or _sigterm.owner != os.getpid():
+        receive, send = os.pipe()
+        thread = threading.Thread(target=_leave, args=(receive,), name="holdfast-leaving", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # there are too many: SIGTERM stays what it is
+            os.close(receive)
+            os.close(send)
+            return
+        _sigterm = _Sigterm(owner=os.getpid(), thread=thread, wake=send)
+    signal.signal(signal.SIGTERM, _terminate)
 
 
 def begin(store: Flushes) -> None:
@@ -49,11 +80,9 @@ def done(store: Flushes) -> None:
 
 
 def make_way() -> None:
-    """Wait for ever in a thread that uses a store once SIGTERM has come: what is under way is finished by another one."""
-    leaver = _leaver
-    if leaver is not None and threading.current_thread() is not leaver:
-        leaver.join()
-        threading.Event().wait()
+    """Wait for the end in a thread that uses a store once SIGTERM has come: what is under way is finished by another one."""
+    while _sigterm is not None and _sigterm.come and threading.current_thread() is not _sigterm.thread:
+        time.sleep(1)
 
 
 def _flush_all() -> None:
@@ -70,19 +99,21 @@ getattr(threading, "_register_atexit", atexit.register)(_flush_all)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Flush in a thread, because the code that was interrupted may hold what flushing waits for; then die of the signal."""
-    global _leaver  # noqa: PLW0603  # signals are the whole process's
     signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+    if _sigterm is None or _sigterm.owner != os.getpid():  # in a fork, which has inherited the handler alone
+        os.kill(os.getpid(), number)
+        return
+    _sigterm.come = True
+    os.write(_sigterm.wake, b"\0")
 
-    def leave() -> None:
-        try:
-            _flush_all()
-            _remove_folders()
-        finally:
-            os.kill(os.getpid(), number)
 
-    _leaver = threading.Thread(target=leave, name="holdfast-leaving")
-    _leaver.start()
+def _leave(receive: int) -> None:
+    os.read(receive, 1)
+    try:
+        _flush_all()
+        _remove_folders()
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def temporary_folder(location: str) -> Path:

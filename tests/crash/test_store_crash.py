@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from holdfast import CheckpointStore
-from holdfast.core.errors import CheckpointConflict, Corrupt, Fenced, InvalidInput, InvalidStep, StorageError
+from holdfast.core.errors import CheckpointConflict, Corrupt, Fenced, InvalidInput, InvalidStep, SpecError, StorageError
 from holdfast.storage.checkpoints import writer
 from tests.crash.test_checkpoint_crash import OPERATIONS, fail_at
 
@@ -212,42 +212,6 @@ def test_a_full_disk(small_disk: Path, asynchronous: bool) -> None:
     assert CheckpointStore(small_disk / "store").load(0).shape == (40_000,)
 
 
-LEAVING = """
-import os, signal, sys, threading
-import numpy as np
-from holdfast import CheckpointStore
-
-store = CheckpointStore(sys.argv[1], {"asynchronous": True})
-store.save(0, np.zeros(3_000_000))
-os.write(1, b"saved\\n")
-match sys.argv[2]:
-    case "SIGTERM":
-        while True:
-            signal.pause()
-    case "SystemExit":
-        sys.exit(5)
-    case "error":
-        raise ZeroDivisionError
-    case "handler":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(6))
-        os.kill(os.getpid(), signal.SIGTERM)
-"""
-
-
-@pytest.mark.parametrize(("how", "code"), [("SIGTERM", -15), ("SystemExit", 5), ("error", 1), ("handler", 6), ("end", 0)])
-def test_what_is_under_way_is_finished_before_the_process_ends(how: str, code: int, tmp_path: Path) -> None:
-    saver = subprocess.Popen(
-        [sys.executable, "-c", LEAVING, str(tmp_path), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert saver.stdout is not None
-    assert saver.stdout.readline() == "saved\n"
-    if how == "SIGTERM":
-        saver.send_signal(signal.SIGTERM)
-    saver.communicate()
-    assert saver.returncode == code
-    assert CheckpointStore(tmp_path).load(0).shape == (3_000_000,)
-
-
 POLL = """
 import sys
 from holdfast import CheckpointStore
@@ -382,14 +346,98 @@ def test_processes_that_save_one_step_at_once(tmp_path: Path) -> None:
         assert CheckpointStore(path).load() == str(said.index("saved"))
 
 
-def test_the_checkpoints_of_a_trial_can_be_read_and_not_written(tmp_path: Path) -> None:
+def test_the_checkpoints_of_a_trial_can_be_read_and_not_changed(tmp_path: Path) -> None:
+    CheckpointStore(tmp_path / "copied").save(0, "zero")
+    (tmp_path / "copied" / writer.FILE).unlink()
     (tmp_path / "experiment.json").write_text("{}")
     folder = tmp_path / "trials" / "000007" / "checkpoints"
     folder.mkdir(parents=True)
-    store = CheckpointStore(folder)
+    shutil.copytree(tmp_path / "copied", folder, dirs_exist_ok=True)
+    before = sorted(os.listdir(folder))
+    store = CheckpointStore(folder, {"keep_last": 1})
+    assert store.load() == "zero"
+    for call in (lambda: store.save(1, 1), store.prune, lambda: store.pin(0), lambda: store.unpin(0), lambda: store.stage(1)):
+        with pytest.raises(InvalidInput, match="belongs to a trial"):
+            call()
+    assert sorted(os.listdir(folder)) == before
     with pytest.raises(InvalidInput, match="belongs to a trial"):
-        store.save(0, 0)
-    assert list(folder.iterdir()) == []
+        CheckpointStore("memory://x/trials/000007/checkpoints").save(0, 0)
+
+
+def test_an_older_record_is_noticed(tmp_path: Path) -> None:
+    for step in range(3):
+        CheckpointStore(tmp_path).save(step, step)
+        if step == 0:
+            old = (tmp_path / writer.FILE).read_bytes()
+    new = (tmp_path / writer.FILE).read_bytes()
+    (tmp_path / writer.FILE).write_bytes(old)
+    before = sorted(os.listdir(tmp_path))
+    for call in (CheckpointStore(tmp_path).load, lambda: CheckpointStore(tmp_path, {"keep_last": 1}).prune()):
+        with pytest.raises(Corrupt, match="older than"):
+            call()
+    assert sorted(os.listdir(tmp_path)) == before
+    (tmp_path / writer.FILE).write_bytes(new)
+    assert CheckpointStore(tmp_path).steps() == [0, 1, 2]
+
+
+def test_a_takeover_that_fails_halfway_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(3):
+        CheckpointStore(tmp_path).save(step, step)
+    real = os.listdir
+    for failing in range(1, 12):
+        calls: list[int] = []
+
+        def listdir(*args: Any, _calls: list[int] = calls, _failing: int = failing) -> Any:
+            _calls.append(1)
+            if len(_calls) == _failing:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*args)
+
+        late = CheckpointStore(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", listdir)
+            with pytest.raises((StorageError, CheckpointConflict)) as first:
+                late.save(1, "late")
+        with pytest.raises(CheckpointConflict):
+            late.save(1, "late")
+        if isinstance(first.value, CheckpointConflict):
+            break
+    else:
+        pytest.fail("there is no end of listings")
+    assert failing > 1
+    assert [CheckpointStore(tmp_path).load(step) for step in range(3)] == [0, 1, 2]
+
+
+def test_where_a_store_cannot_be(tmp_path: Path) -> None:
+    CheckpointStore(tmp_path / "a").save(0, 0)
+    for path, rest in (
+        ("", {}), (" ", {}), ("a\0b", {}), (b"a", {}), (7, {}), (Path("s3://bucket/x"), {}),
+        ("memory://x/y", {"cache": tmp_path / "a"}),
+        ("memory://x/y", {"cache_bytes": "1G"}), ("memory://x/y", {"cache_bytes": -1}),
+    ):  # fmt: skip
+        with pytest.raises(SpecError):
+            CheckpointStore(path, **rest)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_pruned_does_not_undo_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, {"keep_last": 1})
+    store.save(0, 0)
+    real = os.listdir
+
+    def listdir(*args: Any) -> Any:
+        if len(list(tmp_path.glob("step_*"))) == 2:  # it is published
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", listdir)
+        assert store.save(1, 1) is not None
+    assert "pruning" in caplog.text
+    assert CheckpointStore(tmp_path).load() == 1
+    store.save(2, 2)
+    assert CheckpointStore(tmp_path).steps() == [2]
 
 
 def test_a_damaged_record_is_said_and_nothing_changed(tmp_path: Path) -> None:
