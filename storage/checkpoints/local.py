@@ -342,7 +342,10 @@ def _remove(folder: Path) -> bool:
     import shutil
 
     try:
-        shutil.rmtree(folder)
+        if folder.is_symlink() or folder.is_file():
+            os.unlink(folder)  # user code put it there, in place of a staged directory
+        else:
+            shutil.rmtree(folder)
     except FileNotFoundError:
         return not os.path.lexists(folder)
     except OSError as error:

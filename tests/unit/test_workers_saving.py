@@ -93,6 +93,17 @@ class TestContent:
         assert "step 0 was written in the background" in caught.value.traceback
         assert (recorder.steps, saved(recorder), leftovers(recorder)) == ([0], [], [])
 
+    @pytest.mark.parametrize("asynchronous", [True, False])
+    @pytest.mark.parametrize("kind", ["gone", "file", "link", "loop"])
+    def test_a_folder_that_is_bad_fails_its_trial_alone(
+        self, runner: Runner, tmp_path: Path, kind: str, asynchronous: bool
+    ) -> None:
+        recorder = recorder_of(tmp_path, "bad_folder", config={"kind": kind}, asynchronous=asynchronous)
+        with pytest.raises(TrialFailed, match="loop/a" if kind == "loop" else "staging-step_00000000") as caught:
+            runner(recorder.job, recorder)
+        assert caught.value.kind == "NotStorable"
+        assert (recorder.steps, saved(recorder), leftovers(recorder)) == ([0] if kind != "loop" and asynchronous else [], [], [])
+
     def test_a_state_that_cannot_be_stored_is_refused_by_its_report(self, runner: Runner, tmp_path: Path) -> None:
         recorder = recorder_of(tmp_path, "unstorable")
         ended = runner(recorder.job, recorder)

@@ -87,6 +87,26 @@ def staged_link(trial):
     trial.report({"loss": 1.0}, step=0)
 
 
+def bad_folder(trial):
+    """Hands over a folder that is none any more, or never was; the next report is fine."""
+    kind = trial.config["kind"]
+    if kind == "loop":
+        Path("loop").mkdir(exist_ok=True)
+        os.symlink("a", "loop/a")
+        trial.report({"loss": 1.0}, step=0, directory="loop")
+    else:
+        own = trial.stage(0)
+        if kind == "link":
+            own.rename("elsewhere")
+            own.symlink_to(Path("elsewhere").absolute())
+        else:
+            own.rmdir()
+        if kind == "file":
+            own.write_text("mine")
+        trial.report({"loss": 1.0}, step=0)
+    trial.report({"loss": 1.0}, step=1, state=1)
+
+
 def steps(trial):
     for step in range(trial.config["steps"]):
         trial.report({"loss": float(step)}, step=step, state={"step": step})
