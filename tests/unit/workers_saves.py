@@ -226,9 +226,11 @@ class Stepped:
 
 
 def ticking(trial):
-    """Notes what it was told of each step that it asks about."""
+    """Notes what it was told of each step that it asks about. Its clock may leap by an hour behind the first report."""
     told = []
     for step in range(trial.config["steps"]):
+        if step == 1 and trial.config.get("leaps"):
+            trial._deadline._clock = lambda: time.monotonic() + 3600.0
         if trial.config.get("asks", True):
             told.append(trial.should_checkpoint(step))
         trial.report({"loss": float(step)}, step=step, state=None if step in trial.config.get("bare", []) else {"s": step})
@@ -240,3 +242,24 @@ def ticking_on(trial):
     for step in range(trial.config["steps"]):
         with contextlib.suppress(OSError):
             trial.report({"loss": float(step)}, step=step, state={"s": step})
+
+
+def ticking_in_vain(trial):
+    """The files of one step cannot be written, in the background; the reports go on."""
+    from holdfast.storage.checkpoints.files import Sink
+
+    enter, failing = Sink.__enter__, f"step_{trial.config['fails']:08d}-"
+
+    def refuse(sink):
+        if failing in sink._path:
+            raise OSError(28, "no space left")
+        return enter(sink)
+
+    Sink.__enter__ = refuse
+    try:
+        for step in range(trial.config["steps"]):
+            with contextlib.suppress(OSError):
+                trial.report({"loss": float(step)}, step=step, state={"s": step})
+            until(written)
+    finally:
+        Sink.__enter__ = enter
