@@ -144,7 +144,9 @@ def hash_directory(folder: Path) -> list[FileEntry]:
     """
     with _given(f"read {folder}"):
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
-            raise NotStorable(f"{folder} was staged as a folder, and is none any more; write into it, and leave it in its place")
+            raise NotStorable(
+                f"{folder} was staged as a folder, and is none any more; write into it, and leave it in its place"
+            )
         names = [_checked(folder, name, follow=False) for name in _walk(folder)]
     entries = [_hash(folder, name) for name in names]
     with _given(f"fsync {folder}"):

@@ -168,7 +168,8 @@ class TestTrial:
 
 
 @pytest.mark.parametrize(
-    ("left", "leaps", "saved"), [(3600.0, True, [1]), (3600.0, False, []), (-1.0, True, []), (-1.0, False, []), (None, True, [])]
+    ("left", "leaps", "saved"),
+    [(3600.0, True, [1]), (3600.0, False, []), (-1.0, True, []), (-1.0, False, []), (None, True, [])],
 )
 def test_in_a_process_the_clock_is_its_own(tmp_path: Path, left: float | None, leaps: bool, saved: list[int]) -> None:
     save_by = None if left is None else time.monotonic() + left

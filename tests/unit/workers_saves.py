@@ -41,13 +41,24 @@ def no_large_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def until(there):
-    while not there():
-        time.sleep(0.005)
+def ring(bell):
+    """Tell the test something, by a named pipe that it made."""
+    with open(bell, "wb", buffering=0) as stream:
+        stream.write(b"!")
 
 
-def written():
-    return all(thread.name != "holdfast-saver" for thread in threading.enumerate())
+def wait_for(bell):
+    """Wait until the test tells something; when it does not, it ends this process."""
+    with open(bell, "rb", buffering=0) as stream:
+        stream.read(1)
+
+
+def wait_until_written():
+    """Wait until nothing is being written in the background."""
+    for thread in threading.enumerate():
+        if thread.name == "holdfast-saver":
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def changed_at_once(trial):
@@ -114,11 +125,11 @@ def steps(trial):
 
 
 def reports_when_told(trial):
-    """Begins its second report when a file says so, and says so in another one."""
+    """Begins its second report when a bell rings, and rings another one."""
     for step in range(trial.config["steps"]):
         if step == 1:
-            until(Path("saving").exists)
-            Path("reporting").touch()
+            wait_for("saving")
+            ring("reporting")
         trial.report({"loss": float(step)}, step=step, state={"step": step})
 
 
@@ -126,9 +137,9 @@ def dies_unanswered(trial):
     """Is killed while it waits for its second answer, once the checkpoint of its first report is handed over."""
 
     def end():
-        until(Path("arrived").exists)
+        wait_for("arrived")
         gate.set()
-        until(written)
+        wait_until_written()
         os.kill(os.getpid(), signal.SIGKILL)
 
     with held_up() as gate:
@@ -157,7 +168,7 @@ def catches(trial):
 def too_large(trial):
     with no_large_files():
         trial.report({"loss": 1.0}, step=0, state=LARGE)
-        until(written)
+        wait_until_written()
     return finish(trial)
 
 
@@ -184,7 +195,7 @@ def saves_and(trial):
 def saves_and_waits_for_thread(trial):
     """Ends only once the checkpoint is written and handed over."""
     trial.report({"loss": 1.0}, step=0, state={"w": LARGE})
-    until(written)
+    wait_until_written()
     return finish(trial)
 
 
@@ -260,6 +271,6 @@ def ticking_in_vain(trial):
         for step in range(trial.config["steps"]):
             with contextlib.suppress(OSError):
                 trial.report({"loss": float(step)}, step=step, state={"s": step})
-            until(written)
+            wait_until_written()
     finally:
         Sink.__enter__ = enter

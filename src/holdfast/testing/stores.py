@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
@@ -429,7 +430,6 @@ class CheckpointStoreContract:
             assert str(CheckpointStore(config={"directory": place}).path) == place
 
     def test_background_saves_hold_what_they_were_given(self, opens: Opens) -> None:
-        np = pytest.importorskip("numpy", reason="numpy is not installed")
         store = opens(asynchronous=True)
         weights = np.zeros(40_000)
         state = {"w": weights, "log": [1]}
