@@ -265,10 +265,7 @@ class LocalCheckpoints:
     def _checked(self, path: str, digest: str | None, expected: dict[str, int | None]) -> Manifest:
         manifest, found = self.read_manifest(path)
         compare(self.root / path, manifest, expected)
-        if digest is not None and found != digest:
-            raise CheckpointCorrupt(
-                f"{self.root / path} is another checkpoint: its manifest's digest is {found}, recorded is {digest}"
-            )
+        compare_digest(self.root / path, found, digest)
         return manifest
 
     def _sync_parents(self, trial: int) -> None:
@@ -331,6 +328,12 @@ def compare(folder: object, manifest: Manifest, expected: Mapping[str, int | Non
             raise CheckpointCorrupt(
                 f"{folder} is another checkpoint: its manifest says {name} {getattr(manifest, name)}, expected is {value}"
             )
+
+
+def compare_digest(folder: object, found: str, recorded: str | None) -> None:
+    """Raise CheckpointCorrupt when the manifest in ``folder`` is another one than was recorded, if one was."""
+    if recorded is not None and found != recorded:
+        raise CheckpointCorrupt(f"{folder} is another checkpoint: its manifest's digest is {found}, recorded is {recorded}")
 
 
 def _folders(name: str) -> list[str]:
