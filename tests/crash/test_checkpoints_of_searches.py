@@ -212,7 +212,7 @@ def test_a_reader_beside_many_saves_of_which_two_are_kept_sees_no_error(tmp_path
         assert [row.step for row in rows] == [SAVES - 2, SAVES - 1]
 
 
-BAD_FOLDERS = '''
+BAD_FOLDERS = """
 import os, shutil
 from pathlib import Path
 
@@ -232,7 +232,7 @@ def train(trial):
             os.symlink("a", "loop/a")
         trial.report({"loss": 1.0}, step=1, directory="loop")
     trial.report({"loss": 1.0}, step=1, state=1)
-'''
+"""
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -432,7 +432,7 @@ class CheckpointStoreContract:
     def test_background_saves_hold_what_they_were_given(self, opens: Opens) -> None:
         store = opens(asynchronous=True)
         weights = np.zeros(40_000)
-        state = {"w": weights, "log": [1]}
+        state: dict[str, Any] = {"w": weights, "log": [1]}
         for step in range(4):
             store.save(step, state)
             weights += 1
