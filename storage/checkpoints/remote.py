@@ -7,6 +7,7 @@ trials/000007/checkpoints/step_00000012-a2-3f9c01d2/manifest.json   the checkpoi
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -61,7 +62,7 @@ class RemoteCheckpoints:
         """
         path = self._local.published_path(staged, manifest)
         if not staged.is_dir():
-            raise StorageError(f"cannot publish {self._place(path)}: {staged} is gone")
+            raise StorageError(errno.ENOENT, f"cannot publish {self._place(path)}: {staged} is gone")
         data = manifest.to_bytes()
         point("checkpoint.staged")
         try:

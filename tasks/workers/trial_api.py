@@ -47,7 +47,7 @@ class Link(Protocol):
         ...
 
     def settle(self) -> None:
-        """Wait until what was handed over counts as a checkpoint; StorageError when it could not be published."""
+        """Wait until what was handed over counts as a checkpoint; StorageError or NotStorable when it cannot be published."""
         ...
 
     def telemetry(self, row: TelemetryRow) -> None:

@@ -108,6 +108,22 @@ class TestContent:
             [],
         )
 
+    def test_a_folder_that_is_removed_before_it_is_published_fails_its_trial_alone(
+        self, runner: Runner, tmp_path: Path
+    ) -> None:
+        with Bell(tmp_path / "removed") as removed:
+
+            def later(job: Job, report: Report) -> Published:
+                removed.wait()
+                return publish(job, report)
+
+            recorder = recorder_of(tmp_path, "removes_what_it_reported")
+            recorder.publish = later
+            with pytest.raises(TrialFailed, match="staging-step_00000000") as caught:
+                runner(recorder.job, recorder)
+        assert caught.value.kind == "NotStorable"
+        assert (recorder.steps, saved(recorder), leftovers(recorder)) == ([0], [], [])
+
     def test_a_state_that_cannot_be_stored_is_refused_by_its_report(self, runner: Runner, tmp_path: Path) -> None:
         recorder = recorder_of(tmp_path, "unstorable")
         ended = runner(recorder.job, recorder)

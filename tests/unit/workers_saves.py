@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -115,6 +116,17 @@ def bad_folder(trial):
         if kind == "file":
             own.write_text("mine")
         trial.report({"loss": 1.0}, step=0)
+    trial.report({"loss": 1.0}, step=1, state=1)
+
+
+def removes_what_it_reported(trial):
+    """Tidies up a staged folder that is written and handed over, and not published yet."""
+    own = trial.stage(0)
+    (own / "w.bin").write_bytes(LARGE)
+    trial.report({"loss": 1.0}, step=0)
+    wait_until_written()
+    shutil.rmtree(own)
+    ring("removed")
     trial.report({"loss": 1.0}, step=1, state=1)
 
 
