@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from holdfast.core.errors import SpecError, StorageError
-from holdfast.storage.filesystems import resolve
+from holdfast.core.errors import StorageError
 from holdfast.storage.object_stores import STAMP, Connection, Fault, Multipart, Store, fault_of, open_store
 from holdfast.storage.root import absolute, join
 
@@ -38,17 +37,12 @@ class ObjectRoot:
     """A prefix of an object store, by any fsspec URL; S3 is spoken to directly.
 
     ``options`` are fsspec's; without them the environment counts. They are kept in memory alone. ``filesystem`` is a caller's
-    own instead, one of fsspec's or pyarrow's; SpecError for one that cannot be used.
+    own in their place; it and the location have to be as :func:`filesystems.resolve` returns them.
     """
 
     def __init__(self, location: str, options: Mapping[str, Any], filesystem: Any = None) -> None:
         self.location = absolute(location)
         if filesystem is not None:
-            if options:
-                raise SpecError("storage_options and a file system are both given; the file system has its own options")
-            self.location, filesystem = resolve(location, filesystem)
-            if filesystem is None:
-                raise SpecError(f"storage {location}: a local folder is no object store; name it by its path alone")
             options = getattr(filesystem, "storage_options", {})
         self._hidden = _secrets(options)
         self._store: Store

@@ -225,13 +225,14 @@ def open_root(location: str, options: Mapping[str, Any] | None = None, filesyste
     options = dict(options or {})
     filesystem = options.pop("filesystem", None) if filesystem is None else filesystem
     if filesystem is not None:
-        from holdfast.storage.filesystems import resolve
+        from holdfast.storage.filesystems import place_on
 
-        location, own = resolve(location, filesystem)
-        if own is not None:
+        place, placed = place_on(location, options, filesystem)
+        location = str(place)
+        if placed is not None:
             from holdfast.storage.objects import ObjectRoot
 
-            return ObjectRoot(location, options, own)
+            return ObjectRoot(location, {}, placed["filesystem"])
     if not is_url(location):
         return LocalRoot(Path(location))
     from holdfast.storage.objects import ObjectRoot

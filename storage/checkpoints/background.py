@@ -22,7 +22,7 @@ class Background:
         """Whether a call is under way, or has failed and nobody knows yet."""
         return self._thread is not None or self._error is not None
 
-    def start(self, call: Callable[[], None]) -> None:
+    def start(self, call: Callable[[], object]) -> None:
         """Begin ``call``; waits for the one before, and raises its error instead."""
         self.wait()
         thread = threading.Thread(target=self._run, args=(call,), name=self._name)
@@ -43,7 +43,7 @@ class Background:
         if error is not None:
             raise error
 
-    def _run(self, call: Callable[[], None]) -> None:
+    def _run(self, call: Callable[[], object]) -> None:
         try:
             call()
         except BaseException as error:  # noqa: BLE001  # raised by wait

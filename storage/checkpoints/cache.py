@@ -175,7 +175,10 @@ class Cache:
                     yield work / "trials" / number / "checkpoints"
 
     def with_room(self, wanted: int, write: Callable[[], Result]) -> Result:
-        """Return what ``write`` returns; when the disk is full, evict and call it once more. StorageError passes."""
+        """Return what ``write`` returns; when the disk is full, evict and call it once more.
+
+        Any other error passes, and so does that one when nothing could be evicted, or when it comes again.
+        """
         try:
             return write()
         except OSError as error:

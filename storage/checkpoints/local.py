@@ -265,10 +265,7 @@ class LocalCheckpoints:
     def _checked(self, path: str, digest: str | None, expected: dict[str, int | None]) -> Manifest:
         manifest, found = self.read_manifest(path)
         compare(self.root / path, manifest, expected)
-        if digest is not None and found != digest:
-            raise CheckpointCorrupt(
-                f"{self.root / path} is another checkpoint: its manifest's digest is {found}, recorded is {digest}"
-            )
+        compare_digest(self.root / path, found, digest)
         return manifest
 
     def _sync_parents(self, trial: int) -> None:
@@ -333,6 +330,12 @@ def compare(folder: object, manifest: Manifest, expected: Mapping[str, int | Non
             )
 
 
+def compare_digest(folder: object, found: str, recorded: str | None) -> None:
+    """Raise CheckpointCorrupt when the manifest in ``folder`` is another one than was recorded, if one was."""
+    if recorded is not None and found != recorded:
+        raise CheckpointCorrupt(f"{folder} is another checkpoint: its manifest's digest is {found}, recorded is {recorded}")
+
+
 def _folders(name: str) -> list[str]:
     return [parent.as_posix() for parent in Path(name).parents if parent.name]
 
@@ -342,7 +345,10 @@ def _remove(folder: Path) -> bool:
     import shutil
 
     try:
-        shutil.rmtree(folder)
+        if folder.is_symlink() or folder.is_file():
+            os.unlink(folder)  # user code put it there, in place of a staged directory
+        else:
+            shutil.rmtree(folder)
     except FileNotFoundError:
         return not os.path.lexists(folder)
     except OSError as error:

@@ -40,11 +40,6 @@ FLAT = Layout("", "step_00000012-a2-3f9c")
 """a store of its own: everything is trial 0's"""
 
 
-def match_path(path: str) -> dict[str, int]:
-    """Return trial, attempt and step of the path of a checkpoint in an experiment; InvalidInput when it is none."""
-    return TRIALS.match(path)
-
-
 def is_name(name: str) -> bool:
     """Tell whether a published checkpoint's folder may have this name."""
     return re.fullmatch(STEP, name) is not None

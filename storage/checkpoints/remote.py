@@ -7,6 +7,7 @@ trials/000007/checkpoints/step_00000012-a2-3f9c01d2/manifest.json   the checkpoi
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -21,7 +22,7 @@ from holdfast.core.faults import point
 from holdfast.storage import transfers
 from holdfast.storage.checkpoints.cache import LIMIT, Cache, Hold
 from holdfast.storage.checkpoints.files import storage_errors
-from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints, Published, compare, may_go
+from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints, Published, compare, compare_digest, may_go
 from holdfast.storage.checkpoints.manifest import MANIFEST, Manifest, digest_of
 from holdfast.storage.checkpoints.names import TRIALS, Layout, is_name
 from holdfast.storage.objects import ObjectRoot
@@ -61,7 +62,7 @@ class RemoteCheckpoints:
         """
         path = self._local.published_path(staged, manifest)
         if not staged.is_dir():
-            raise StorageError(f"cannot publish {self._place(path)}: {staged} is gone")
+            raise StorageError(errno.ENOENT, f"cannot publish {self._place(path)}: {staged} is gone")
         data = manifest.to_bytes()
         point("checkpoint.staged")
         try:
@@ -238,10 +239,7 @@ class RemoteCheckpoints:
         manifest, data = self._manifest(path)
         place = self._place(path)
         compare(place, manifest, expected)
-        if digest is not None and digest_of(data) != digest:
-            raise CheckpointCorrupt(
-                f"{place} is another checkpoint: its manifest's digest is {digest_of(data)}, recorded is {digest}"
-            )
+        compare_digest(place, digest_of(data), digest)
         sizes = self.root.files(path)
         for entry in manifest.files:
             found = sizes.pop(entry.name, None)

@@ -129,7 +129,7 @@ class Saver:
         except BaseException as error:
             if not (isinstance(error, NotStorable) and serializer == "directory"):  # whose files can be mended
                 self.discard(staged)
-            if isinstance(error, StorageError):
+            if isinstance(error, StorageError | NotStorable):  # what is staged goes away with our folder
                 raise self._refused(error) from error
             if not isinstance(error, Exception):  # it may have come right after the rename
                 catalog.look(again=True)

@@ -8,6 +8,8 @@ Tensors stand in ``tensors.safetensors``. docs/checkpoint-format.md describes th
 from __future__ import annotations
 
 import base64
+import contextlib
+import errno
 import functools
 import io
 import json
@@ -119,9 +121,9 @@ def ingest_directory(source: Path, folder: Path) -> list[FileEntry]:
     Links to files are followed. NotStorable for anything that is neither file nor folder, and for names that cannot
     stand in a manifest; then nothing was copied. Empty folders are not kept.
     """
-    if not source.is_dir():
-        raise NotStorable(f"{source} is no folder; directory takes a folder of files")
-    with storage_errors(f"read {source}"):
+    with _given(f"read {source}"):
+        if not source.is_dir():
+            raise NotStorable(f"{source} is no folder; directory takes a folder of files")
         names = [_checked(source, name, follow=True) for name in _walk(source)]
     made = sorted({parent for name in names for parent in _parents(name)})
     with storage_errors(f"write below {folder}"):
@@ -137,12 +139,17 @@ def ingest_directory(source: Path, folder: Path) -> list[FileEntry]:
 def hash_directory(folder: Path) -> list[FileEntry]:
     """Digest and fsync the files that were written into ``folder`` in place, and fsync the folders among them.
 
-    NotStorable for anything that is neither file nor folder: a link would leave the checkpoint.
+    NotStorable for anything that is neither file nor folder: a link would leave the checkpoint. The folder itself may have
+    been removed or replaced since it was staged.
     """
-    with storage_errors(f"read {folder}"):
+    with _given(f"read {folder}"):
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):
+            raise NotStorable(
+                f"{folder} was staged as a folder, and is none any more; write into it, and leave it in its place"
+            )
         names = [_checked(folder, name, follow=False) for name in _walk(folder)]
     entries = [_hash(folder, name) for name in names]
-    with storage_errors(f"fsync {folder}"):
+    with _given(f"fsync {folder}"):
         for parent in sorted({parent for name in names for parent in _parents(name)}, reverse=True):
             fsync_folder(folder / parent)
     return entries
@@ -400,7 +407,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _copy(source: Path, folder: Path, name: str) -> FileEntry:
-    with storage_errors(f"read {source / name}"), open(source / name, "rb", buffering=0) as file, Sink(folder, name) as sink:
+    with _given(f"read {source / name}"), open(source / name, "rb", buffering=0) as file, Sink(folder, name) as sink:
         while chunk := file.read(CHUNK):
             sink.write(chunk)
     return sink.entry()
@@ -409,9 +416,41 @@ def _copy(source: Path, folder: Path, name: str) -> FileEntry:
 def _hash(folder: Path, name: str) -> FileEntry:
     seen = xxhash.xxh3_128()
     size = 0
-    with storage_errors(f"read {folder / name}"), open(folder / name, "rb", buffering=0) as file:
+    with _given(f"read {folder / name}"), open(folder / name, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
             seen.update(chunk)
             size += len(chunk)
         os.fsync(file.fileno())
     return FileEntry(name=name, size=size, digest=seen.hexdigest())
+
+
+_GIVERS_FAULT = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,
+)
+
+
+@contextlib.contextmanager
+def _given(doing: str) -> Iterator[None]:
+    """Turn an OSError about files that somebody handed over into NotStorable where it says that they are at fault.
+
+    Any other, as when the disk fails or is full, is a StorageError: that one is about the storage, and stops a search.
+    """
+    with storage_errors(doing):
+        try:
+            yield
+        except HoldfastError:
+            raise
+        except OSError as error:
+            if error.errno not in _GIVERS_FAULT:
+                raise
+            where = "" if error.filename is None or str(error.filename) in doing else f" ({error.filename})"
+            raise NotStorable(
+                f"cannot {doing}: {error.strerror}{where}; a checkpoint is made of files that are there and can be read"
+            ) from error

@@ -23,6 +23,7 @@ from holdfast.core.spec import explain
 from holdfast.core.values import Json, Metrics, plain_metrics
 from holdfast.storage.checkpoints import leaving, writer
 from holdfast.storage.checkpoints.background import Background
+from holdfast.storage.checkpoints.catalog import Entry
 from holdfast.storage.checkpoints.loading import Loader, info_of
 from holdfast.storage.checkpoints.manifest import FileEntry, Kind, Manifest
 from holdfast.storage.checkpoints.names import FLAT, STAGING
@@ -127,10 +128,8 @@ class CheckpointStore:
             draft = _draft(step, metrics, "metrics", run_config)
             self._saver.check_new(step)
             prepared = prepare(called(state), serializer=self.config.serializer, copy=self.config.asynchronous)
-            saved = self._commit(self._saver.stage(step), draft, prepared.serializer, prepared.write)
-            if last_in_time:
-                self._deadline.met()
-            return saved
+            staged = self._saver.stage(step)
+            return self._commit(staged, draft, prepared.serializer, prepared.write, last_in_time=last_in_time)
 
     def stage(self, step: int, training_info: Mapping[str, Any] | None = None, run_config: Any = None) -> StagedPath:
         """Return a new directory to write the checkpoint's files into, on the store's own file system.
@@ -340,15 +339,29 @@ class CheckpointStore:
             yield
 
     def _commit(
-        self, staged: Path, draft: Draft, serializer: Kind, write: Callable[[Path], list[FileEntry]]
+        self,
+        staged: Path,
+        draft: Draft,
+        serializer: Kind,
+        write: Callable[[Path], list[FileEntry]],
+        *,
+        last_in_time: bool = False,
     ) -> StoredCheckpoint:
         """Write, publish and prune, now or in the background."""
-        if not self.config.asynchronous:
-            entry = self._saver.commit(staged, draft, serializer, write)
-            return self._stored(entry.path, entry.manifest)
+        if last_in_time:
+            self._deadline.met()
 
-        def commit() -> None:
-            self._saver.commit(staged, draft, serializer, write)
+        def commit() -> Entry:
+            try:
+                return self._saver.commit(staged, draft, serializer, write)
+            except BaseException:
+                if last_in_time:
+                    self._deadline.missed()
+                raise
+
+        if not self.config.asynchronous:
+            entry = commit()
+            return self._stored(entry.path, entry.manifest)
 
         leaving.begin(self)
         self._background.start(commit)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from holdfast.core.errors import HoldfastError, StorageError
+from holdfast.core.errors import HoldfastError, NotStorable, StorageError
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.tasks.workers.attempt import Resume, choose, describe, perform
 from holdfast.tasks.workers.messages import Decision, Frame, Job, Report, TelemetryRow, job_from, report_frame
@@ -104,9 +104,9 @@ class _PipeLink:
         self._channel.send(report_frame(report, "saved"))
 
     def settle(self) -> None:
-        error = self._answer("stored")["error"]
-        if error is not None:
-            raise StorageError(error)
+        answer = self._answer("stored")
+        if answer["error"] is not None:
+            raise (StorageError if answer["storable"] else NotStorable)(answer["error"])
 
     def _answer(self, kind: str) -> Frame:
         while kind not in self._early:

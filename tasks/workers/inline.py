@@ -22,6 +22,7 @@ from holdfast.tasks.workers.messages import (
     Supervision,
     TelemetryRow,
 )
+from holdfast.tasks.workers.saving import blamed
 from holdfast.tasks.workers.supervise import POLL
 from holdfast.tasks.workers.trainables import Trainable, load
 from holdfast.tasks.workers.trial_api import TrialStopped
@@ -91,7 +92,7 @@ class _DirectLink:
         self._error: BaseException | None = None
         self._written: Report | None = None
         """a checkpoint that waits to be published; the thread that writes sets it, and none before this one was taken"""
-        self._refused: StorageError | None = None
+        self._refused: BaseException | None = None
         self.told: Decision | None = None
 
     def check(self) -> None:
@@ -124,7 +125,7 @@ class _DirectLink:
             try:
                 published = publish()
             except StorageError as error:
-                self._refused = error
+                self._refused = blamed(error, report)
             else:
                 self._supervision.saved(report, published)
         except BaseException as error:  # noqa: BLE001  # raised by raise_own

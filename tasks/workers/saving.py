@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
+from holdfast.core.errors import NotStorable
 from holdfast.storage.checkpoints.background import Background
 from holdfast.storage.checkpoints.local import Published
 from holdfast.tasks.workers.messages import Report, Staged
@@ -51,6 +54,18 @@ class Publication:
     report: Report
     published: Published | None
     error: BaseException | None
+
+
+def blamed(error: BaseException, report: Report) -> BaseException:
+    """Return what an error of publishing counts as: NotStorable when files vanished from a folder of the trial's own."""
+    if report.staged is None or report.staged.serializer != "directory" or not isinstance(error, OSError):
+        return error
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR) or not Path(report.staged.path).parent.is_dir():
+        return error
+    words = f"{error.strerror or error}; leave the folder alone once its step is reported"
+    refused = NotStorable(words)
+    refused.__cause__ = error
+    return refused
 
 
 class Publisher:
@@ -97,5 +112,5 @@ class Publisher:
         try:
             self._done = Publication(report=report, published=publish(), error=None)
         except BaseException as error:  # noqa: BLE001  # raised where it is taken
-            self._done = Publication(report=report, published=None, error=error)
+            self._done = Publication(report=report, published=None, error=blamed(error, report))
         os.write(self._pipe[1], b"\0")

@@ -6,7 +6,7 @@ import contextlib
 import time
 from dataclasses import dataclass
 
-from holdfast.core.errors import StorageError, TrialCrashed, TrialFailed, TrialFailure, TrialTimedOut
+from holdfast.core.errors import NotStorable, StorageError, TrialCrashed, TrialFailed, TrialFailure, TrialTimedOut
 from holdfast.core.trial import Outcome
 from holdfast.tasks.workers.logs import LogTail
 from holdfast.tasks.workers.messages import (
@@ -76,7 +76,7 @@ class Attempt:
             except WorkerDied:
                 verdict = self._dead()
         except TrialFailure:
-            with contextlib.suppress(StorageError):  # how the attempt ended counts
+            with contextlib.suppress(StorageError, TrialFailed):  # how the attempt ended counts
                 self._settle()
             raise
         self._settle()
@@ -88,6 +88,8 @@ class Attempt:
             return
         self._worker.kill()
         if (refused := self._stored(wait=True)) is not None and refused.error is not None:
+            if isinstance(refused.error, NotStorable):
+                raise TrialFailed(str(refused.error), kind=NotStorable.__name__)
             raise refused.error
 
     def _run(self) -> Verdict:
@@ -156,14 +158,15 @@ class Attempt:
         """Tell the child what became of its save, once that is known."""
         done = self._stored(wait=wait)
         if done is not None:
-            self._worker.send({"t": "stored", "error": None if done.error is None else str(done.error)})
+            error = None if done.error is None else str(done.error)
+            self._worker.send({"t": "stored", "error": error, "storable": not isinstance(done.error, NotStorable)})
 
     def _stored(self, *, wait: bool) -> Publication | None:
-        """Record a checkpoint that was published since the last call, if any; what the storage did not refuse is raised."""
+        """Record a checkpoint that was published since the last call, if any; what was not refused is raised."""
         done = self._publisher.take(wait=wait)
         if done is not None and done.published is not None:
             self._supervision.saved(done.report, done.published)
-        elif done is not None and isinstance(done.error, StorageError):
+        elif done is not None and isinstance(done.error, StorageError | NotStorable):
             self._supervision.log([f"the checkpoint of step {done.report.step} was not stored: {done.error}"])
         elif done is not None and done.error is not None:
             raise done.error

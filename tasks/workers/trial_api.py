@@ -47,7 +47,7 @@ class Link(Protocol):
         ...
 
     def settle(self) -> None:
-        """Wait until what was handed over counts as a checkpoint; StorageError when it could not be published."""
+        """Wait until what was handed over counts as a checkpoint; StorageError or NotStorable when it cannot be published."""
         ...
 
     def telemetry(self, row: TelemetryRow) -> None:
@@ -183,10 +183,10 @@ class Trial:
             decision = self._link.report(replace(report, staged=staged))
             if decision is not Decision.CONTINUE:
                 self._stopped = decision
-            if write is not None and self._saver is not None:
-                self._saver.start(report, write)
             if due and last_in_time:
                 self._deadline.met()
+            if write is not None and self._saver is not None:
+                self._saver.start(report, self._made_up_for(write) if last_in_time else write)
             if decision is Decision.PREEMPT and content is not None and not due and self._job.saves:
                 self._save_undue(report, *content)
             for stale in [number for number in self._own if number <= step]:
@@ -250,6 +250,18 @@ class Trial:
         if len(given) > 1:
             raise InvalidInput(f"step {step} has {' and '.join(kind for kind, _ in given)}; a checkpoint holds one of them")
         return given[0] if given else None
+
+    def _made_up_for(self, write: Callable[[], Staged]) -> Callable[[], Staged]:
+        """Return ``write`` such that, when it fails, another step is saved before the deadline."""
+
+        def made_up_for() -> Staged:
+            try:
+                return write()
+            except BaseException:
+                self._deadline.missed()
+                raise
+
+        return made_up_for
 
     def _save_undue(self, report: Report, kind: str, value: Any) -> None:
         """Save what a trial that has to stop reported at a step that is not due, after the save that is under way."""

@@ -46,6 +46,12 @@ def bucket(s3: S3) -> str:
     return s3.bucket("filesystems")
 
 
+def given(location: str, filesystem: Any) -> ObjectRoot:
+    root = open_root(location, filesystem=filesystem)
+    assert isinstance(root, ObjectRoot)
+    return root
+
+
 class TestGiven(CheckpointContract):
     """Checkpoints on every kind of given file system keep the contract that the others keep."""
 
@@ -57,21 +63,21 @@ class TestGiven(CheckpointContract):
         monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")  # pyarrow's others are refused by Ceph 16
         name = f"{tmp_path.name} [1] ? ü #%41"
         if kind == "memory":
-            root = ObjectRoot(f"given-{secrets.token_hex(4)}/{name}", {}, MemoryFileSystem())
+            root = given(f"given-{secrets.token_hex(4)}/{name}", MemoryFileSystem())
         elif kind == "pyarrow memory":
-            root = ObjectRoot(f"given/{name}", {}, arrow()._MockFileSystem())
+            root = given(f"given/{name}", arrow()._MockFileSystem())
         else:
             s3: S3 = request.getfixturevalue("s3")
             below = f"{request.getfixturevalue('bucket').partition('://')[2]}/{kind}"
             plain = s3_of_arrow(s3) if kind.startswith("pyarrow") else s3fs.S3FileSystem(**s3.options)
             if kind == "s3fs dir":
-                root = ObjectRoot(name, {}, DirFileSystem(below, plain))
+                root = given(name, DirFileSystem(below, plain))
                 assert root.location == f"s3://{below}/{name}"
             elif kind == "pyarrow subtree":
-                root = ObjectRoot(name, {}, arrow().SubTreeFileSystem(below, plain))
+                root = given(name, arrow().SubTreeFileSystem(below, plain))
                 assert root.location == f"s3://{below}/{name}"
             else:
-                root = ObjectRoot(f"{below}/{name}", {}, plain)
+                root = given(f"{below}/{name}", plain)
         return RemoteCheckpoints(root, tmp_path / "work")
 
     def files(self, store: Any) -> Files:
@@ -82,7 +88,7 @@ def test_a_caching_instance_of_s3_does_not_fool_us(s3: S3, tmp_path: Path) -> No
     bucket = s3.bucket("cached")
     filesystem = s3fs.S3FileSystem(**s3.options, use_listings_cache=True, listings_expiry_time=None)
     url = f"{bucket}/cached"
-    ours = RemoteCheckpoints(ObjectRoot(url, {}, filesystem), tmp_path / "ours")
+    ours = RemoteCheckpoints(given(url, filesystem), tmp_path / "ours")
     theirs = RemoteCheckpoints(ObjectRoot(url, s3.options), tmp_path / "theirs")
     assert isinstance(ours.root._store, S3Store)
     assert filesystem.ls(bucket) == []
@@ -104,8 +110,6 @@ def test_a_local_one_is_a_folder(tmp_path: Path) -> None:
     for root in places:
         assert isinstance(root, LocalRoot)
         assert root.path == tmp_path
-    with pytest.raises(SpecError, match="by its path"):
-        ObjectRoot(str(tmp_path), {}, LocalFileSystem())
 
 
 def test_pyarrows_local_one_is_a_folder(tmp_path: Path) -> None:
@@ -170,5 +174,5 @@ def test_no_message_shows_the_secret_of_a_given_one(bucket: str) -> None:
         key="k", secret=secret, endpoint_url=f"http://127.0.0.1:9/{secret}", skip_instance_cache=True
     )
     with pytest.raises(StorageError, match="does not answer") as caught:
-        ObjectRoot(f"{bucket}/x", {}, filesystem).write("a", b"")
+        given(f"{bucket}/x", filesystem).write("a", b"")
     assert secret not in str(caught.value)

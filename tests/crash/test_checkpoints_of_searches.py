@@ -210,3 +210,43 @@ def test_a_reader_beside_many_saves_of_which_two_are_kept_sees_no_error(tmp_path
         assert len(set(seen)) > 10
         rows = [row for row in holdfast.Experiment(opened).checkpoints() if row.status == "valid"]
         assert [row.step for row in rows] == [SAVES - 2, SAVES - 1]
+
+
+BAD_FOLDERS = """
+import os, shutil
+from pathlib import Path
+
+
+def train(trial):
+    own = trial.stage(0)
+    (own / "w.bin").write_bytes(b"w" * 1000)
+    if trial.number == 0:
+        shutil.rmtree(own)
+    if trial.number == 1:
+        shutil.rmtree(own)
+        own.write_text("mine")
+    trial.report({"loss": 1.0}, step=0)
+    if trial.number == 2:
+        Path("loop").mkdir(exist_ok=True)
+        if not os.path.lexists("loop/a"):
+            os.symlink("a", "loop/a")
+        trial.report({"loss": 1.0}, step=1, directory="loop")
+    trial.report({"loss": 1.0}, step=1, state=1)
+"""
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_trial_whose_folder_is_bad_fails_alone(lab: Lab, asynchronous: bool) -> None:
+    (lab.folder / "train.py").write_text(BAD_FOLDERS)
+    ended = lab.run("run", lab.spec(checkpoints={"asynchronous": asynchronous}), code=1)
+    assert lab.statuses() == ["FAILED", "FAILED", "FAILED", "COMPLETED"], ended.output
+    assert {number: steps_of(lab, number) for number in (2, 3)} == {2: [0], 3: [0, 1]}
+    assert [one.step for one in lab.checkpoints(3)] == [0, 1]
+    ended = lab.run("restore", lab.path(), "--restart-errored", code=1)
+    assert lab.statuses() == ["FAILED", "FAILED", "FAILED", "COMPLETED"], ended.output
+    with lab.open() as experiment:
+        errors = [trial.error for trial in experiment.trials[:3]]
+    for error in errors:
+        assert error is not None
+        assert "NotStorable" in str(error), error
+    assert not list(lab.path().glob("trials/*/checkpoints/.staging*"))

@@ -50,8 +50,9 @@ class TestDeadline:
             ([10, 20, 30, 40, 50], 40, [2]),  # exactly then is late, too
             ([10, 20, 30, 40, 50], None, []),
             ([10, 20, 30, 40, 50], 1000, []),
-            ([10, 20, 30, 40, 50], 0, [0]),
-            ([10, 20, 30, 40, 50], -5, [0]),
+            ([10, 20, 30, 40, 50], 0, []),  # past from the start: there is no last report to wait for
+            ([10, 20, 30, 40, 50], -5, []),
+            ([10, 20, 30, 40, 50], 0.001, [0]),
             ([5, 35, 36, 37, 38, 39, 40], 70, [6]),  # the longest pause was 30
             ([1, 2, 3, 100, 101], 50, [3]),  # late, since nothing foretold it
             ([40], 50, [0]),  # nothing but the time since the start is known
@@ -86,6 +87,19 @@ class TestDeadline:
         deadline.met()
         assert not deadline.due(2)
         assert not deadline.reported(3)
+
+    def test_a_save_that_came_to_nothing_gives_it_back(self) -> None:
+        clock = Clock()
+        deadline = Deadline(20.0, clock)
+        clock.now = 19.0
+        assert deadline.reported(0)
+        deadline.met()
+        assert not deadline.due(1)
+        deadline.missed()
+        assert deadline.reported(1)
+        late = Deadline(10.0, clock)
+        late.missed()
+        assert not late.due(0)
 
 
 def run(
@@ -147,15 +161,23 @@ class TestTrial:
         trainable = f"{TRAINABLES}:ticking_on"
         assert self.run(tmp_path, config={"steps": 9}, save_by=45.0, trainable=trainable)[1] == [0, 5]
 
+    def test_one_in_the_background_is_made_up_for(self, tmp_path: Path) -> None:
+        """The error is raised by the report after it, in place of a save; the one after that is the one that is saved."""
+        trainable, config = f"{TRAINABLES}:ticking_in_vain", {"steps": 9, "fails": 4}
+        assert self.run(tmp_path, config=config, save_by=45.0, trainable=trainable, asynchronous=True)[1] == [0, 6]
 
-@pytest.mark.parametrize(("left", "saved"), [(-1.0, [1]), (3600.0, []), (None, [])])
-def test_in_a_process_the_clock_is_its_own(tmp_path: Path, left: float | None, saved: list[int]) -> None:
+
+@pytest.mark.parametrize(
+    ("left", "leaps", "saved"),
+    [(3600.0, True, [1]), (3600.0, False, []), (-1.0, True, []), (-1.0, False, []), (None, True, [])],
+)
+def test_in_a_process_the_clock_is_its_own(tmp_path: Path, left: float | None, leaps: bool, saved: list[int]) -> None:
     save_by = None if left is None else time.monotonic() + left
     job = make_job(
         tmp_path,
         "",
         trainable=f"{TRAINABLES}:ticking",
-        config={"steps": 4, "bare": [0]},
+        config={"steps": 4, "bare": [0], "leaps": leaps},
         save_period=1000,
         save_by=save_by,
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from holdfast import CheckpointStore
 from holdfast.cli import main
+from holdfast.core.errors import StorageError
 from holdfast.testing.saving import flip
 
 
@@ -61,13 +66,57 @@ def test_a_folder_that_is_neither(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert os.listdir(tmp_path) == []
 
 
-def test_one_more_step_is_saved_before_the_time_is_up(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, {"save_period": 100, "save_before": 1e-9})
-    assert store.should_save(3)
-    assert [store.save(step, step) is not None for step in range(3, 6)] == [True, False, False]
+class Clock:
+    """Shows the times that it is told to, in place of the store's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("holdfast.storage.checkpoints.store.time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def test_one_more_step_is_saved_before_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    store = CheckpointStore(tmp_path, {"save_period": 100, "save_before": "00:01:00"})
+    off = CheckpointStore(tmp_path, {"mode": "none", "save_before": 60})
+    saved = []
+    for step in range(3, 13):
+        clock.now += 9.0
+        told = store.should_save(step)
+        assert told == (store.save(step, step) is not None)
+        assert off.save(step, step) is None
+        saved += [step] * told
+    assert saved == [8]  # at 54 of 60 seconds: the next one would come at 63
     assert store.save(100, 100) is not None
-    assert CheckpointStore(tmp_path).steps() == [3, 100]
-    patient = CheckpointStore(tmp_path, {"save_period": 100, "save_before": "10:00:00"})
-    assert not patient.should_save(103)
-    off = CheckpointStore(tmp_path, {"mode": "none", "save_before": 1e-9})
-    assert off.save(104, 104) is None
+    assert CheckpointStore(tmp_path).steps() == [8, 100]
+
+
+def test_a_moment_that_is_past_from_the_start_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    store = CheckpointStore(tmp_path, {"save_period": 100, "save_before": 1e-20})  # too little to count
+    clock.now += 9.0
+    assert not store.should_save(3)
+    assert store.save(3, 3) is None
+
+
+def test_a_save_in_the_background_that_fails_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    store = CheckpointStore(tmp_path, {"save_period": 100, "save_before": 60, "asynchronous": True})
+    store.save(0, 0)
+    store.flush()
+    clock.now += 55.0
+    real = os.write
+
+    def full(descriptor: int, data: Any) -> int:
+        if threading.current_thread().name == "holdfast-checkpoint":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        assert store.save(3, 3) is not None
+        with pytest.raises(StorageError, match="No space left"):
+            store.flush()
+    assert store.should_save(4)
+    assert store.save(4, 4) is not None
+    assert store.save(5, 5) is None
+    assert store.steps() == [0, 4]

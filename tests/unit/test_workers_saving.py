@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from workers_kit import Recorder, make_job, publish, runs
+from workers_kit import PATIENCE, Bell, Recorder, make_job, publish, runs, wait_for_end
 
 from holdfast.core.errors import Fenced, StorageError, TrialCrashed, TrialFailed, TrialTimedOut
 from holdfast.core.trial import Outcome
@@ -22,7 +23,6 @@ from holdfast.tasks.workers.messages import Decision, Ended, Job, Report, Superv
 from holdfast.tasks.workers.pool import WorkerPool
 
 TRAINABLES = Path(__file__).with_name("workers_saves.py")
-PATIENCE = 60.0
 Runner = Callable[[Job, Supervision], Ended]
 
 
@@ -93,6 +93,37 @@ class TestContent:
         assert "step 0 was written in the background" in caught.value.traceback
         assert (recorder.steps, saved(recorder), leftovers(recorder)) == ([0], [], [])
 
+    @pytest.mark.parametrize("asynchronous", [True, False])
+    @pytest.mark.parametrize("kind", ["gone", "file", "link", "loop"])
+    def test_a_folder_that_is_bad_fails_its_trial_alone(
+        self, runner: Runner, tmp_path: Path, kind: str, asynchronous: bool
+    ) -> None:
+        recorder = recorder_of(tmp_path, "bad_folder", config={"kind": kind}, asynchronous=asynchronous)
+        with pytest.raises(TrialFailed, match="loop/a" if kind == "loop" else "staging-step_00000000") as caught:
+            runner(recorder.job, recorder)
+        assert caught.value.kind == "NotStorable"
+        assert (recorder.steps, saved(recorder), leftovers(recorder)) == (
+            [0] if kind != "loop" and asynchronous else [],
+            [],
+            [],
+        )
+
+    def test_a_folder_that_is_removed_before_it_is_published_fails_its_trial_alone(
+        self, runner: Runner, tmp_path: Path
+    ) -> None:
+        with Bell(tmp_path / "removed") as removed:
+
+            def later(job: Job, report: Report) -> Published:
+                removed.wait()
+                return publish(job, report)
+
+            recorder = recorder_of(tmp_path, "removes_what_it_reported")
+            recorder.publish = later
+            with pytest.raises(TrialFailed, match="staging-step_00000000") as caught:
+                runner(recorder.job, recorder)
+        assert caught.value.kind == "NotStorable"
+        assert (recorder.steps, saved(recorder), leftovers(recorder)) == ([0], [], [])
+
     def test_a_state_that_cannot_be_stored_is_refused_by_its_report(self, runner: Runner, tmp_path: Path) -> None:
         recorder = recorder_of(tmp_path, "unstorable")
         ended = runner(recorder.job, recorder)
@@ -153,14 +184,16 @@ class TestOrder:
         recorder = recorder_of(tmp_path, "reports_when_told", config={"steps": 5}, save_period=2)
         count = recorder._count
 
-        def held(report: Report, published: Published) -> None:
-            (tmp_path / "saving").touch()
-            while not (tmp_path / "reporting").exists():
-                time.sleep(0.005)
-            count(report, published)
+        with Bell(tmp_path / "saving") as saving, Bell(tmp_path / "reporting") as reporting:
 
-        recorder._count = held  # type: ignore[method-assign]
-        pool.run(recorder.job, recorder)
+            def held(report: Report, published: Published) -> None:
+                if report.step == 0:
+                    saving.ring()
+                    reporting.wait()
+                count(report, published)
+
+            recorder._count = held  # type: ignore[method-assign]
+            pool.run(recorder.job, recorder)
         assert recorder.steps == [0, 1, 2, 3, 4]
         assert saved(recorder) == [0, 2, 4]
 
@@ -284,8 +317,7 @@ class TestLostProcesses:
 
         def kill_first(job: Job, report: Report) -> Published:
             os.kill(recorder.pid, signal.SIGKILL)
-            while runs(recorder.pid):
-                time.sleep(0.005)
+            wait_for_end(recorder.pid)
             return publish(job, report)
 
         recorder.publish = kill_first
@@ -303,16 +335,17 @@ class TestLostProcesses:
     def test_one_behind_a_report_whose_answer_finds_nobody(self, pool: WorkerPool, tmp_path: Path) -> None:
         recorder = recorder_of(tmp_path, "dies_unanswered", save_period=100)
 
-        def answer(report: Report) -> Decision:
-            if report.step == 1:
-                (tmp_path / "arrived").touch()
-                while runs(recorder.pid):
-                    time.sleep(0.005)
-            return Decision.CONTINUE
+        with Bell(tmp_path / "arrived") as arrived:
 
-        recorder.answer = answer
-        with pytest.raises(TrialCrashed, match="SIGKILL"):
-            pool.run(recorder.job, recorder)
+            def answer(report: Report) -> Decision:
+                if report.step == 1:
+                    arrived.ring()
+                    wait_for_end(recorder.pid)
+                return Decision.CONTINUE
+
+            recorder.answer = answer
+            with pytest.raises(TrialCrashed, match="SIGKILL"):
+                pool.run(recorder.job, recorder)
         assert recorder.steps == [0, 1]
         assert saved(recorder) == [0]
 
@@ -325,17 +358,20 @@ class TestLostProcesses:
         assert any("the checkpoint of step 0 was not stored: " in line and "no space left" in line for line in recorder.lines)
 
     @pytest.mark.parametrize("ending", ["timeout", "kill", "close"])
-    def test_ended_while_its_checkpoint_is_published(self, tmp_path: Path, ending: str) -> None:
-        recorder = recorder_of(tmp_path, "saves_and", config={"end": "wait"}, timeout=1.0 if ending == "timeout" else None)
+    def test_ended_while_its_checkpoint_is_published(
+        self, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        recorder = recorder_of(tmp_path, "saves_and", config={"end": "wait"}, timeout=3600.0 if ending == "timeout" else None)
         began = threading.Event()
+        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600.0 * began.is_set())
+        monkeypatch.setattr("holdfast.tasks.workers.supervise.time", clock)
         with WorkerPool(1) as pool:
 
             def slow(job: Job, report: Report) -> Published:
                 began.set()
                 if ending == "close":
                     pool.close()
-                while runs(recorder.pid):  # so that it has been ended for good
-                    time.sleep(0.005)
+                wait_for_end(recorder.pid)
                 return publish(job, report)
 
             recorder.publish = slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from holdfast.storage.checkpoints.local import LocalCheckpoints, Published
 from holdfast.storage.checkpoints.manifest import Manifest
 from holdfast.tasks.workers.messages import Candidate, Decision, Job, ProcessIdentity, Rejected, Report
 
+PATIENCE = 60.0
+"""Seconds after which something that should happen counts as not happening."""
 TRAINABLES = Path(__file__).with_name("workers_trainables.py")
 
 
@@ -125,6 +128,40 @@ def runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a process has ended, reaped or not."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([descriptor], [], [], PATIENCE)[0], f"process {pid} goes on"
+    finally:
+        os.close(descriptor)
+
+
+class Bell:
+    """A named pipe by which a test and a trial's process tell each other that something has happened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        os.mkfifo(path)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def __enter__(self) -> Bell:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._descriptor)
+
+    def ring(self) -> None:
+        os.write(self._descriptor, b"!")
+
+    def wait(self) -> None:
+        assert select.select([self._descriptor], [], [], PATIENCE)[0], f"nobody rang {self._path}"
+        assert os.read(self._descriptor, 1)
 
 
 def log_of(job: Job) -> str:

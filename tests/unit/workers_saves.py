@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -41,13 +42,24 @@ def no_large_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def until(there):
-    while not there():
-        time.sleep(0.005)
+def ring(bell):
+    """Tell the test something, by a named pipe that it made."""
+    with open(bell, "wb", buffering=0) as stream:
+        stream.write(b"!")
 
 
-def written():
-    return all(thread.name != "holdfast-saver" for thread in threading.enumerate())
+def wait_for(bell):
+    """Wait until the test tells something; when it does not, it ends this process."""
+    with open(bell, "rb", buffering=0) as stream:
+        stream.read(1)
+
+
+def wait_until_written():
+    """Wait until nothing is being written in the background."""
+    for thread in threading.enumerate():
+        if thread.name == "holdfast-saver":
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def changed_at_once(trial):
@@ -87,6 +99,37 @@ def staged_link(trial):
     trial.report({"loss": 1.0}, step=0)
 
 
+def bad_folder(trial):
+    """Hands over a folder that is none any more, or never was; the next report is fine."""
+    kind = trial.config["kind"]
+    if kind == "loop":
+        Path("loop").mkdir(exist_ok=True)
+        os.symlink("a", "loop/a")
+        trial.report({"loss": 1.0}, step=0, directory="loop")
+    else:
+        own = trial.stage(0)
+        if kind == "link":
+            own.rename("elsewhere")
+            own.symlink_to(Path("elsewhere").absolute())
+        else:
+            own.rmdir()
+        if kind == "file":
+            own.write_text("mine")
+        trial.report({"loss": 1.0}, step=0)
+    trial.report({"loss": 1.0}, step=1, state=1)
+
+
+def removes_what_it_reported(trial):
+    """Tidies up a staged folder that is written and handed over, and not published yet."""
+    own = trial.stage(0)
+    (own / "w.bin").write_bytes(LARGE)
+    trial.report({"loss": 1.0}, step=0)
+    wait_until_written()
+    shutil.rmtree(own)
+    ring("removed")
+    trial.report({"loss": 1.0}, step=1, state=1)
+
+
 def steps(trial):
     for step in range(trial.config["steps"]):
         trial.report({"loss": float(step)}, step=step, state={"step": step})
@@ -94,11 +137,11 @@ def steps(trial):
 
 
 def reports_when_told(trial):
-    """Begins its second report when a file says so, and says so in another one."""
+    """Begins its second report when a bell rings, and rings another one."""
     for step in range(trial.config["steps"]):
         if step == 1:
-            until(Path("saving").exists)
-            Path("reporting").touch()
+            wait_for("saving")
+            ring("reporting")
         trial.report({"loss": float(step)}, step=step, state={"step": step})
 
 
@@ -106,9 +149,9 @@ def dies_unanswered(trial):
     """Is killed while it waits for its second answer, once the checkpoint of its first report is handed over."""
 
     def end():
-        until(Path("arrived").exists)
+        wait_for("arrived")
         gate.set()
-        until(written)
+        wait_until_written()
         os.kill(os.getpid(), signal.SIGKILL)
 
     with held_up() as gate:
@@ -137,7 +180,7 @@ def catches(trial):
 def too_large(trial):
     with no_large_files():
         trial.report({"loss": 1.0}, step=0, state=LARGE)
-        until(written)
+        wait_until_written()
     return finish(trial)
 
 
@@ -164,7 +207,7 @@ def saves_and(trial):
 def saves_and_waits_for_thread(trial):
     """Ends only once the checkpoint is written and handed over."""
     trial.report({"loss": 1.0}, step=0, state={"w": LARGE})
-    until(written)
+    wait_until_written()
     return finish(trial)
 
 
@@ -206,9 +249,11 @@ class Stepped:
 
 
 def ticking(trial):
-    """Notes what it was told of each step that it asks about."""
+    """Notes what it was told of each step that it asks about. Its clock may leap by an hour behind the first report."""
     told = []
     for step in range(trial.config["steps"]):
+        if step == 1 and trial.config.get("leaps"):
+            trial._deadline._clock = lambda: time.monotonic() + 3600.0
         if trial.config.get("asks", True):
             told.append(trial.should_checkpoint(step))
         trial.report({"loss": float(step)}, step=step, state=None if step in trial.config.get("bare", []) else {"s": step})
@@ -220,3 +265,24 @@ def ticking_on(trial):
     for step in range(trial.config["steps"]):
         with contextlib.suppress(OSError):
             trial.report({"loss": float(step)}, step=step, state={"s": step})
+
+
+def ticking_in_vain(trial):
+    """The files of one step cannot be written, in the background; the reports go on."""
+    from holdfast.storage.checkpoints.files import Sink
+
+    enter, failing = Sink.__enter__, f"step_{trial.config['fails']:08d}-"
+
+    def refuse(sink):
+        if failing in sink._path:
+            raise OSError(28, "no space left")
+        return enter(sink)
+
+    Sink.__enter__ = refuse
+    try:
+        for step in range(trial.config["steps"]):
+            with contextlib.suppress(OSError):
+                trial.report({"loss": float(step)}, step=step, state={"s": step})
+            wait_until_written()
+    finally:
+        Sink.__enter__ = enter

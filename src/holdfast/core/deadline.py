@@ -12,19 +12,21 @@ RECENT = 10
 class Deadline:
     """Tells which report is expected to be the last one before a moment: it is saved, due or not, once.
 
-    ``moment`` is one of ``clock``, in seconds; None when there is none.
+    ``moment`` is one of ``clock``, in seconds; None when there is none, and one that is past already is none either: no report
+    is the last one before it.
     """
 
     def __init__(self, moment: float | None, clock: Callable[[], float]) -> None:
-        self._moment = moment
         self._clock = clock
         self._last = clock()
+        self._moment = moment if moment is not None and moment > self._last else None
+        self._met = False
         self._pauses: deque[float] = deque(maxlen=RECENT)
         self._told: dict[int, bool] = {}
 
     def due(self, step: int) -> bool:
         """Tell whether the report of ``step``, which comes now, is the one to save; the answer holds until a report came."""
-        if self._moment is None:
+        if self._moment is None or self._met:
             return False
         if step not in self._told:
             now = self._clock()
@@ -42,4 +44,8 @@ class Deadline:
 
     def met(self) -> None:
         """Note that the step was saved: no other one is due for the deadline's sake."""
-        self._moment = None
+        self._met = True
+
+    def missed(self) -> None:
+        """Note that the step could not be saved after all: another one is due in its place."""
+        self._met = False

@@ -4,7 +4,7 @@ HoldfastError
 ├── InvalidInput (ValueError)          the caller can mend it; exit code 2
 │   ├── SpecError                      a spec, an override or a flag
 │   ├── InvalidConfig                  a config that does not fit the space
-│   ├── InvalidStep                    a step that is no whole number from 0
+│   ├── InvalidStep                    a step that is no whole number from 0, or before the newest; an unknown word
 │   ├── TrainableError                 cannot be imported, or is none of the kinds
 │   ├── NotStorable (TypeError)        a state or metric that cannot be stored as asked
 │   ├── ExperimentExists               the name or the path is taken
@@ -57,7 +57,7 @@ class InvalidConfig(InvalidInput):
 
 
 class InvalidStep(InvalidInput):
-    """A step is not a whole number from 0."""
+    """A step is no whole number from 0, or comes before the newest; or a word is none of latest, last, best and first."""
 
 
 class TrainableError(InvalidInput):

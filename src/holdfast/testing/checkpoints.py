@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from holdfast.core.errors import (
@@ -161,7 +162,6 @@ class CheckpointContract:
         assert "state.json" in files.names(new.path)
 
     def test_any_damage_is_noticed(self, checkpoints: Checkpoints) -> None:
-        np = pytest.importorskip("numpy")
         published = save(checkpoints, {"w": np.arange(20_000.0), "b": b"bytes"})
         files = self.files(checkpoints)
         for name in files.names(published.path):

@@ -7,6 +7,7 @@ import functools
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
@@ -263,10 +264,9 @@ class CheckpointStoreContract(KeepingContract):
             assert str(CheckpointStore(config={"directory": place}).path) == place
 
     def test_background_saves_hold_what_they_were_given(self, opens: Opens) -> None:
-        np = pytest.importorskip("numpy", reason="numpy is not installed")
         store = opens(asynchronous=True)
         weights = np.zeros(40_000)
-        state = {"w": weights, "log": [1]}
+        state: dict[str, Any] = {"w": weights, "log": [1]}
         for step in range(4):
             store.save(step, state)
             weights += 1
