@@ -395,15 +395,18 @@ class Experiment:
         return export(self._opened, Path(file))
 
     def stop(self, *, wait: float = 0.0) -> bool:
-        """Ask the driver to save and stop; wait up to ``wait`` seconds. Return whether nobody drives it now."""
+        """Ask the driver to save and stop; wait up to ``wait`` seconds. Return whether nobody drives it now.
+
+        A driver of this host whose process is gone drives no more, whatever its lease says.
+        """
         database = self._writable()
-        if not self.lease.is_held:
+        if not upkeep.driven(self._opened):
             return True
         requests.request_stop(database, self._opened.record.id)
         deadline = time.monotonic() + wait
-        while time.monotonic() < deadline and self.lease.is_held:
+        while time.monotonic() < deadline and upkeep.driven(self._opened):
             time.sleep(0.2)
-        return not self.lease.is_held
+        return not upkeep.driven(self._opened)
 
     def cancel(self, trial: int) -> None:
         """Ask for one waiting or running trial to be ended; Conflict when it has ended already."""

@@ -119,3 +119,22 @@ def quarantine(database: Database, experiment: int, bad: Sequence[tuple[Checkpoi
         if marked:
             add_audit(tx, experiment, seq, epoch, "quarantined", {"checkpoints": marked[:100], "count": len(marked)})
     return len(marked)
+
+
+@repeatable
+def acquit(database: Database, experiment: int, good: Sequence[Checkpoint]) -> int:
+    """Make corrupt checkpoints that were read and found good valid again; return how many were corrupt until now.
+
+    What was removed meanwhile stays deleted. For who knows that nobody drives: a driver remembers what it rejected.
+    """
+    marked: list[Json] = []
+    with database.write() as tx:
+        seq, epoch = begin_request(tx, experiment)
+        for item in good:
+            place = {"number": item.trial, "attempt": item.attempt, "path": item.path}
+            for row in tx.run(sql.ACQUIT, experiment=experiment, seq=seq, **place):
+                tx.run(sql.TOUCH_TRIAL, checkpoint=row[0], seq=seq)
+                marked.append(item.path)
+        if marked:
+            add_audit(tx, experiment, seq, epoch, "acquitted", {"checkpoints": marked[:100], "count": len(marked)})
+    return len(marked)
