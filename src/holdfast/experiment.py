@@ -333,7 +333,7 @@ class Experiment:
         """Keep a trial's checkpoint of a step whatever the rules of retention say; also while somebody drives.
 
         It is the newest valid one of that step that counts, or the one that ``attempt`` saved. CheckpointNotFound when there
-        is none. Once this has returned, it is not pruned.
+        is none. Once this has returned, it is not pruned, and the path says so, whatever becomes of the database.
         """
         self._pin(trial, step, attempt, pinned=True)
 
@@ -345,7 +345,8 @@ class Experiment:
         self.trial(trial)
         if attempt is not None and not _is_number(attempt):
             raise InvalidInput(f"attempt is {attempt!r}; it is the number of an attempt, from 1, or None")
-        requests.pin(self._writable(), self._opened.record.id, trial, step, attempt=attempt, pinned=pinned)
+        self._writable()
+        upkeep.pin(self._opened, trial, step, attempt, pinned=pinned)
 
     def gc(self, dry_run: bool = False, *, corrupt: bool = False) -> Collected:
         """Remove what dead attempts left: staged and half deleted checkpoints, those that no row names, temporary files.

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
-from holdfast.core.errors import CheckpointNotFound, Corrupt, HoldfastError, LeaseHeld
+from holdfast.core.errors import CheckpointNotFound, Corrupt, HoldfastError, LeaseHeld, OutcomeUnknown
 from holdfast.core.trial import Attempt, TrialStatus
 from holdfast.holding import check_path, end_children, holder, is_driven, liveness
 from holdfast.locate import Opened
 from holdfast.standing import driven_elsewhere
 from holdfast.storage import journal
 from holdfast.storage.atomic import is_draft
+from holdfast.storage.checkpoints import pins
 from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints
 from holdfast.storage.checkpoints.names import STAGING, TRASH
 from holdfast.storage.checkpoints.ports import Checkpoints, checkpoints_in
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _TRIAL_FOLDER = re.compile(r"[0-9]{6,}")
 _GONE = "its directory is missing"
+_UNPINNED = "pins what is gone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class _Trial:
 class _Survey:
     trials: dict[int, _Trial]
     files: list[Leftover]
+    markers: list[Leftover]
     mirror: dict[int, list[Leftover]]
     missing: list[tuple[Checkpoint, str]]
     good: list[Checkpoint]
@@ -101,7 +104,7 @@ class _Survey:
     def leftovers(self) -> list[Leftover]:
         """All of it, in the order in which it is removed."""
         copies = [item for items in self.mirror.values() for item in items]
-        return [*copies, *(item for trial in self.trials.values() for item in trial.leftovers), *self.files]
+        return [*copies, *(item for trial in self.trials.values() for item in trial.leftovers), *self.markers, *self.files]
 
 
 def collect(
@@ -176,7 +179,7 @@ def _collect(opened: Opened, keeper: Keeper, *, corrupt: bool) -> Collected:
         _forget(driver, trial)
     writer.flush()
     removed, left = _remove(folder, checkpoints_in(folder), survey, keeper)
-    files = _remove_files(folder)
+    files = _remove_files(folder, survey.markers)
     detail = {"removed": len(removed) + len(files), "bytes": sum(item.bytes for item in [*removed, *files])}
     driver.audit("collected", {**detail, "missing": len(survey.missing)})
     writer.flush()
@@ -215,10 +218,10 @@ def _remove(folder: Folder, store: Checkpoints, survey: _Survey, keeper: Keeper)
     return removed, left
 
 
-def _remove_files(folder: Folder) -> list[Leftover]:
+def _remove_files(folder: Folder, markers: Sequence[Leftover]) -> list[Leftover]:
     """Remove temporary files under the lock under which some are written and exchanged; return what went."""
     with folder.root.exclusive():
-        files = _files(folder)
+        files = [*markers, *_files(folder)]
         for item in files:
             if os.path.isabs(item.path):
                 Path(item.path).unlink(missing_ok=True)
@@ -235,7 +238,7 @@ def _survey(opened: Opened, *, corrupt: bool, files: bool = True) -> _Survey:
     for row in reader.checkpoints():
         rows.setdefault(row.trial, []).append(row)
     there = set(_trial_numbers(folder.root.names("trials")))
-    survey = _Survey(trials={}, files=_files(folder) if files else [], mirror=_mirror(folder), missing=[], good=[])
+    survey = _Survey(trials={}, markers=[], files=_files(folder) if files else [], mirror=_mirror(folder), missing=[], good=[])
     for number, of_trial in attempts.items():  # a trial that no row knows is not ours to judge
         known = rows.get(number, [])
         if number in there or known:
@@ -244,6 +247,9 @@ def _survey(opened: Opened, *, corrupt: bool, files: bool = True) -> _Survey:
             found = _judge(folder, number, held, present, known, of_trial, corrupt=store if corrupt else None)
             survey.trials[number] = found
             survey.good += found.good
+            counting = {row.path for row in known if row.status is not CheckpointStatus.DELETED} | present
+            gone = sorted(pins.pinned(folder.root, number) - counting) if number in there else []
+            survey.markers += [Leftover(path=pins.marker(path), why=_UNPINNED, bytes=0, trial=number) for path in gone]
             valid = [row for row in known if row.status is CheckpointStatus.VALID]
             survey.missing += [(row, _GONE) for row in valid if row.path not in present]
     return survey
@@ -352,7 +358,32 @@ def _below(place: Path) -> int:
     return total
 
 
-# Verifying and loading
+# Pinning, verifying and loading
+
+
+def pin(opened: Opened, trial: int, step: int, attempt: int | None = None, *, pinned: bool) -> None:
+    """Pin a checkpoint, or take the pin away, in the database and in the path; raises as ``requests.pin``.
+
+    The path's marker is there before the row says pinned, and until it does no more: what was acknowledged is in both.
+    """
+    database, identity, root = opened.database, opened.record.id, opened.folder.root
+    with root.exclusive():
+        chosen = requests.to_pin(database, identity, trial, step, attempt=attempt, pinned=pinned)
+        name = pins.marker(chosen.path)
+        if not pinned:
+            requests.pin(database, identity, trial, step, attempt=chosen.attempt, pinned=False)
+            root.delete(name)
+            return
+        fresh = root.read(name) is None
+        root.write(name, b"")
+        try:
+            requests.pin(database, identity, trial, step, attempt=chosen.attempt)
+        except OutcomeUnknown:
+            raise
+        except BaseException:
+            if fresh:
+                root.delete(name)
+            raise
 
 
 def verify(opened: Opened, rows: Sequence[Checkpoint], progress: Callable[[int], None] = lambda done: None) -> Verified:

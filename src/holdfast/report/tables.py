@@ -186,9 +186,9 @@ def checkpoints_table(checkpoints: Sequence[Checkpoint], width: int) -> Table:
     rows = [[*_checkpoint_cells(item), escape(item.path.rpartition("/")[2])] for item in checkpoints]
     header = [*_CHECKPOINT, "name"]
     columns = [*range(len(header))]
-    needed = [max(len(cells[column]) for cells in [header, *rows]) + 1 for column in columns]
+    needed = [max(len(cells[column]) for cells in [header, *rows]) + 2 for column in columns]
     for dispensable in ("name", "size"):  # trial, attempt and step tell checkpoints apart
-        if sum(needed[column] for column in columns) - 1 > width:
+        if sum(needed[column] for column in columns) - 2 > width:
             columns.remove(header.index(dispensable))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
