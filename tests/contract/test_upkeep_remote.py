@@ -19,6 +19,7 @@ from holdfast.experiment import Experiment
 from holdfast.holding import holder
 from holdfast.locate import Opened
 from holdfast.settings import settings
+from holdfast.storage.checkpoints import pins
 from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.checkpoints.serializers import write_state
 from holdfast.storage.database import requests
@@ -139,6 +140,23 @@ def test_bad_ones_are_found_and_the_one_before_is_loaded(opened: Opened, lab: La
     assert ([item.step for item in found.good], [item.step for item, _ in found.bad]) == ([3], [])
     assert requests.acquit(opened.database, opened.record.id, found.good) == 1
     assert Experiment(opened).load_checkpoint(0, strict=True).step == 3
+
+
+def test_a_pin_is_in_the_path(opened: Opened, lab: Lab) -> None:
+    writer, root = lab.started(), root_of(opened)
+    paths = [publish(opened, writer, step) for step in range(2)]
+    Experiment(opened).pin(0, 1)
+    assert pins.pinned(root, 0) == {paths[1]}
+    Experiment(opened).unpin(0, 1)
+    assert pins.pinned(root, 0) == set()
+    Experiment(opened).pin(0, 0)
+    root.write("trials/000000/checkpoints/.pin-step_00000009-a1-00aa", b"")
+    Leases(opened.database, opened.record.id).release(epoch=1, active=0.0, ended="stopped on request")
+    found = [item.path for item in collect(opened).removed if item.why == "pins what is gone"]
+    assert found == ["trials/000000/checkpoints/.pin-step_00000009-a1-00aa"]
+    assert pins.pinned(root, 0) == {paths[0]}
+    opened.folder.delete()
+    assert pins.pinned(root, 0) == set()
 
 
 def test_only_what_has_no_manifest_is_missing(opened: Opened, lab: Lab) -> None:
