@@ -23,7 +23,7 @@ MAY_IMPORT = {
 }
 TOP = {"report", "experiment", "specfile", "settings", "locate", "standing", "transfer", "callables", "upkeep"}
 MAY_IMPORT |= {name: {"core", "storage", "storage.checkpoints", "storage.database"} | TOP for name in TOP}
-MAY_IMPORT["holding"] = {"core", "locate", "storage", "tasks.workers"}
+MAY_IMPORT["holding"] = {"core", "locate", "storage", "storage.database", "tasks.workers"}
 MAY_IMPORT["upkeep"] = {*MAY_IMPORT["upkeep"], "holding"}
 MAY_IMPORT["settings"] = {"core"}
 MAY_IMPORT["flows"] = {"core", "engines", "tasks", "tasks.workers", *MAY_IMPORT["report"], *TOP, "holding"}
