@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
-from holdfast.core.errors import CheckpointNotFound, Corrupt, HoldfastError, LeaseHeld, OutcomeUnknown
+from holdfast.core.errors import CheckpointNotFound, Corrupt, HoldfastError, LeaseHeld, NewerFormat, OutcomeUnknown
 from holdfast.core.trial import Attempt, TrialStatus
 from holdfast.holding import check_path, end_children, holder, is_driven, liveness
 from holdfast.locate import Opened
@@ -283,12 +283,14 @@ def _judge(
         elif row.status is CheckpointStatus.DELETED:
             why = "pruned"
         elif row.status is CheckpointStatus.CORRUPT and corrupt is not None and not row.pinned:
-            wrong = _wrong(corrupt, row)
-            if wrong is None:
-                found.good.append(row)
-            else:
-                why = "corrupt"
-                found.rows[path] = row
+            try:
+                if _wrong(corrupt, row) is None:
+                    found.good.append(row)
+                else:
+                    why = "corrupt"
+                    found.rows[path] = row
+            except NewerFormat as error:
+                log.warning("%s is left alone: %s", path, error)
         elif row.status is CheckpointStatus.VALID and counting and row.id not in identities and not row.pinned:
             why = "superseded"
             found.rows[path] = row

@@ -161,6 +161,20 @@ def test_a_bad_one_that_is_good_again_is_spared(shop: Shop, capsys: pytest.Captu
     shop.store.verify(paths[1], digest=shop.row(paths[1]).digest)
 
 
+def test_what_a_newer_holdfast_wrote_is_no_garbage(shop: Shop) -> None:
+    writer = shop.lab.started()
+    paths = [shop.save(writer, step) for step in range(3)]
+    shop.lab.driver.reject({shop.row(path).id: "torn" for path in paths[:2]})
+    damage(shop, paths[0])
+    manifest = shop.path / paths[1] / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 999}))
+    end(shop, writer, Outcome.COMPLETED)
+    shop.leave()
+    found = collect(shop.opened, corrupt=True)
+    assert ([item.path for item in found.removed], found.left, found.good) == ([paths[0]], [], [])
+    assert shop.row(paths[1]).status.value == "corrupt"
+
+
 def test_a_checkpoint_that_was_put_elsewhere_behind_a_link_is_not_missing(shop: Shop, tmp_path: Path) -> None:
     writer = shop.lab.started()
     paths = [shop.save(writer, step) for step in range(3)]
