@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ def test_what_a_newer_holdfast_wrote_is_no_garbage(shop: Shop) -> None:
     shop.lab.driver.reject({shop.row(path).id: "torn" for path in paths[:2]})
     damage(shop, paths[0])
     manifest = shop.path / paths[1] / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 999}))
+    written = shop.store.read_manifest(paths[1])[0]
+    manifest.write_bytes(replace(written, format=written.format + 1).to_bytes())
     end(shop, writer, Outcome.COMPLETED)
     shop.leave()
     found = collect(shop.opened, corrupt=True)
