@@ -15,6 +15,7 @@ from typing import Any
 from holdfast.core.errors import Corrupt, ExperimentExists, ExperimentNotFound, LeaseHeld, StorageError
 from holdfast.core.values import Json, dumps, loads
 from holdfast.storage.atomic import is_draft, make_folder, write_file
+from holdfast.storage.checkpoints.names import PIN
 from holdfast.storage.root import DAMAGE, LOCK, LocalRoot, Root, checked, damaged, join, open_root
 
 FORMAT = 1
@@ -27,7 +28,7 @@ LONGEST_LOG = 4 << 20
 _PROBE = ".probe"
 _BY_THE_WAY = (LOCK, _PROBE, TRAINABLE)
 _OWN_IN_TRIAL = re.compile(r"(result-a\d+\.json|log-a\d+\.txt)(\.\d+)?")
-_OWN_CHECKPOINT = re.compile(r"(\.staging-|\.trash-)?step_\d{8,}-a\d+-[0-9a-f]{4,32}")
+_OWN_CHECKPOINT = re.compile(r"(\.staging-|\.trash-|\.pin-)?step_\d{8,}-a\d+-[0-9a-f]{4,32}")
 _TRIAL_FOLDER = re.compile(r"\d{6,}")
 
 
@@ -265,7 +266,9 @@ class Folder:
                     if _OWN_IN_TRIAL.fullmatch(name):
                         self.root.delete(f"trials/{number}/{name}")
                 for name in self.root.names(f"trials/{number}/checkpoints"):
-                    if _OWN_CHECKPOINT.fullmatch(name):
+                    if name.startswith(PIN) and _OWN_CHECKPOINT.fullmatch(name):
+                        self.root.delete(f"trials/{number}/checkpoints/{name}")
+                    elif _OWN_CHECKPOINT.fullmatch(name):
                         self.root.delete_folder(f"trials/{number}/checkpoints/{name}")
         self.root.delete_folder(JOURNAL)
         for name in (LEASE, *self.leftovers()):
@@ -308,7 +311,10 @@ def _entries(folder: Path, own: re.Pattern[str]) -> list[Path]:
 def _delete_trial(trial: Path) -> None:
     """Delete a trial's checkpoints, results and logs, and its folder when nothing else is in it."""
     for checkpoint in _entries(trial / "checkpoints", _OWN_CHECKPOINT):
-        shutil.rmtree(checkpoint)
+        if checkpoint.is_dir() and not checkpoint.is_symlink():
+            shutil.rmtree(checkpoint)
+        elif checkpoint.name.startswith(PIN):
+            checkpoint.unlink()
     for file in _entries(trial, _OWN_IN_TRIAL):
         file.unlink()
     for entry in [*trial.iterdir()] if trial.is_dir() else []:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from holdfast.core.checkpoint import Checkpoint, eligible
 from holdfast.core.space import config_digest
-from holdfast.core.trial import ACTIVE, TrialStatus
+from holdfast.core.trial import ACTIVE, Attempt, TrialStatus
 from holdfast.core.values import Json, Metrics, loads
+from holdfast.storage.checkpoints import pins
 from holdfast.storage.checkpoints.manifest import Manifest
 from holdfast.storage.checkpoints.ports import Checkpoints
 from holdfast.storage.database.rows import typed
@@ -31,8 +33,13 @@ def complete(contents: Contents, identity: Identity, folder: Folder, checkpoints
     uuids = {identity.uuid, *identity.ancestors}
     for (number,), trial in list(contents.tables["trial"].items()):
         if trial["status"] in ACTIVE and number >= 0:
-            recovery.published(number, [item for item in checkpoints.scan(number) if item[1].experiment in uuids])
+            found = [item for item in checkpoints.scan(number) if item[1].experiment in uuids]
+            recovery.published(number, found)
             recovery.result(number, trial)
+            recovery.pinned(number)
+            recovery.pruned(number, {path for path, _, _ in found}, checkpoints.present(number))
+        else:
+            recovery.pinned(number)
     if recovery.added:
         contents.end += 1
     return recovery.added
@@ -44,6 +51,9 @@ class _Recovery:
         self._folder = folder
         self._seq = contents.end + 1
         self._epoch = contents.epoch
+        self._checkpoints: dict[int, list[dict[str, Any]]] = {}
+        for (number, _, _), row in self._tables["checkpoint"].items():
+            self._checkpoints.setdefault(number, []).append(row)
         self.added = 0
 
     def published(self, number: int, found: Iterable[tuple[str, Manifest, str]]) -> None:
@@ -58,7 +68,7 @@ class _Recovery:
                 attempt["parent"], attempt["parent_step"] = parent
             created = int(manifest.beside.get("reported", attempt["created"]))
             self._ran(number, attempt, created)
-            self._tables["checkpoint"][key] = {
+            row: dict[str, Any] = {
                 "trial": number,
                 "attempt": manifest.attempt,
                 "step": manifest.step,
@@ -71,9 +81,48 @@ class _Recovery:
                 "reason": "",
                 "pinned": 0,
             }
+            self._tables["checkpoint"][key] = row
+            self._checkpoints.setdefault(number, []).append(row)
             self.added += 1
             self._reports(number, manifest.attempt, manifest.beside.get("reports", []))
             self._report(number, manifest.attempt, (manifest.step, created, "continue", manifest.metrics))
+
+    def pinned(self, number: int) -> None:
+        """Take in the pins that are in the path: who pins while nobody drives cannot write the journal."""
+        rows = [row for row in self._checkpoints.get(number, []) if row["status"] != "deleted" and not row["pinned"]]
+        marked = pins.pinned(self._folder.root, number) if rows else set()
+        for row in rows:
+            if row["path"] in marked:
+                self._change(number, row, pinned=1)
+
+    def pruned(self, number: int, good: Collection[str], present: Collection[str]) -> None:
+        """Mark those as deleted that are not ``present``, and that a newer one of the chain, which is there, had outdated.
+
+        Their files go before the journal tells of it. Pinned ones, and one without a newer one, are not pruned: they are lost.
+        """
+        rows = {row["path"]: row for row in self._checkpoints.get(number, []) if row["status"] == "valid"}
+        if all(path in present for path in rows):
+            return
+        attempts = {
+            attempt: Attempt(id=attempt, number=attempt, parent=row["parent"], parent_step=row["parent_step"])
+            for (trial, attempt), row in self._tables["attempt"].items()
+            if trial == number
+        }
+        of_trial = [
+            Checkpoint(id=place, trial=number, **{name: row[name] for name in ("attempt", "step", "path", "digest", "bytes")})
+            for place, row in enumerate(rows.values())
+        ]
+        on_chain = [item.path for item in eligible(self._tables["trial"][number,]["current_attempt"], attempts, of_trial)]
+        newer, known = False, set(on_chain)
+        for path in [*on_chain, *(path for path in rows if path not in known)]:  # what is off the chain goes, too
+            if newer and path not in present and not rows[path]["pinned"]:
+                self._change(number, rows[path], status="deleted", reason="pruned before the journal told")
+            newer = newer or (path in good and path in known)
+
+    def _change(self, number: int, row: dict[str, Any], **values: object) -> None:
+        row |= {**values, "seq": self._seq}
+        self._tables["trial"][number,]["seq"] = self._seq
+        self.added += 1
 
     def result(self, number: int, trial: Mapping[str, Any]) -> None:
         """Take in what the persisted result of a trial's current attempt says beside the result, if it is this config's."""

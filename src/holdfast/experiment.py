@@ -333,7 +333,7 @@ class Experiment:
         """Keep a trial's checkpoint of a step whatever the rules of retention say; also while somebody drives.
 
         It is the newest valid one of that step that counts, or the one that ``attempt`` saved. CheckpointNotFound when there
-        is none. Once this has returned, it is not pruned.
+        is none. Once this has returned, it is not pruned, and the path says so, whatever becomes of the database.
         """
         self._pin(trial, step, attempt, pinned=True)
 
@@ -345,7 +345,8 @@ class Experiment:
         self.trial(trial)
         if attempt is not None and not _is_number(attempt):
             raise InvalidInput(f"attempt is {attempt!r}; it is the number of an attempt, from 1, or None")
-        requests.pin(self._writable(), self._opened.record.id, trial, step, attempt=attempt, pinned=pinned)
+        self._writable()
+        upkeep.pin(self._opened, trial, step, attempt, pinned=pinned)
 
     def gc(self, dry_run: bool = False, *, corrupt: bool = False) -> Collected:
         """Remove what dead attempts left: staged and half deleted checkpoints, those that no row names, temporary files.
@@ -395,15 +396,18 @@ class Experiment:
         return export(self._opened, Path(file))
 
     def stop(self, *, wait: float = 0.0) -> bool:
-        """Ask the driver to save and stop; wait up to ``wait`` seconds. Return whether nobody drives it now."""
+        """Ask the driver to save and stop; wait up to ``wait`` seconds. Return whether nobody drives it now.
+
+        A driver of this host whose process is gone drives no more, whatever its lease says.
+        """
         database = self._writable()
-        if not self.lease.is_held:
+        if not upkeep.driven(self._opened):
             return True
         requests.request_stop(database, self._opened.record.id)
         deadline = time.monotonic() + wait
-        while time.monotonic() < deadline and self.lease.is_held:
+        while time.monotonic() < deadline and upkeep.driven(self._opened):
             time.sleep(0.2)
-        return not self.lease.is_held
+        return not upkeep.driven(self._opened)
 
     def cancel(self, trial: int) -> None:
         """Ask for one waiting or running trial to be ended; Conflict when it has ended already."""

@@ -12,6 +12,7 @@ from holdfast.core.trial import Attempt
 from holdfast.core.values import Json
 from holdfast.locate import Opened
 from holdfast.storage import journal
+from holdfast.storage.database.leases import Lease
 from holdfast.tasks.workers import processes
 
 
@@ -36,6 +37,11 @@ def liveness(other: Mapping[str, Any]) -> bool | None:
     A process that was killed and that nobody has waited for yet is dead.
     """
     return processes.is_alive(str(other.get("host")), int(other.get("pid") or 0), str(other.get("started")))
+
+
+def is_driven(lease: Lease) -> bool:
+    """Tell whether somebody drives under a lease, or may do so on another host: not once its process here is gone."""
+    return lease.is_held and lease.holder is not None and liveness(lease.holder) is not False
 
 
 def end_children(attempts: Sequence[Attempt]) -> None:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
-from holdfast.core.errors import CheckpointNotFound, Corrupt, HoldfastError, LeaseHeld
+from holdfast.core.errors import CheckpointNotFound, Corrupt, HoldfastError, LeaseHeld, NewerFormat, OutcomeUnknown
 from holdfast.core.trial import Attempt, TrialStatus
-from holdfast.holding import check_path, end_children, holder, liveness
+from holdfast.holding import check_path, end_children, holder, is_driven, liveness
 from holdfast.locate import Opened
 from holdfast.standing import driven_elsewhere
 from holdfast.storage import journal
 from holdfast.storage.atomic import is_draft
+from holdfast.storage.checkpoints import pins
 from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints
 from holdfast.storage.checkpoints.names import STAGING, TRASH
 from holdfast.storage.checkpoints.ports import Checkpoints, checkpoints_in
-from holdfast.storage.database import queueing
+from holdfast.storage.database import queueing, requests
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.experiments import by_uuid
 from holdfast.storage.database.leases import Leases
@@ -36,8 +37,17 @@ log = logging.getLogger(__name__)
 
 _TRIAL_FOLDER = re.compile(r"[0-9]{6,}")
 _GONE = "its directory is missing"
-Bad = Sequence[tuple[Checkpoint, str]]
-"""Checkpoints that were found bad, each with the reason."""
+_UNPINNED = "pins what is gone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What reading every file of checkpoints found that their rows do not say."""
+
+    bad: list[tuple[Checkpoint, str]]
+    """marked valid, and bad, each with the reason"""
+    good: list[Checkpoint]
+    """marked corrupt, and good"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +70,8 @@ class Collected:
     """what could not be removed; the log says why"""
     missing: list[tuple[Checkpoint, str]]
     """checkpoints that counted, and whose files are gone: they are marked corrupt, unless it is a dry run"""
+    good: list[Checkpoint]
+    """checkpoints that were marked corrupt, and are good: they stay and count again, unless it is a dry run"""
 
     @property
     def bytes(self) -> int:
@@ -74,6 +86,8 @@ class _Trial:
     leftovers: list[Leftover] = field(default_factory=list)
     rows: dict[str, Checkpoint] = field(default_factory=dict)
     """by path: rows that are to be marked deleted first"""
+    good: list[Checkpoint] = field(default_factory=list)
+    """rows that are to be marked valid again"""
     kept: set[str] = field(default_factory=set)
 
 
@@ -81,14 +95,16 @@ class _Trial:
 class _Survey:
     trials: dict[int, _Trial]
     files: list[Leftover]
+    markers: list[Leftover]
     mirror: dict[int, list[Leftover]]
     missing: list[tuple[Checkpoint, str]]
+    good: list[Checkpoint]
 
     @property
     def leftovers(self) -> list[Leftover]:
         """All of it, in the order in which it is removed."""
         copies = [item for items in self.mirror.values() for item in items]
-        return [*copies, *(item for trial in self.trials.values() for item in trial.leftovers), *self.files]
+        return [*copies, *(item for trial in self.trials.values() for item in trial.leftovers), *self.markers, *self.files]
 
 
 def collect(
@@ -97,13 +113,14 @@ def collect(
     """Remove what dead attempts left of an experiment that nobody drives; with ``dry_run`` only tell what would go.
 
     It takes the lease, so that nobody begins to drive meanwhile and whoever was thought dead is refused, and gives it back.
-    Checkpoints that were found bad stay unless ``corrupt``; pinned ones stay. Nothing is taken when there is nothing to do.
+    Checkpoints that were found bad stay unless ``corrupt``; then each is read once more, and one that is good counts again.
+    Pinned ones stay. Nothing is taken when there is nothing to do.
     LeaseHeld, at once, when somebody drives the experiment, or may do so on another host.
     """
     _refuse_driven(opened)
     survey = _survey(opened, corrupt=corrupt)
-    if dry_run or not (survey.leftovers or survey.missing):
-        return Collected(dry_run=dry_run, removed=survey.leftovers, left=[], missing=survey.missing)
+    if dry_run or not (survey.leftovers or survey.missing or survey.good):
+        return Collected(dry_run=dry_run, removed=survey.leftovers, left=[], missing=survey.missing, good=survey.good)
     keeper = take(
         opened.database,
         opened.record.id,
@@ -133,11 +150,17 @@ def _refuse_driven(opened: Opened) -> None:
     if elsewhere is not None:
         raise LeaseHeld(f"{name} is driven with the database {elsewhere}; nothing was removed: ask there, by --database")
     lease = Leases(opened.database, opened.record.id).look()
-    if lease.is_held and lease.holder is not None and liveness(lease.holder) is not False:
+    if is_driven(lease):
+        assert lease.holder is not None  # a lease is somebody's
         raise LeaseHeld(
             f"{describe(lease.holder)} drives {name}; its lease runs {lease.remaining:.0f} s unless renewed; "
             "nothing was removed: wait for it, or end it with `holdfast stop`"
         )
+
+
+def driven(opened: Opened) -> bool:
+    """Tell whether somebody drives the experiment with its database, or may do so on another host."""
+    return is_driven(Leases(opened.database, opened.record.id).look())
 
 
 def _collect(opened: Opened, keeper: Keeper, *, corrupt: bool) -> Collected:
@@ -150,16 +173,18 @@ def _collect(opened: Opened, keeper: Keeper, *, corrupt: bool) -> Collected:
     driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=opened.record.seed)
     if survey.missing:
         driver.reject({item.id: reason for item, reason in survey.missing})
+    if survey.good:
+        requests.acquit(opened.database, opened.record.id, survey.good)
     for trial in survey.trials.values():
         _forget(driver, trial)
     writer.flush()
     removed, left = _remove(folder, checkpoints_in(folder), survey, keeper)
-    files = _remove_files(folder)
+    files = _remove_files(folder, survey.markers)
     detail = {"removed": len(removed) + len(files), "bytes": sum(item.bytes for item in [*removed, *files])}
     driver.audit("collected", {**detail, "missing": len(survey.missing)})
     writer.flush()
     folder.tidy()
-    return Collected(dry_run=False, removed=[*removed, *files], left=left, missing=survey.missing)
+    return Collected(dry_run=False, removed=[*removed, *files], left=left, missing=survey.missing, good=survey.good)
 
 
 def _forget(driver: Driver, trial: _Trial) -> None:
@@ -193,10 +218,10 @@ def _remove(folder: Folder, store: Checkpoints, survey: _Survey, keeper: Keeper)
     return removed, left
 
 
-def _remove_files(folder: Folder) -> list[Leftover]:
+def _remove_files(folder: Folder, markers: Sequence[Leftover]) -> list[Leftover]:
     """Remove temporary files under the lock under which some are written and exchanged; return what went."""
     with folder.root.exclusive():
-        files = _files(folder)
+        files = [*markers, *_files(folder)]
         for item in files:
             if os.path.isabs(item.path):
                 Path(item.path).unlink(missing_ok=True)
@@ -213,15 +238,20 @@ def _survey(opened: Opened, *, corrupt: bool, files: bool = True) -> _Survey:
     for row in reader.checkpoints():
         rows.setdefault(row.trial, []).append(row)
     there = set(_trial_numbers(folder.root.names("trials")))
-    survey = _Survey(trials={}, files=_files(folder) if files else [], mirror=_mirror(folder), missing=[])
+    survey = _Survey(trials={}, markers=[], files=_files(folder) if files else [], mirror=_mirror(folder), missing=[], good=[])
     for number, of_trial in attempts.items():  # a trial that no row knows is not ours to judge
         known = rows.get(number, [])
         if number in there or known:
             held = store.held(number) if number in there else []
-            found = _judge(folder, number, held, known, of_trial, corrupt=corrupt)
+            present = store.present(number) if number in there else set()
+            found = _judge(folder, number, held, present, known, of_trial, corrupt=store if corrupt else None)
             survey.trials[number] = found
+            survey.good += found.good
+            counting = {row.path for row in known if row.status is not CheckpointStatus.DELETED} | present
+            gone = sorted(pins.pinned(folder.root, number) - counting) if number in there else []
+            survey.markers += [Leftover(path=pins.marker(path), why=_UNPINNED, bytes=0, trial=number) for path in gone]
             valid = [row for row in known if row.status is CheckpointStatus.VALID]
-            survey.missing += [(row, _GONE) for row in valid if row.path not in held]
+            survey.missing += [(row, _GONE) for row in valid if row.path not in present]
     return survey
 
 
@@ -229,14 +259,15 @@ def _judge(
     folder: Folder,
     number: int,
     held: Sequence[str],
+    present: Collection[str],
     rows: Sequence[Checkpoint],
     attempts: Mapping[int, Attempt],
     *,
-    corrupt: bool,
+    corrupt: Checkpoints | None,
 ) -> _Trial:
-    """Tell of each directory of a trial whether it counts, and why not."""
+    """Tell of each directory of a trial whether it counts, and why not; those marked corrupt are read in ``corrupt``."""
     found, by_path = _Trial(), {row.path: row for row in rows}
-    counting = eligible(max(attempts), attempts, [row for row in rows if row.path in set(held)])
+    counting = eligible(max(attempts), attempts, [row for row in rows if row.path in present])
     identities = {row.id for row in counting}
     for path in held:
         row, why = by_path.get(path), ""
@@ -251,9 +282,15 @@ def _judge(
             )
         elif row.status is CheckpointStatus.DELETED:
             why = "pruned"
-        elif row.status is CheckpointStatus.CORRUPT and corrupt and not row.pinned:
-            why = "corrupt"
-            found.rows[path] = row
+        elif row.status is CheckpointStatus.CORRUPT and corrupt is not None and not row.pinned:
+            try:
+                if _wrong(corrupt, row) is None:
+                    found.good.append(row)
+                else:
+                    why = "corrupt"
+                    found.rows[path] = row
+            except NewerFormat as error:
+                log.warning("%s is left alone: %s", path, error)
         elif row.status is CheckpointStatus.VALID and counting and row.id not in identities and not row.pinned:
             why = "superseded"
             found.rows[path] = row
@@ -323,27 +360,61 @@ def _below(place: Path) -> int:
     return total
 
 
-# Verifying and loading
+# Pinning, verifying and loading
 
 
-def verify(opened: Opened, rows: Sequence[Checkpoint], progress: Callable[[int], None] = lambda done: None) -> Bad:
-    """Read every file of the checkpoints whose rows say valid; return the bad ones, each with what is wrong.
+def pin(opened: Opened, trial: int, step: int, attempt: int | None = None, *, pinned: bool) -> None:
+    """Pin a checkpoint, or take the pin away, in the database and in the path; raises as ``requests.pin``.
+
+    The path's marker is there before the row says pinned, and until it does no more: what was acknowledged is in both.
+    """
+    database, identity, root = opened.database, opened.record.id, opened.folder.root
+    with root.exclusive():
+        chosen = requests.to_pin(database, identity, trial, step, attempt=attempt, pinned=pinned)
+        name = pins.marker(chosen.path)
+        if not pinned:
+            requests.pin(database, identity, trial, step, attempt=chosen.attempt, pinned=False)
+            root.delete(name)
+            return
+        fresh = root.read(name) is None
+        root.write(name, b"")
+        try:
+            requests.pin(database, identity, trial, step, attempt=chosen.attempt)
+        except OutcomeUnknown:
+            raise
+        except BaseException:
+            if fresh:
+                root.delete(name)
+            raise
+
+
+def verify(opened: Opened, rows: Sequence[Checkpoint], progress: Callable[[int], None] = lambda done: None) -> Verified:
+    """Read every file of the checkpoints that are not deleted; return what was found of them that their rows do not say.
 
     What is pruned meanwhile is not bad. StorageError when the disk or the store refuses: that is no damage.
     """
     store, reader = checkpoints_in(opened.folder), Reader(opened.database, opened.record.id)
-    bad = []
+    found = Verified(bad=[], good=[])
     for done, row in enumerate(rows):
         progress(done)
-        if row.status is not CheckpointStatus.VALID:
+        if row.status is CheckpointStatus.DELETED:
             continue
-        try:
-            store.verify(row.path, digest=row.digest, trial=row.trial, attempt=row.attempt, step=row.step)
-        except (Corrupt, CheckpointNotFound) as error:
-            if _still_valid(reader, row):
-                bad.append((row, str(error)))
+        wrong = _wrong(store, row)
+        if row.status is CheckpointStatus.CORRUPT and wrong is None:
+            found.good.append(row)
+        elif row.status is CheckpointStatus.VALID and wrong is not None and _still_valid(reader, row):
+            found.bad.append((row, wrong))
     progress(len(rows))
-    return bad
+    return found
+
+
+def _wrong(store: Checkpoints, row: Checkpoint) -> str | None:
+    """Read every file of a checkpoint; return what is wrong with it, or None."""
+    try:
+        store.verify(row.path, digest=row.digest, trial=row.trial, attempt=row.attempt, step=row.step)
+    except (Corrupt, CheckpointNotFound) as error:
+        return str(error)
+    return None
 
 
 def _still_valid(reader: Reader, row: Checkpoint) -> bool:

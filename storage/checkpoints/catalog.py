@@ -20,10 +20,10 @@ from holdfast.core.retention import rank
 from holdfast.core.values import dumps, loads
 from holdfast.storage.checkpoints import writer
 from holdfast.storage.checkpoints.manifest import MANIFEST, Manifest
-from holdfast.storage.checkpoints.names import STEP
+from holdfast.storage.checkpoints.names import PIN, STEP
 from holdfast.storage.root import Root
 
-PIN, BAD = ".pin-", ".bad-"
+BAD = ".bad-"
 _NAME = re.compile(STEP)
 _SETTLED = 50_000_000  # nanoseconds: times of files are coarse, so a younger folder may change without a trace
 

@@ -21,9 +21,10 @@ from typing import Any
 
 import xxhash
 
-from holdfast.core.errors import CheckpointCorrupt, HoldfastError, StorageError
+from holdfast.core.errors import CheckpointCorrupt, HoldfastError, NotACheckpoint, StorageError
 from holdfast.storage.checkpoints.manifest import FileEntry
 
+_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe must not block
 CHUNK = 4 << 20
 """bytes of one read or write; from twice as many on, a second thread takes part"""
 Buffer = bytes | bytearray | memoryview
@@ -48,6 +49,23 @@ def fsync_folder(folder: str | Path) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:  # some network file systems know no fsync of a directory
             raise
+    finally:
+        os.close(descriptor)
+
+
+def read_regular(path: str | Path) -> bytes:
+    """Return the content of a file that must be one: NotACheckpoint for a pipe, which is not waited for, a link, a folder."""
+    try:
+        descriptor = os.open(path, _PLAIN)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise NotACheckpoint(f"{path} is no regular file") from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotACheckpoint(f"{path} is no regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
     finally:
         os.close(descriptor)
 
@@ -122,7 +140,7 @@ class Source:
 
     def __enter__(self) -> Source:
         try:
-            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not block
+            self._descriptor = os.open(self._path, _PLAIN)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 raise CheckpointCorrupt(f"{self._path} is missing") from None

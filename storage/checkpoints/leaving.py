@@ -55,6 +55,8 @@ def watch_sigterm() -> None:
         return
     if signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, _terminate):
         return
+    if _sigterm is not None and _sigterm.come and _sigterm.owner == os.getpid():
+        return  # it has done its work, and the signal's own default is to follow
     if _sigterm is None or _sigterm.owner != os.getpid():
         receive, send = os.pipe()
         thread = threading.Thread(target=_leave, args=(receive,), name="holdfast-leaving", daemon=True)

@@ -28,7 +28,7 @@ from holdfast.core.errors import (
 )
 from holdfast.core.faults import point
 from holdfast.core.values import Metrics
-from holdfast.storage.checkpoints.files import Sink, fsync_folder, storage_errors
+from holdfast.storage.checkpoints.files import Sink, fsync_folder, read_regular, storage_errors
 from holdfast.storage.checkpoints.manifest import MANIFEST, Manifest, digest_of
 from holdfast.storage.checkpoints.names import OWN, STAGING, TRASH, TRIALS, Layout, is_name
 from holdfast.storage.checkpoints.serializers import read_state, verify_files
@@ -138,8 +138,8 @@ class LocalCheckpoints:
         folder = self.root / path
         with storage_errors(f"read {folder / MANIFEST}"):
             try:
-                data = (folder / MANIFEST).read_bytes()
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                data = read_regular(folder / MANIFEST)
+            except (FileNotFoundError, NotADirectoryError):
                 if not os.path.lexists(folder):
                     raise CheckpointNotFound(f"there is no checkpoint {folder}") from None
                 raise NotACheckpoint(f"{folder} has no {MANIFEST}: it is not a checkpoint") from None
@@ -296,6 +296,16 @@ class LocalCheckpoints:
     def held(self, trial: int) -> list[str]:
         """Return the path of everything that holdfast made for the trial: what :meth:`sweep` looks at."""
         return [(self._trial(trial) / name).relative_to(self.root).as_posix() for name in self._own(trial)]
+
+    def present(self, trial: int) -> set[str]:
+        """Return the path of every published checkpoint of which anything is there, be it a link to another disk."""
+        folder = self._trial(trial)
+        with storage_errors(f"list {folder}"):
+            try:
+                names = os.listdir(folder)
+            except FileNotFoundError:
+                return set()
+        return {(folder / name).relative_to(self.root).as_posix() for name in names if is_name(name)}
 
 
 @contextlib.contextmanager

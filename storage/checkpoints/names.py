@@ -9,6 +9,8 @@ from holdfast.core.errors import InvalidInput
 
 STAGING = ".staging-"
 TRASH = ".trash-"
+PIN = ".pin-"
+"""before the name of a checkpoint: an empty file that keeps it from being pruned"""
 STEP = r"step_(?P<step>[0-9]{8}|[1-9][0-9]{8,})-a(?P<attempt>[1-9][0-9]*)-(?P<writer>[0-9a-f]{4,32})"
 OWN = re.compile(rf"({re.escape(STAGING)}|{re.escape(TRASH)})?{STEP}")
 """what holdfast makes in a folder of checkpoints"""

@@ -64,6 +64,10 @@ class Checkpoints(Protocol):
         """Return the path of everything that holdfast made for the trial and :meth:`sweep` could remove."""
         ...
 
+    def present(self, trial: int) -> set[str]:
+        """Return the path of every published checkpoint of the trial that is not simply gone, whatever it holds."""
+        ...
+
     def sweep(self, trial: int, keep: Collection[str]) -> list[str]:
         """Remove what holdfast left of the trial and ``keep`` does not name; return what was removed."""
         ...

@@ -321,6 +321,12 @@ class RemoteCheckpoints:
         """Return the path of everything that holdfast made for the trial on the store, published or not."""
         return self._own(trial)
 
+    def present(self, trial: int) -> set[str]:
+        """Return the path of every published checkpoint whose manifest is there."""
+        folder = self.layout.folder(trial)
+        split = (name.rpartition("/") for name in self.root.files(folder.rstrip("/")))
+        return {folder + name for name, _, file in split if file == MANIFEST and is_name(name)}
+
 
 class _File:
     """A new file of a copy, written from its beginning; it need not survive a crash."""

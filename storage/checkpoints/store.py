@@ -325,7 +325,6 @@ class CheckpointStore:
             raise InvalidInput(f"{self!r} was opened by process {self._pid}; open it anew in this fork of it")
         leaving.make_way()
         with self._lock:
-            leaving.make_way()
             try:
                 self._background.wait()
             finally:

@@ -64,31 +64,44 @@ def pin(database: Database, experiment: int, number: int, step: int, *, attempt:
     check_step(step)
     with database.write() as tx:
         seq, epoch = begin_request(tx, experiment)
-        rows = tx.run(sql.TRIAL_ROW, experiment=experiment, number=number)
-        if not rows or number < 0:
-            raise InvalidInput(f"there is no trial {number}; `holdfast trials` lists them")
-        trial, current = rows[0]
-        attempts, _ = attempts_of(tx, trial)
-        found = checkpoints_of(tx, trial, number)
-        on_chain = eligible(current, attempts, found)
-        if attempt is not None:
-            candidates = [
-                item for item in found if item.attempt == attempt and (_is_valid(item) or (item.pinned and not pinned))
-            ]
-        elif pinned:
-            candidates = on_chain
-        else:  # one that went off the chain, or bad, since it was pinned can be let go, too
-            candidates = [*on_chain, *(item for item in reversed(found) if item.pinned)]
-            candidates.sort(key=lambda item: not item.pinned)
-        chosen = next((item for item in candidates if item.step == step), None)
-        if chosen is None:
-            raise CheckpointNotFound(_missing(number, step, attempt, on_chain if attempt is None else candidates))
+        chosen = _chosen(tx, experiment, number, step, attempt, pinned=pinned)
         if chosen.pinned is not pinned:
             tx.run(sql.PIN_CHECKPOINT, checkpoint=chosen.id, pinned=int(pinned), seq=seq)
             tx.run(sql.TOUCH_TRIAL, checkpoint=chosen.id, seq=seq)
             detail: dict[str, Json] = {"trial": number, "attempt": chosen.attempt, "step": step}
             add_audit(tx, experiment, seq, epoch, "pinned" if pinned else "unpinned", detail)
     return chosen.attempt
+
+
+@repeatable
+def to_pin(
+    database: Database, experiment: int, number: int, step: int, *, attempt: int | None = None, pinned: bool = True
+) -> Checkpoint:
+    """Return the checkpoint that :func:`pin` would pin or let go now; raises as that does."""
+    check_step(step)
+    with database.write() as tx:
+        return _chosen(tx, experiment, number, step, attempt, pinned=pinned)
+
+
+def _chosen(tx: Transaction, experiment: int, number: int, step: int, attempt: int | None, *, pinned: bool) -> Checkpoint:
+    rows = tx.run(sql.TRIAL_ROW, experiment=experiment, number=number)
+    if not rows or number < 0:
+        raise InvalidInput(f"there is no trial {number}; `holdfast trials` lists them")
+    trial, current = rows[0]
+    attempts, _ = attempts_of(tx, trial)
+    found = checkpoints_of(tx, trial, number)
+    on_chain = eligible(current, attempts, found)
+    if attempt is not None:
+        candidates = [item for item in found if item.attempt == attempt and (_is_valid(item) or (item.pinned and not pinned))]
+    elif pinned:
+        candidates = on_chain
+    else:  # one that went off the chain, or bad, since it was pinned can be let go, too
+        candidates = [*on_chain, *(item for item in reversed(found) if item.pinned)]
+        candidates.sort(key=lambda item: not item.pinned)
+    chosen = next((item for item in candidates if item.step == step), None)
+    if chosen is None:
+        raise CheckpointNotFound(_missing(number, step, attempt, on_chain if attempt is None else candidates))
+    return chosen
 
 
 def _is_valid(checkpoint: Checkpoint) -> bool:
@@ -118,4 +131,23 @@ def quarantine(database: Database, experiment: int, bad: Sequence[tuple[Checkpoi
                 marked.append(item.path)
         if marked:
             add_audit(tx, experiment, seq, epoch, "quarantined", {"checkpoints": marked[:100], "count": len(marked)})
+    return len(marked)
+
+
+@repeatable
+def acquit(database: Database, experiment: int, good: Sequence[Checkpoint]) -> int:
+    """Make corrupt checkpoints that were read and found good valid again; return how many were corrupt until now.
+
+    What was removed meanwhile stays deleted. For who knows that nobody drives: a driver remembers what it rejected.
+    """
+    marked: list[Json] = []
+    with database.write() as tx:
+        seq, epoch = begin_request(tx, experiment)
+        for item in good:
+            place = {"number": item.trial, "attempt": item.attempt, "path": item.path}
+            for row in tx.run(sql.ACQUIT, experiment=experiment, seq=seq, **place):
+                tx.run(sql.TOUCH_TRIAL, checkpoint=row[0], seq=seq)
+                marked.append(item.path)
+        if marked:
+            add_audit(tx, experiment, seq, epoch, "acquitted", {"checkpoints": marked[:100], "count": len(marked)})
     return len(marked)

@@ -116,6 +116,12 @@ QUARANTINE = _sql(
     " WHERE t.experiment_id = :experiment AND t.number = :number AND a.number = :attempt) RETURNING id"
 )
 
+ACQUIT = _sql(
+    "UPDATE checkpoint SET status = 'valid', reason = '', seq = :seq WHERE path = :path AND status = 'corrupt'"
+    " AND attempt_id = (SELECT a.id FROM attempt a JOIN trial t ON t.id = a.trial_id"
+    " WHERE t.experiment_id = :experiment AND t.number = :number AND a.number = :attempt) RETURNING id"
+)
+
 TRIAL_ROW = _sql("SELECT id, current_attempt FROM trial WHERE experiment_id = :experiment AND number = :number")
 
 # What changes beside a trial that does not run changes the trial, too: the journal looks at those that changed or run.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from holdfast.core.errors import CheckpointCorrupt
+from holdfast.core.errors import CheckpointCorrupt, NotACheckpoint
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.testing.checkpoints import CheckpointContract
 from holdfast.testing.saving import save
@@ -94,3 +95,26 @@ def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir("/")
     published = save(store, 1)
     assert LocalCheckpoints(tmp_path / "runs").load(published.path).state == 1
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "dangling link"])
+def test_a_manifest_that_is_no_regular_file_is_none(tmp_path: Path, kind: str) -> None:
+    """A pipe above all: to open one waits for whoever writes into it."""
+    store = LocalCheckpoints(tmp_path)
+    published = save(store, 1)
+    manifest = tmp_path / published.path / "manifest.json"
+    manifest.rename(tmp_path / "aside")
+    if kind == "pipe":
+        os.mkfifo(manifest)
+    elif kind == "folder":
+        manifest.mkdir()
+    else:
+        manifest.symlink_to(tmp_path / ("aside" if kind == "link" else "nothing"))
+    for call in (store.read_manifest, store.verify, store.load):
+        with pytest.raises(NotACheckpoint, match=r"manifest\.json is no regular file"):
+            call(published.path)
+    assert store.scan(7) == []
+    manifest.rmdir() if kind == "folder" else manifest.unlink()
+    os.mknod(manifest, 0o644 | stat.S_IFSOCK)
+    with pytest.raises(NotACheckpoint, match="no regular file"):
+        store.verify(published.path)

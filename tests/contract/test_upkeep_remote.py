@@ -19,6 +19,7 @@ from holdfast.experiment import Experiment
 from holdfast.holding import holder
 from holdfast.locate import Opened
 from holdfast.settings import settings
+from holdfast.storage.checkpoints import pins
 from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.checkpoints.serializers import write_state
 from holdfast.storage.database import requests
@@ -124,7 +125,7 @@ def test_bad_ones_are_found_and_the_one_before_is_loaded(opened: Opened, lab: La
     name = f"{paths[3]}/state.json"
     root.write(name, flip(root.read(name) or b"", 9))
     root.delete(f"{paths[2]}/manifest.json")
-    bad = verify(opened, lab.reader.checkpoints())
+    bad = verify(opened, lab.reader.checkpoints()).bad
     assert [item.step for item, _ in bad] == [2, 3]
     with caplog.at_level(logging.WARNING):
         loaded: Any = Experiment(opened).load_checkpoint(0)
@@ -134,6 +135,38 @@ def test_bad_ones_are_found_and_the_one_before_is_loaded(opened: Opened, lab: La
         Experiment(opened).load_checkpoint(0, strict=True)
     assert requests.quarantine(opened.database, opened.record.id, bad) == 2
     assert Experiment(opened).load_checkpoint(0, strict=True).step == 1
+    root.write(name, flip(root.read(name) or b"", 9))
+    found = verify(opened, lab.reader.checkpoints())
+    assert ([item.step for item in found.good], [item.step for item, _ in found.bad]) == ([3], [])
+    assert requests.acquit(opened.database, opened.record.id, found.good) == 1
+    assert Experiment(opened).load_checkpoint(0, strict=True).step == 3
+
+
+def test_a_pin_is_in_the_path(opened: Opened, lab: Lab) -> None:
+    writer, root = lab.started(), root_of(opened)
+    paths = [publish(opened, writer, step) for step in range(2)]
+    Experiment(opened).pin(0, 1)
+    assert pins.pinned(root, 0) == {paths[1]}
+    Experiment(opened).unpin(0, 1)
+    assert pins.pinned(root, 0) == set()
+    Experiment(opened).pin(0, 0)
+    root.write("trials/000000/checkpoints/.pin-step_00000009-a1-00aa", b"")
+    Leases(opened.database, opened.record.id).release(epoch=1, active=0.0, ended="stopped on request")
+    found = [item.path for item in collect(opened).removed if item.why == "pins what is gone"]
+    assert found == ["trials/000000/checkpoints/.pin-step_00000009-a1-00aa"]
+    assert pins.pinned(root, 0) == {paths[0]}
+    opened.folder.delete()
+    assert pins.pinned(root, 0) == set()
+
+
+def test_only_what_has_no_manifest_is_missing(opened: Opened, lab: Lab) -> None:
+    writer, root = lab.started(), root_of(opened)
+    paths = [publish(opened, writer, step) for step in range(4)]
+    root.delete(f"{paths[1]}/manifest.json")
+    root.delete(f"{paths[2]}/state.json")
+    root.delete_folder(paths[3])
+    Leases(opened.database, opened.record.id).release(epoch=1, active=0.0, ended="stopped on request")
+    assert [item.step for item, _ in collect(opened, dry_run=True).missing] == [1, 3]
 
 
 def test_a_store_that_does_not_answer_is_no_damage(opened: Opened, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,10 @@ from holdfast.holding import holder
 from holdfast.locate import Opened, open_path
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.storage.database.attempts import Saved
+from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.journal import JournalWriter
+from holdfast.tasks.workers import processes
 from holdfast.testing.lab import dump
 from holdfast.testing.saving import flip
 from holdfast.upkeep import verify
@@ -119,6 +121,7 @@ def test_one_trial_alone(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_while_somebody_drives_they_are_only_shown(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
     paths = saved(shop)
+    drive(shop, holder())
     damage(shop, paths[2])
     before = dump(shop.opened.database), content(shop.path)
     assert main(["checkpoints", str(shop.path), "--verify"]) == 1
@@ -182,7 +185,76 @@ def test_what_is_pruned_meanwhile_is_not_bad(shop: Shop) -> None:
             shop.store.delete(paths[1])
             (shop.path / paths[2]).rename(shop.path / "aside")
 
-    assert [(item.step, reason[:8]) for item, reason in verify(shop.opened, rows, prune)] == [(2, "there is")]
+    assert [(item.step, reason[:8]) for item, reason in verify(shop.opened, rows, prune).bad] == [(2, "there is")]
+
+
+def test_what_is_good_again_counts_again(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = saved(shop)
+    shop.leave()
+    damage(shop, paths[3])
+    (shop.path / paths[2]).rename(shop.path / "aside")
+    path = str(shop.path)
+    assert main(["checkpoints", path, "--verify"]) == 1
+    assert statuses(shop) == ["valid", "valid", "corrupt", "corrupt"]
+    capsys.readouterr()
+    (shop.path / "aside").rename(shop.path / paths[2])
+    assert main(["checkpoints", path, "--verify"]) == 1
+    out = capsys.readouterr().out
+    assert "3 of 4 are good; 1 that was marked corrupt is good, and counts again" in out
+    assert "trial 0 step 2" not in out
+    assert statuses(shop) == ["valid", "valid", "valid", "corrupt"]
+    assert shop.row(paths[2]).reason == ""
+    damage(shop, paths[3])  # the same bit again: it is what it was
+    assert main(["checkpoints", path, "--verify", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["status"] for row in json.loads(out)] == ["valid"] * 4
+    assert err == "holdfast: 1 that was marked corrupt is good, and counts again\n"
+    assert statuses(shop) == ["valid"] * 4
+    assert main(["checkpoints", path, "--verify"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "4 of 4 are good"
+
+
+def test_while_somebody_drives_what_is_good_again_is_only_said(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = saved(shop)
+    shop.lab.driver.reject({shop.row(paths[1]).id: "a flipped bit"})
+    drive(shop, holder())
+    before = dump(shop.opened.database), content(shop.path)
+    assert main(["checkpoints", str(shop.path), "--verify"]) == 0
+    assert "4 of 4 are good; 1 that is marked corrupt is good; nothing is marked: somebody drives" in capsys.readouterr().out
+    assert (dump(shop.opened.database), content(shop.path)) == before
+
+
+def drive(shop: Shop, who: dict[str, Any]) -> None:
+    """Let somebody else hold the lease."""
+    Leases(shop.opened.database, shop.opened.record.id).take(seen=1, epoch=2, holder=who, action="restored", detail={})
+
+
+def killed() -> dict[str, Any]:
+    """Return the holder that a process of this host was that has been killed."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        who = {**holder(), "pid": process.pid, "started": processes.identity(process.pid)}
+        process.kill()
+    return who
+
+
+def test_a_driver_that_was_killed_here_drives_no_more(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = saved(shop)
+    drive(shop, killed())
+    assert Experiment(shop.opened).lease.is_held  # for its 30 s
+    damage(shop, paths[2])
+    assert main(["checkpoints", str(shop.path), "--verify"]) == 1
+    assert "bad ones are marked corrupt" in capsys.readouterr().out
+    assert statuses(shop) == ["valid", "valid", "corrupt", "valid"]
+    assert Experiment(shop.opened).stop(wait=0.0)
+    assert main(["stop", str(shop.path)]) == 0
+    assert capsys.readouterr().out == "nobody drives sample\n"
+    assert [row.action for row in Experiment(shop.opened).audit()][-1] == "quarantined"  # nobody was asked to stop
+
+
+def test_a_driver_elsewhere_is_believed_in(shop: Shop) -> None:
+    drive(shop, {"hostname": "there", "host": "there", "pid": 7, "started": "x"})
+    assert not Experiment(shop.opened).stop(wait=0.0)
+    assert [row.action for row in Experiment(shop.opened).audit()][-1] == "stop requested"
 
 
 # The table
@@ -209,10 +281,11 @@ def test_a_pipe_gets_every_checkpoint_in_a_line(many: Path, capsys: pytest.Captu
     assert main(["checkpoints", str(many)]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert len(lines) == 1 + MANY
+    assert len(lines) == 1 + MANY + 1
     assert lines[0].split() == ["trial", "attempt", "step", "size", "status", "path"]
     assert lines[1].split() == ["0", "1", "0", "3.0", "MiB", "valid", "trials/000000/checkpoints/step_00000000-a1-00000000"]
-    assert lines[-1].endswith(r"two\nlines \x1b[31m[bold]")
+    assert lines[-2].endswith("/step_00001199-a1-00000000")
+    assert lines[-1] == rf"trial 0 step {MANY - 1}: two\nlines \x1b[31m[bold]"
     assert err == ""
     assert main(["checkpoints", str(many), "--limit", "2", "--json"]) == 0
     assert [row["step"] for row in json.loads(capsys.readouterr().out)] == [MANY - 2, MANY - 1]
@@ -220,9 +293,18 @@ def test_a_pipe_gets_every_checkpoint_in_a_line(many: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(("given", "shown"), [([], 100), (["--all"], MANY), (["--limit", "3"], 3)])
 def test_a_terminal_gets_the_last_ones_unless_told_otherwise(many: Path, given: list[str], shown: int) -> None:
+    code, text, err = on_terminal(80, str(many), *given)
+    assert code == 0
+    steps = [int(line.split()[2]) for line in text.splitlines() if " valid " in line]
+    assert steps == list(range(MANY - shown, MANY - 1))
+    assert (f"{MANY - shown} earlier checkpoints are not shown" in err) == (shown < MANY)
+
+
+def on_terminal(columns: int, *arguments: str) -> tuple[int, str, str]:
+    """Run ``holdfast checkpoints`` on a terminal; return its exit code, what it printed, and its errors."""
     ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "holdfast.cli", "checkpoints", str(many), *given]
-    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "TERM": "xterm"}
+    command = [sys.executable, "-m", "holdfast.cli", "checkpoints", *arguments]
+    environment = {**os.environ, "COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "xterm"}
     with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True, env=environment) as process:
         os.close(theirs)
         text = b""
@@ -233,10 +315,29 @@ def test_a_terminal_gets_the_last_ones_unless_told_otherwise(many: Path, given: 
             pass  # the other end is closed
         _, err = process.communicate()
         os.close(ours)
-    assert process.returncode == 0
-    steps = [int(line.split()[2]) for line in text.decode().splitlines() if " valid " in line]
-    assert steps == list(range(MANY - shown, MANY - 1))
-    assert (f"{MANY - shown} earlier checkpoints are not shown" in err) == (shown < MANY)
+    return process.returncode, text.decode().replace("\r\n", "\n"), err
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_narrow_terminal_gets_each_row_in_a_line_and_each_reason_once(shop: Shop, columns: int) -> None:
+    paths = saved(shop, 3)
+    Experiment(shop.opened).pin(0, 2)
+    shop.leave()
+    damage(shop, paths[1])
+    damage(shop, paths[2])
+    for given in (["--verify"], []):
+        code, text, _ = on_terminal(columns, str(shop.path), *given)
+        lines = text.splitlines()
+        assert code == len(given)
+        assert [line.split()[:3] for line in lines[1:4]] == [["0", "1", str(step)] for step in range(3)]
+        assert lines[5].startswith(f"trial 0 step 2: {paths[2]}/state.json has the digest ")
+        assert text.count("has the digest") == 2
+        assert str(shop.path) not in text
+        names = [path.rpartition("/")[2] for path in paths]
+        assert [line.endswith(name) for line, name in zip(lines[1:4], names, strict=True)] == [columns >= 80] * 3
+        assert len(lines) == 6 + len(given)
+        assert max(map(len, lines[1:4])) <= columns
+        assert [line for line in lines if "corrupt, pinned" in line] == [lines[3]]
 
 
 # Pins

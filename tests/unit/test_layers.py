@@ -21,11 +21,12 @@ MAY_IMPORT = {
     "report": {"core", "storage", "storage.checkpoints", "storage.database"},
     "testing": {"core", "storage", "storage.checkpoints", "storage.database"},
 }
-TOP = {"report", "experiment", "specfile", "settings", "locate", "standing", "transfer", "callables", "holding", "upkeep"}
+TOP = {"report", "experiment", "specfile", "settings", "locate", "standing", "transfer", "callables", "upkeep"}
 MAY_IMPORT |= {name: {"core", "storage", "storage.checkpoints", "storage.database"} | TOP for name in TOP}
-MAY_IMPORT["holding"] = {"core", "locate", "storage", "tasks.workers"}
+MAY_IMPORT["holding"] = {"core", "locate", "storage", "storage.database", "tasks.workers"}
+MAY_IMPORT["upkeep"] = {*MAY_IMPORT["upkeep"], "holding"}
 MAY_IMPORT["settings"] = {"core"}
-MAY_IMPORT["flows"] = {"core", "engines", "tasks", "tasks.workers", *MAY_IMPORT["report"], *TOP}
+MAY_IMPORT["flows"] = {"core", "engines", "tasks", "tasks.workers", *MAY_IMPORT["report"], *TOP, "holding"}
 MAY_IMPORT["deployments"] = {"flows", *MAY_IMPORT["report"]}
 MAY_IMPORT["api"] = {*MAY_IMPORT, "deployments"} - {"testing"}
 MAY_IMPORT["holdfast"] = {*MAY_IMPORT, "api"} - {"testing"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from holdfast.storage.leasing import Claimant, take
 from holdfast.tasks.workers import processes
 from holdfast.tasks.workers.messages import ProcessIdentity
 from holdfast.testing.lab import dump
-from holdfast.upkeep import Collected, collect
+from holdfast.testing.saving import flip
+from holdfast.upkeep import Collected, collect, verify
 
 
 @pytest.fixture
@@ -118,6 +120,8 @@ def test_bad_ones_are_evidence_until_told_otherwise(shop: Shop) -> None:
     writer = shop.lab.started()
     paths = [shop.save(writer, step) for step in range(3)]
     requests.pin(shop.lab.database, shop.lab.id, 0, 1)
+    for path in paths[:2]:
+        damage(shop, path)
     shop.lab.driver.reject({shop.row(path).id: "a flipped bit" for path in paths[:2]})
     end(shop, writer, Outcome.COMPLETED)
     shop.leave()
@@ -126,6 +130,66 @@ def test_bad_ones_are_evidence_until_told_otherwise(shop: Shop) -> None:
     assert collect(shop.opened, corrupt=True).removed == []
     rows = [(item.status.value, item.reason) for item in shop.lab.reader.checkpoints()]
     assert rows == [("deleted", "removed by gc: a flipped bit"), ("corrupt", "a flipped bit"), ("valid", "")]
+
+
+def damage(shop: Shop, path: str) -> None:
+    file = shop.path / path / "state.json"
+    file.write_bytes(flip(file.read_bytes(), 99))
+
+
+def test_a_bad_one_that_is_good_again_is_spared(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = shop.lab.started()
+    paths = [shop.save(writer, step) for step in range(3)]
+    damage(shop, paths[0])
+    shop.lab.driver.reject({shop.row(path).id: "a flipped bit" for path in paths[:2]})
+    end(shop, writer, Outcome.COMPLETED)
+    shop.leave()
+    before = state(shop)
+    assert main(["gc", str(shop.path), "--corrupt", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"trial 0 step 1: it is good, and would count again: {paths[1]}" in out
+    assert "1 would be removed" in out
+    assert state(shop) == before
+    assert main(["gc", str(shop.path), "--corrupt", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [item["path"] for item in found["removed"]] == [paths[0]]
+    assert [(item["step"], item["path"]) for item in found["good"]] == [(1, paths[1])]
+    assert [(item.status.value, item.reason) for item in shop.lab.reader.checkpoints()] == [
+        ("deleted", "removed by gc: a flipped bit"),
+        ("valid", ""),
+        ("valid", ""),
+    ]
+    shop.store.verify(paths[1], digest=shop.row(paths[1]).digest)
+
+
+def test_what_a_newer_holdfast_wrote_is_no_garbage(shop: Shop) -> None:
+    writer = shop.lab.started()
+    paths = [shop.save(writer, step) for step in range(3)]
+    shop.lab.driver.reject({shop.row(path).id: "torn" for path in paths[:2]})
+    damage(shop, paths[0])
+    manifest = shop.path / paths[1] / "manifest.json"
+    written = shop.store.read_manifest(paths[1])[0]
+    manifest.write_bytes(replace(written, format=written.format + 1).to_bytes())
+    end(shop, writer, Outcome.COMPLETED)
+    shop.leave()
+    found = collect(shop.opened, corrupt=True)
+    assert ([item.path for item in found.removed], found.left, found.good) == ([paths[0]], [], [])
+    assert shop.row(paths[1]).status.value == "corrupt"
+
+
+def test_a_checkpoint_that_was_put_elsewhere_behind_a_link_is_not_missing(shop: Shop, tmp_path: Path) -> None:
+    writer = shop.lab.started()
+    paths = [shop.save(writer, step) for step in range(3)]
+    (shop.path / paths[2]).rename(tmp_path / "big disk")
+    (shop.path / paths[2]).symlink_to(tmp_path / "big disk")
+    (shop.path / paths[1]).rename(tmp_path / "gone")
+    (shop.path / paths[1]).symlink_to(tmp_path / "nothing")
+    end(shop, writer, Outcome.COMPLETED)
+    shop.leave()
+    found = collect(shop.opened)
+    assert (found.removed, found.missing) == ([], [])
+    assert [item.status.value for item in shop.lab.reader.checkpoints()] == ["valid"] * 3
+    assert [item.step for item, _ in verify(shop.opened, shop.lab.reader.checkpoints()).bad] == [1]
 
 
 def test_the_old_ones_stay_until_a_restarted_trial_has_one_of_its_own(shop: Shop) -> None:

@@ -27,7 +27,7 @@ from holdfast.core.checkpoint import Checkpoint, CheckpointStatus
 from holdfast.core.errors import CheckpointNotFound, ExperimentNotFound, HoldfastError, InvalidInput, SpecError
 
 if TYPE_CHECKING:
-    from holdfast.upkeep import Bad, Collected
+    from holdfast.upkeep import Collected, Verified
 
 
 def add_checkpoints(commands: Commands) -> None:
@@ -35,7 +35,9 @@ def add_checkpoints(commands: Commands) -> None:
         commands, "checkpoints", _checkpoints, "list the checkpoints of an experiment, or of a CheckpointStore"
     )
     checkpoints.add_argument(
-        "--verify", action="store_true", help="read every file; a bad checkpoint is marked corrupt, and the exit code is 1"
+        "--verify",
+        action="store_true",
+        help="read every file; bad ones are marked corrupt (exit code 1), good ones valid again",
     )
     checkpoints.add_argument("--trial", type=int, metavar="N", help="of one trial only")
     limit_options(checkpoints, "checkpoint")
@@ -67,23 +69,12 @@ def _checkpoints(options: argparse.Namespace) -> int:
         if options.trial is not None:
             experiment.trial(options.trial)  # says which there are
             rows = [item for item in rows if item.trial == options.trial]
+        note = ""
         if options.verify:
-            bad = verify(experiment._opened, rows, _progress(len(rows), "verified"))  # the same package
-    note = _quarantine(options, bad) if options.verify and bad else ""
-    if options.verify:
-        reasons = {item.id: reason for item, reason in bad}
-        rows = [_marked(item, reasons[item.id]) if item.id in reasons else item for item in rows]
-    _print_checkpoints(options, rows)
-    corrupt = [item for item in rows if item.status is CheckpointStatus.CORRUPT]
-    if not options.verify:
-        return 0
-    if not options.json:
-        for item in corrupt:
-            print(f"trial {item.trial} step {item.step}: {item.reason}")
-        print(f"{len(rows) - len(corrupt)} of {len(rows)} are good{note and f'; {note}'}")
-    elif note:
-        print(f"holdfast: {note}", file=sys.stderr)
-    return 1 if corrupt else 0
+            found = verify(experiment._opened, rows, _progress(len(rows), "verified"))  # the same package
+            note = _mark(options, found)
+            rows = _marked(rows, found)
+        return _show(options, rows, experiment.path, note)
 
 
 def _of_store(options: argparse.Namespace) -> int | None:
@@ -97,50 +88,94 @@ def _of_store(options: argparse.Namespace) -> int | None:
         raise SpecError(f"{options.path} is a store of its own: it has no trials; leave --trial out")
     if options.verify:
         store.verify()
-    rows = store.rows()
-    _print_checkpoints(options, rows)
-    corrupt = [item for item in rows if item.status is CheckpointStatus.CORRUPT]
-    if not options.verify:
-        return 0
-    if not options.json:
-        sys.stdout.writelines(f"step {item.step}: {item.reason}\n" for item in corrupt)
-        print(f"{len(rows) - len(corrupt)} of {len(rows)} are good")
-    return 1 if corrupt else 0
+    return _show(options, store.rows(), store.path, trials=False)
 
 
-def _marked(item: Checkpoint, reason: str) -> Checkpoint:
-    return replace(item, status=CheckpointStatus.CORRUPT, reason=reason)
+def _marked(rows: Sequence[Checkpoint], found: Verified) -> list[Checkpoint]:
+    """Return the rows as they are once what was found is marked."""
+    reasons = {item.id: reason for item, reason in found.bad} | {item.id: "" for item in found.good}
+    return [
+        replace(item, status=_STATUS[bool(reasons[item.id])], reason=reasons[item.id]) if item.id in reasons else item
+        for item in rows
+    ]
 
 
-def _quarantine(options: argparse.Namespace, bad: Bad) -> str:
-    """Mark bad checkpoints, so that nothing continues from them, unless somebody drives or nothing can be written here.
+_STATUS = {False: CheckpointStatus.VALID, True: CheckpointStatus.CORRUPT}
+
+
+def _mark(options: argparse.Namespace, found: Verified) -> str:
+    """Mark what was found, bad ones so that nothing continues from them, unless somebody drives or nothing can be written.
 
     Return words about that.
     """
-    from holdfast.storage.database.requests import quarantine
+    from holdfast.storage.database.requests import acquit, quarantine
+    from holdfast.upkeep import driven
 
+    if not (found.bad or found.good):
+        return ""
+    count = len(found.good)
+    why = ""
     try:
         with open_experiment(options, readonly=False) as experiment:
-            if experiment.lease.is_held:
-                return "bad ones are not marked: somebody drives the experiment, and looks at what it loads itself"
-            quarantine(experiment._writable(), experiment._opened.record.id, bad)  # the same package
+            if driven(experiment._opened):  # the same package
+                why = "somebody drives the experiment, and looks at what it loads itself"
+            else:
+                database, identity = experiment._writable(), experiment._opened.record.id
+                if found.bad:
+                    quarantine(database, identity, found.bad)
+                if found.good:
+                    acquit(database, identity, found.good)
     except (HoldfastError, OSError) as error:
-        return f"bad ones are not marked: {error}"
-    return "bad ones are marked corrupt: nothing continues from them, and `holdfast gc --corrupt` removes them"
+        why = str(error)
+    words = []
+    if count and why:
+        words.append(f"{count} that {'is' if count == 1 else 'are'} marked corrupt {'is' if count == 1 else 'are'} good")
+    elif count:
+        words.append(
+            f"{count} that {'was' if count == 1 else 'were'} marked corrupt "
+            f"{'is good, and counts' if count == 1 else 'are good, and count'} again"
+        )
+    if found.bad and not why:
+        words.append("bad ones are marked corrupt: nothing continues from them, and `holdfast gc --corrupt` removes them")
+    if why:
+        words.append(f"{'bad ones are not' if found.bad else 'nothing is'} marked: {why}")
+    return "; ".join(words)
 
 
-def _print_checkpoints(options: argparse.Namespace, rows: Sequence[Checkpoint]) -> None:
+def _show(
+    options: argparse.Namespace, rows: Sequence[Checkpoint], place: object, note: str = "", *, trials: bool = True
+) -> int:
+    """Print checkpoints and what is wrong with them, and after ``--verify`` the verdict; return the exit code."""
+    from holdfast.report.tables import reason_lines
+
+    shown = _print_checkpoints(options, rows)
+    if not options.json:
+        sys.stdout.writelines(f"{line}\n" for line in reason_lines(rows if options.verify else shown, place, trials=trials))
+    if not options.verify:
+        return 0
+    good = sum(item.status is not CheckpointStatus.CORRUPT for item in rows)
+    if not options.json:
+        print(f"{good} of {len(rows)} are good{note and f'; {note}'}")
+    elif note:
+        print(f"holdfast: {note}", file=sys.stderr)
+    return 0 if good == len(rows) else 1
+
+
+def _print_checkpoints(options: argparse.Namespace, rows: Sequence[Checkpoint]) -> Sequence[Checkpoint]:
+    """Print the checkpoints that the options ask for, and return them."""
     from holdfast.report.tables import checkpoint_json, checkpoint_lines, checkpoints_table
 
     shown, left_out, drawn = limited(options, rows)
     if options.json:
         print_json([checkpoint_json(item) for item in shown])
     elif drawn:
-        terminal().print(checkpoints_table(shown))
+        console = terminal()
+        console.print(checkpoints_table(shown, console.width))
     else:
         sys.stdout.writelines(f"{line}\n" for line in checkpoint_lines(shown))
     if left_out and not options.json:
         print(f"{left_out} earlier checkpoints are not shown: --all shows every one, --limit N the last N", file=sys.stderr)
+    return shown
 
 
 def _progress(total: int, what: str, clock: Callable[[], float] = time.monotonic) -> Callable[[int], None]:
@@ -196,6 +231,7 @@ def _collected_json(found: Collected) -> dict[str, Any]:
             {"trial": item.trial, "attempt": item.attempt, "step": item.step, "path": item.path, "reason": reason}
             for item, reason in found.missing
         ],
+        "good": [{"trial": item.trial, "attempt": item.attempt, "step": item.step, "path": item.path} for item in found.good],
     }
 
 
@@ -209,5 +245,8 @@ def _print_collected(found: Collected) -> None:
     for item, reason in found.missing:
         marked = "" if found.dry_run else "; it is marked corrupt"
         print(f"trial {item.trial} step {item.step}: {reason}: {item.path}{marked}")
+    for item in found.good:
+        again = "would count again" if found.dry_run else "counts again"
+        print(f"trial {item.trial} step {item.step}: it is good, and {again}: {item.path}")
     verb = "would be removed" if found.dry_run else "removed"
     print(f"{len(found.removed)} {verb}, {size(found.bytes)}" if found.removed else "nothing is left to remove")

@@ -30,8 +30,10 @@ def add_managing(commands: Commands) -> None:
 
 
 def _stop(options: argparse.Namespace) -> int:
+    from holdfast.upkeep import driven
+
     with open_experiment(options, readonly=False) as experiment:
-        if not experiment.lease.is_held:
+        if not driven(experiment._opened):  # the same package
             print(f"nobody drives {experiment.name}")
             return 0
         if experiment.stop(wait=options.wait):

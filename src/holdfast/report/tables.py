@@ -175,32 +175,46 @@ def plan_table(plan: Sequence[Planned]) -> Table:
     return table
 
 
-def checkpoints_table(checkpoints: Sequence[Checkpoint]) -> Table:
-    """Return checkpoints as a table: trial, attempt, step, size, status, name of the directory and what is wrong with it.
+_CHECKPOINT = ("trial", "attempt", "step", "size", "status")
 
-    The whole path would not fit: it is in what a pipe gets, and in JSON.
+
+def checkpoints_table(checkpoints: Sequence[Checkpoint], width: int) -> Table:
+    """Return checkpoints as a table: trial, attempt, step, size, status, and the directory's name where that fits whole.
+
+    The whole path would not fit: it is in what a pipe gets, and in JSON. What is wrong is for :func:`reason_lines`.
     """
+    rows = [[*_checkpoint_cells(item), escape(item.path.rpartition("/")[2])] for item in checkpoints]
+    header = [*_CHECKPOINT, "name"]
+    columns = [*range(len(header))]
+    needed = [max(len(cells[column]) for cells in [header, *rows]) + 2 for column in columns]
+    for dispensable in ("name", "size"):  # trial, attempt and step tell checkpoints apart
+        if sum(needed[column] for column in columns) - 2 > width:
+            columns.remove(header.index(dispensable))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("trial", "attempt", "step", "size"):
-        table.add_column(name, justify="right")
-    table.add_column("status")
-    table.add_column("name", overflow="fold")
-    for item in checkpoints:
-        *numbers, status, words = _checkpoint_cells(item, item.path.rpartition("/")[2])
-        table.add_row(*numbers, f"[red]{status}[/]" if item.status == "corrupt" else status, escape(words))
+    for column in columns:
+        table.add_column(header[column], justify="right" if column < 4 else "left", no_wrap=True)
+    for item, cells in zip(checkpoints, rows, strict=True):
+        cells[4] = f"[red]{cells[4]}[/]" if item.status == "corrupt" else cells[4]
+        table.add_row(*(cells[column] for column in columns))
     return table
 
 
-def _checkpoint_cells(item: Checkpoint, name: str) -> list[str]:
+def _checkpoint_cells(item: Checkpoint) -> list[str]:
     status = f"{item.status.value}, pinned" if item.pinned else item.status.value
-    words = f"{name}  {item.reason}" if item.reason and item.status == "corrupt" else name
-    return [str(item.trial), str(item.attempt), str(item.step), size(item.bytes), status, words]
+    return [str(item.trial), str(item.attempt), str(item.step), size(item.bytes), status]
 
 
 def checkpoint_lines(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
     """Yield checkpoints as the lines of a plain table; see :func:`trial_lines`."""
-    header = ["trial", "attempt", "step", "size", "status", "path"]
-    return _lines([header, *(_checkpoint_cells(item, item.path) for item in checkpoints)], left=(4,))
+    return _lines([[*_CHECKPOINT, "path"], *([*_checkpoint_cells(item), item.path] for item in checkpoints)], left=(4,))
+
+
+def reason_lines(checkpoints: Sequence[Checkpoint], place: object, *, trials: bool = True) -> Iterator[str]:
+    """Yield what is wrong with each corrupt checkpoint, with paths relative to ``place``, where all of them lie."""
+    for item in checkpoints:
+        if item.status == "corrupt":
+            whose = f"trial {item.trial} step {item.step}" if trials else f"step {item.step}"
+            yield _printable(f"{whose}: {item.reason.replace(f'{place}/', '')}")
 
 
 def leftover_lines(leftovers: Sequence[Leftover]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,6 +154,28 @@ class UpkeepContract:
         assert requests.quarantine(lab.database, lab.id, [(items[1], "again")]) == 0
         assert dump(lab.database)["checkpoint"] == before
         assert lab.driver.forget({items[1].id: "r", items[3].id: "r"}, status="corrupt") == {items[1].id}
+
+    def test_what_is_good_again_counts_again(self, lab: Lab) -> None:
+        writer = lab.started()
+        for step in range(4):
+            lab.save(writer, step)
+        items = lab.reader.checkpoints()
+        writer.forget([items[0].id])
+        requests.quarantine(lab.database, lab.id, [(items[1], "a bit"), (items[3], "a bit")])
+        seq = lab.reader.seq()
+        assert requests.acquit(lab.database, lab.id, [items[0], items[1], items[2]]) == 1
+        after = [(item.status.value, item.reason) for item in lab.reader.checkpoints()]
+        assert after == [("deleted", "pruned"), ("valid", ""), ("valid", ""), ("corrupt", "a bit")]
+        assert [item.step for item in writer.kept()[0]] == [1, 2]
+        assert [trial.number for trial in lab.reader.trials(since=seq)] == [0]  # so that the journal looks at it
+        assert lab.reader.audit()[-1].action == "acquitted"
+        before = dump(lab.database)["checkpoint"]
+        other = Lab.new(lab.database, "other")
+        assert requests.acquit(other.database, other.id, items) == 0
+        assert requests.acquit(lab.database, lab.id, [replace(items[3], path="elsewhere")]) == 0
+        assert requests.acquit(lab.database, lab.id, [replace(items[3], attempt=2)]) == 0
+        assert dump(lab.database)["checkpoint"] == before
+        writer.check()
 
     def test_only_this_experiments_are_set_aside(self, lab: Lab) -> None:
         other = Lab.new(lab.database, "other")
