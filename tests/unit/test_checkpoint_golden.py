@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import math
+import os
 import re
 import shutil
 from collections import OrderedDict
@@ -147,11 +149,18 @@ def test_a_newer_state_is_not_damage(tmp_path: Path) -> None:
         read_state(tmp_path, manifest_of([sink.entry()]))
 
 
-def test_what_cannot_be_read_now_is_not_swept(tmp_path: Path) -> None:
+def test_what_cannot_be_read_now_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be a newer holdfast's."""
     store = golden(FORMAT, tmp_path)
     path = store.scan(MADE.TRIAL)[0][0]
-    (store.root / path / MANIFEST).unlink()
-    (store.root / path / MANIFEST).symlink_to(MANIFEST)  # ELOOP: an error of the storage
-    assert path not in store.sweep(MADE.TRIAL, [])
+    real = os.open
+
+    def refuse(name: Any, *rest: Any, **named: Any) -> int:
+        if str(name) == str(store.root / path / MANIFEST):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(name, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        assert path not in store.sweep(MADE.TRIAL, [])
     assert (store.root / path / "state.json").exists()
