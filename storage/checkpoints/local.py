@@ -252,11 +252,12 @@ class LocalCheckpoints:
 
     def _published(self, staged: Path) -> str:
         """Return the path that belongs to a staged directory; InvalidInput when it is none."""
-        folder = staged.parent if self.own is None else staged.parent.parent
-        aside = folder / (self.own or "")
-        name = staged.name.removeprefix(STAGING)
-        if staged == aside / (STAGING + name) and is_name(name) and folder.is_relative_to(self.root):
-            path = (folder / name).relative_to(self.root).as_posix()
+        text, root = str(staged), f"{self.root}/"
+        folder, _, name = text[len(root) :].rpartition("/")
+        if self.own is not None:
+            folder, _, own = folder.rpartition("/")
+        if text.startswith(root) and name.startswith(STAGING) and (self.own is None or own == self.own):
+            path = f"{folder}/{name.removeprefix(STAGING)}" if folder else name.removeprefix(STAGING)
             with contextlib.suppress(InvalidInput):
                 self.layout.match(path)
                 return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from holdfast.core.errors import InvalidInput
 
@@ -14,6 +15,12 @@ PIN = ".pin-"
 STEP = r"step_(?P<step>[0-9]{8}|[1-9][0-9]{8,})-a(?P<attempt>[1-9][0-9]*)-(?P<writer>[0-9a-f]{4,32})"
 OWN = re.compile(rf"({re.escape(STAGING)}|{re.escape(TRASH)})?{STEP}")
 """what holdfast makes in a folder of checkpoints"""
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    prefix = re.escape(template).replace(re.escape("{:06d}"), "(?P<trial>[0-9]{6}|[1-9][0-9]{6,})")
+    return re.compile(prefix + STEP)
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,7 @@ class Layout:
 
     def match(self, path: str) -> dict[str, int]:
         """Return what a published checkpoint's path says: attempt, step, and its trial; InvalidInput when it is none."""
-        prefix = re.escape(self.template).replace(re.escape("{:06d}"), "(?P<trial>[0-9]{6}|[1-9][0-9]{6,})")
-        found = re.fullmatch(prefix + STEP, path)
+        found = _pattern(self.template).fullmatch(path)
         if found is None:
             raise InvalidInput(f"{path!r} is no checkpoint's path; one looks like {self.example}")
         return {name: int(value) for name, value in found.groupdict().items() if name != "writer"}
