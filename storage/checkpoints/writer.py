@@ -12,12 +12,14 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.core.errors import Contention, Corrupt, Fenced, NewerFormat, StorageError
 from holdfast.core.values import dumps, loads
+from holdfast.storage.atomic import is_draft
 from holdfast.storage.checkpoints.names import STEP, TRASH
 from holdfast.storage.root import DAMAGE, Root, checked, join
 
@@ -26,6 +28,8 @@ FORMAT = 1
 _FOLDER = re.compile(r"\.writer-a(?P<number>[1-9][0-9]*)-[0-9a-f]{8}")
 _GONE = re.compile(rf"\.gone-[0-9a-f]{{8}}|{re.escape(TRASH)}{STEP}")
 _TRIES = 50
+_OLD = 3600.0
+"""Seconds after which a file that was being written when a crash came is nobody's any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +140,9 @@ def _make_own(local: Path, mine: Record) -> None:
     """Make the writer's own folder, and take everybody else's away."""
     try:
         os.mkdir(local / mine.folder)
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot take over {local}: {error.strerror or error}") from error
+    try:
         for name in left_over(local, mine):
             gone = local / f".gone-{secrets.token_hex(4)}"
             if _FOLDER.fullmatch(name):
@@ -144,6 +151,11 @@ def _make_own(local: Path, mine: Record) -> None:
                     shutil.rmtree(gone, ignore_errors=True)
             else:
                 shutil.rmtree(local / name, ignore_errors=True)
+        for name in os.listdir(local):
+            if is_draft(name) and time.time() - os.stat(local / name).st_mtime > _OLD:
+                os.unlink(local / name)
+    except FileNotFoundError:
+        pass  # somebody else was faster with the last of it
     except OSError as error:
         raise StorageError(error.errno, f"cannot take over {local}: {error.strerror or error}") from error
 
