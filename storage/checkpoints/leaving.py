@@ -91,7 +91,7 @@ def _flush_all() -> None:
     for store in list(_busy):
         try:
             store.flush()
-        except Exception:
+        except Exception:  # nobody is left to raise it to, and the other stores have saves of their own to finish
             log.exception("%r: the last save failed", store)
 
 
