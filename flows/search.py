@@ -14,7 +14,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from holdfast.core.errors import Contention, HoldfastError
+from holdfast.core.errors import Contention, Fenced, HoldfastError, Infrastructure
 from holdfast.core.trial import ERRORED
 from holdfast.experiment import SearchResult, result_of
 from holdfast.flows.driver import Drive
@@ -23,6 +23,8 @@ from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared
 from holdfast.report.observer import Observer, RunLog, Together, watching
 from holdfast.specfile import ExperimentSpec
+from holdfast.storage.database.engine import Database
+from holdfast.storage.database.leases import Leases
 
 
 def _run_name() -> str:
@@ -74,14 +76,29 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
         session.keeper.release(_ended(reason))
         _last_words(session)
     except BaseException as error:
-        session.error = error
-        _interrupted(session, error, watcher)
-        raise
+        session.error = cause_of(error, session.opened.database, session.opened.record.id, session.runtime.epoch)
+        _interrupted(session, session.error, watcher)
+        if session.error is error:
+            raise
+        raise session.error from error
     fast = reason.endswith("fail_fast is set")
     result = result_of(session.opened, reason, fast_failed=fast)
     session.close()
     watcher.ended(result)
     return _state(result)
+
+
+def cause_of(error: BaseException, database: Database, experiment: int, epoch: int) -> BaseException:
+    """Return Fenced for an error of storage or database that follows from somebody else's having taken the experiment over.
+
+    Whoever takes over sweeps what this process was writing, which can be noticed here before the lost lease is.
+    """
+    if isinstance(error, Infrastructure):
+        with suppress(HoldfastError):
+            now = Leases(database, experiment).look().epoch
+            if now != epoch:
+                return Fenced(f"epoch {epoch} is over: epoch {now} took the experiment over; this process stops")
+    return error
 
 
 def _last_words(session: Session) -> None:
