@@ -7,6 +7,7 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+TEST_STAMP := .venv/.installed-for-tests
 FOLDERS := flows tasks storage deployments
 
 .PHONY: help install demo test lint bench soak docs typing clean
@@ -31,18 +32,23 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --compile -c constraints.txt -e '.[test,examples]'
 	@touch $@
 
+# The libraries of every engine: PyTorch alone is larger than all the rest.
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --compile -c constraints.txt -e '.[test,examples,engines]'
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/python examples/digits/demo.py
 
-test: $(STAMP)
+test: $(TEST_STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-lint: $(STAMP) typing
+lint: $(TEST_STAMP) typing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=.typing $(BIN)/mypy -p holdfast
 
-bench: $(STAMP)
+bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/trials.py
 	$(BIN)/python benchmarks/store.py
 

@@ -17,7 +17,7 @@ from holdfast.core import faults
 from holdfast.core.budget import Budget
 from holdfast.core.errors import Conflict, Contention, EngineError, HoldfastError
 from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, actions
-from holdfast.core.ports import Proposer
+from holdfast.core.ports import Proposal, Proposer
 from holdfast.core.space import config_digest
 from holdfast.core.trial import ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import dumps
@@ -53,6 +53,8 @@ class Drive:
             exhausted=not session.new_trials,
         )
         self._trials: dict[int, Trial] = {}
+        self._states: dict[int, bytes] = {}
+        """what the engine kept with its proposals, by the trial's number"""
         self._inflight: dict[Any, int] = {}
         self._done: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
         self._seq = -1
@@ -64,6 +66,7 @@ class Drive:
         """Drive the experiment to the end of its budget; return why it ended. Raises what interrupted it."""
         runtimes.register(self._runtime)
         try:
+            self._states = self._session.reader.states()
             self._refresh(fresh=False)
             pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=self._session.spec.search.max_concurrent)
             with pool as runner:
@@ -100,9 +103,19 @@ class Drive:
         raise AssertionError("the loop ends with Done")
 
     def _propose(self, number: int) -> None:
-        config = self._proposer.propose(number)
+        offered = self._proposer.propose(number)
+        proposal = offered if isinstance(offered, Proposal) else Proposal(config=dict(offered))
         with suppress(Conflict):  # a trial was queued meanwhile: it comes first, and the next proposal knows of it
-            self._driver.propose(config, number=number)
+            self._driver.propose(
+                proposal.config,
+                number=number,
+                source=proposal.source,
+                group=proposal.group,
+                repeat=proposal.repeat,
+                state=proposal.state,
+            )
+            if proposal.state is not None:
+                self._states[number] = proposal.state
             faults.point("proposal.committed")
         self._refresh()
 
@@ -197,7 +210,8 @@ class Drive:
                 # Handed to a runner and not claimed yet. A next attempt that waits after a retry is another matter:
                 # its task has ended, or is about to, and comes through _finish.
                 self.ledger.submitted(trial.number)
-            self._proposer.observe(trial)
+            state = self._states.get(trial.number)
+            self._proposer.observe(trial if state is None else replace(trial, state=state))
             if before is None or before.status is not trial.status or before.attempt.number != trial.attempt.number:
                 self._observer.trial(trial)
 

@@ -177,7 +177,14 @@ class Driver:
 
     @repeatable
     def propose(
-        self, config: Config, *, number: int | None = None, source: str = "proposed", state: bytes | None = None
+        self,
+        config: Config,
+        *,
+        number: int | None = None,
+        source: str = "proposed",
+        group: int | None = None,
+        repeat: int = 0,
+        state: bytes | None = None,
     ) -> int:
         """Commit a proposal: its config, trial and first attempt (and the engine's state); return the trial's number.
 
@@ -185,7 +192,7 @@ class Driver:
         """
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
-            given = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source)
+            given = add_trial(tx, self.experiment, seq, config, seed=self.seed, source=source, group=group, repeat=repeat)
             if number not in (None, given):
                 raise Conflict(f"trial {number} was queued meanwhile, the next one is {given}; nothing was written")
             number = given

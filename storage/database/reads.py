@@ -113,6 +113,8 @@ _SEQ = _sql("SELECT seq FROM experiment WHERE id = :experiment")
 
 _CONFIG = _sql("SELECT body FROM config WHERE id = :config")
 
+_STATES = _sql("SELECT number, body FROM proposer_state WHERE experiment_id = :experiment ORDER BY number")
+
 _IDS = _sql("SELECT number, id FROM trial WHERE experiment_id = :experiment AND number >= 0")
 
 ALL = 2**62
@@ -194,6 +196,10 @@ class Reader:
     def trial_ids(self) -> dict[int, int]:
         """Return the row id of each trial by number."""
         return {row[0]: row[1] for row in self._fetch(_IDS)}
+
+    def states(self) -> dict[int, bytes]:
+        """Return what the engine kept with each of its proposals that it kept something with, by the trial's number."""
+        return {number: bytes(body) for number, body in self._fetch(_STATES)}
 
     def cancel_requests(self) -> set[int]:
         """Return the numbers of trials that somebody asked to cancel and that have not ended."""

@@ -41,7 +41,7 @@ def test_a_spec_comes_back_from_what_is_stored():
         ({"search": {"num_trials": -1}}, "search.num_trials is -1; input should be greater than or equal to 0"),
         (
             {"search": {"num_trials": 1, "engine": "tep"}},
-            "search.engine is 'tep' (did you mean 'tpe'?); allowed: random, grid, tpe",
+            "search.engine: 'tep' (did you mean 'tpe'?) is no engine; allowed: auto, random, grid",
         ),
         ({"search": None}, "search is empty; it must be a mapping of keys"),
         ({"search": {}}, "search.num_trials is absent; only a grid, a time_budget or a target can do without"),

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from holdfast.core.trial import Trial
-from holdfast.core.values import Config
+from holdfast.core.values import Config, Scalar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """What becomes the next trial, in one transaction."""
+
+    config: Config
+    source: str = "proposed"
+    """proposed, or preset: one of the spec's ``points``"""
+    group: int | None = None
+    """number of the first of the trials that repeat this config; the trial's own number when it is the first"""
+    repeat: int = 0
+    state: bytes | None = None
+    """what the engine wants to find again, as ``Trial.state`` of this trial; opaque to everybody else"""
 
 
 class Proposer(Protocol):
-    """Gives the configs of new trials.
+    """Gives the configs of new trials. An own engine is a class with these two methods; ``size`` may be absent.
 
     A proposer is rebuilt from the stored trials after every restart, so ``propose(n)`` must depend on nothing but the
-    spec (its seed included), ``n``, and the trials observed: never on the order in which running trials end when they
-    ended before the call, on earlier calls of ``propose``, on a clock or on global random state.
+    spec (its seed included), ``n``, and the trials observed (the state in them included): never on the order in which
+    running trials end when they ended before the call, on earlier calls of ``propose``, on a clock or on global random state.
     """
 
-    size: int | None
-    """Number of trials after which there is nothing new to propose (a grid), or None."""
+    @property
+    def size(self) -> int | None:
+        """Number of trials after which there is nothing new to propose (a grid), or None."""
+        ...
 
     def observe(self, trial: Trial) -> None:
         """Take in a trial as it stands.
@@ -30,8 +48,8 @@ class Proposer(Protocol):
         """
         ...
 
-    def propose(self, number: int) -> Config:
-        """Return a validated config for trial ``number``, which is one more than the last observed.
+    def propose(self, number: int) -> Proposal | Mapping[str, Scalar]:
+        """Return a config for trial ``number``, which is one more than the last observed; a proposal to say more.
 
         Repeats itself exactly when called again in the same state. The config is not observed until it comes back
         through :meth:`observe`.

@@ -15,8 +15,11 @@ from pydantic_core import ErrorDetails
 
 from holdfast.core.checkpoint_config import SEARCH_DEFAULTS, CheckpointConfig, for_search
 from holdfast.core.errors import SpecError
+from holdfast.core.expression import Expression
 from holdfast.core.objective import Direction, Objective
+from holdfast.core.search_section import PopulationSection, SearchSection
 from holdfast.core.space import Number, Section, Space, Whole
+from holdfast.core.stopping_section import StoppingSection
 
 LOCATION_FIELDS = {"storage", "storage_options", "database"}
 """Where an experiment lives is no part of what it is; a database URL, which may hold a password, is stored nowhere."""
@@ -26,32 +29,13 @@ CHANGEABLE = (
     "search.time_budget",
     "search.max_concurrent",
     "search.target",
+    "search.plateau",
+    "search.max_cost",
     "failure.max_failures",
     "failure.fail_fast",
     "failure.trial_timeout",
 )
 """What a restore may change; each change is recorded in the audit."""
-
-
-class SearchSection(Section):
-    """How configs are proposed, and how many."""
-
-    engine: Literal["random", "grid", "tpe"] = Field(default="tpe", description="where proposals come from")
-    num_trials: Whole | None = Field(default=None, ge=0, description="trials in all; a grid's default is its size")
-    samples: Whole = Field(default=1, ge=1, description="trials per point of a grid")
-    seed: Whole | None = Field(
-        default=None, ge=0, lt=2**63, description="gives every other seed; drawn once and stored when absent"
-    )
-    max_concurrent: Whole = Field(default=1, ge=1, le=1000, description="trials that run at once")
-    time_budget: Number | None = Field(default=None, gt=0, description="seconds of active time; no trial is started after it")
-    target: Number | None = Field(default=None, description="stop proposing once the first objective is at least this good")
-
-
-class StoppingSection(Section):
-    """What ends a trial early."""
-
-    rule: Literal["none"] = Field(default="none", description="none: trials run to their end")
-    max_steps: Whole | None = Field(default=None, ge=1, description="a class trainable ends after as many steps")
 
 
 class FailureSection(Section):
@@ -101,7 +85,16 @@ class ExperimentSpec(Section):
     merge: tuple[str, ...] = Field(
         default=(), description="names or UUIDs of experiments in the same database whose trials warm this one up"
     )
+    constraints: tuple[str, ...] = Field(
+        default=(), description="conditions on the parameters, such as lr * batch < 1; no config that breaks one is proposed"
+    )
+    feasible: tuple[str, ...] = Field(
+        default=(), description="conditions on the metrics, such as memory <= 16; a trial that breaks one is never best"
+    )
     search: SearchSection = SearchSection()
+    population: PopulationSection | None = Field(
+        default=None, description="population based training; null: trials are on their own"
+    )
     stopping: StoppingSection = StoppingSection()
     checkpoints: Annotated[CheckpointConfig, BeforeValidator(for_search)] = CheckpointConfig(**SEARCH_DEFAULTS)
     failure: FailureSection = FailureSection()
@@ -141,6 +134,13 @@ class ExperimentSpec(Section):
             if merge.count(name) > 1:
                 raise ValueError(f"merge names {name!r} more than once; name each experiment once")
         return merge
+
+    @field_validator("constraints", "feasible")
+    @classmethod
+    def _conditions(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            Expression(text)
+        return texts
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

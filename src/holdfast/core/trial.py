@@ -173,6 +173,8 @@ class Trial:
     repeat: int = 0
     """place within the group"""
     metadata: dict[str, Json] = field(default_factory=dict)
+    state: bytes | None = field(default=None, repr=False)
+    """what the engine kept with its proposal; given to engines alone"""
 
     @property
     def error(self) -> ErrorInfo | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from holdfast.core.errors import SpecError
 from holdfast.core.ports import Proposer
 from holdfast.core.spec import ExperimentSpec
 
@@ -21,3 +22,5 @@ def make_proposer(spec: ExperimentSpec, seed: int) -> Proposer:
             from holdfast.engines.optuna_engine import TPEProposer
 
             return TPEProposer(spec.space, spec.goals, seed)
+        case engine:
+            raise SpecError(f"search.engine {engine!r} is not there yet; use random, grid or tpe")

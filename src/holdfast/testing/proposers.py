@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from holdfast.core.ports import Proposer
+from holdfast.core.ports import Proposal, Proposer
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import Trial, TrialStatus
-from holdfast.core.values import Config, Metrics
+from holdfast.core.values import Config, Metrics, Scalar
 from holdfast.testing.samples import sample_spec, sample_trial
 
 SPACES: dict[str, dict[str, Any]] = {
@@ -78,6 +78,11 @@ def ending(number: int, config: Config) -> tuple[TrialStatus, Metrics]:
             return TrialStatus.COMPLETED, {"loss": value, "size": -value}
 
 
+def config_of(offered: Proposal | Mapping[str, Scalar]) -> Config:
+    """Return the config of what a proposer offers."""
+    return dict(offered.config if isinstance(offered, Proposal) else offered)
+
+
 Simulation = Generator[None, Proposer | None, None]
 
 
@@ -107,7 +112,7 @@ def simulate(proposer: Proposer, trials: dict[int, Trial], *, until: int, concur
             successor = yield
             proposer = successor or proposer
             number = len(trials)
-            config = proposer.propose(number)
+            config = config_of(proposer.propose(number))
             change(sample_trial(number, config=config))
             change(sample_trial(number, TrialStatus.RUNNING, config=config))
             continue
