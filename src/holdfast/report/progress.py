@@ -10,13 +10,14 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from holdfast.core.objective import score
+from holdfast.core.ranking import Candidate, candidates_of, ranked
 from holdfast.core.resume import Planned
 from holdfast.core.trial import ACTIVE, SCORED, Trial, TrialStatus
 from holdfast.experiment import SearchResult
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer, restore_command
-from holdfast.report.tables import brief, config_words, leaderboard, plan_words
+from holdfast.report.ranking import Ranking
+from holdfast.report.tables import brief, config_words, plan_words
 
 
 class Progress(Observer):
@@ -29,6 +30,9 @@ class Progress(Observer):
         self._started = time.monotonic()
         self._ended_here = 0
         self._live: Live | None = None
+        self._leader: Candidate | None = None
+        self._stale = False
+        """whether a trial changed that can be the best, since the leader was found"""
 
     def say(self, text: str) -> None:
         self._print(text)
@@ -55,6 +59,8 @@ class Progress(Observer):
     def trial(self, trial: Trial) -> None:
         before = self._trials.get(trial.number)
         self._trials[trial.number] = trial
+        if trial.status in SCORED or (before is not None and before.status in SCORED):
+            self._stale = True
         if self._live is not None and trial.error is None:
             if trial.status not in ACTIVE and before is not None:
                 self._ended_here += 1
@@ -74,8 +80,11 @@ class Progress(Observer):
         counts = Counter(trial.status for trial in result.trials)
         numbers = ", ".join(f"{counts[status]} {status.value}" for status in TrialStatus if counts[status])
         self._print(f"{result.reason}: {numbers or 'no trial'}")
-        if result.best is not None:
-            self._console.print(leaderboard(result.trials, self._opened.spec.goals))
+        for part in Ranking(result.trials, self._opened.spec).parts():
+            if isinstance(part, str):
+                self._print(part)
+            else:
+                self._console.print(part)
         self._print(f"path: {result.path}")
         self._print(f"restore: {restore_command(self._opened)}")
 
@@ -125,10 +134,12 @@ class Progress(Observer):
     def _best(self) -> str | None:
         if self._opened is None:
             return None
-        goal = self._opened.spec.goals[0]
-        best: tuple[float, int] | None = None
-        for trial in list(self._trials.values()):
-            value = score(trial.metrics, goal) if trial.status in SCORED else None
-            if value is not None and (best is None or goal.better(value, best[0])):
-                best = (value, trial.number)
-        return None if best is None else f"best {goal.name} {brief(best[0])} (trial {best[1]})"
+        if self._stale:
+            self._stale = False
+            spec = self._opened.spec
+            order = ranked(candidates_of(list(self._trials.values()), spec), spec.goals)
+            self._leader = order[0][1] if order else None
+        if self._leader is None:
+            return None
+        words = f"best {self._opened.spec.goals[0].name} {brief(self._leader.values[0])}"
+        return f"{words} (trial {self._leader.trial.number})"
