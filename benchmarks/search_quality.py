@@ -240,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=known, default=[], metavar="NAME", help=f"of {', '.join(known)}")
     parser.add_argument("--seeds", type=int, default=5, help="searches per engine and problem")
-    parser.add_argument("--trials", type=int, default=60, help="trials of a search")
+    parser.add_argument("--trials", type=int, default=50, help="trials of a search")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="searches at once")
     parser.add_argument("--json", metavar="FILE", help="keep every figure")
     options = parser.parse_args()
