@@ -203,7 +203,7 @@ def test_the_reference_point_is_the_spec_s_or_the_worst_seen() -> None:
     assert reference_point(trials[2:], spec) is None
     assert reference_point(trials, spec) == (1.0, 2.0)
     assert volume_of(candidates_of(trials, spec), spec.goals, None) == 0.0
-    given = sample_spec(
+    pinned = sample_spec(
         objectives=both, search={"engine": "random", "num_trials": 1, "reference_point": {"gain": 0, "loss": 3}}
     )
     assert reference_point([], pinned) == reference_point(trials, pinned) == (3.0, 0.0)

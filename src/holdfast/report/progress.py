@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from holdfast.core.ranking import Candidate, candidates_of, ranked
+from holdfast.core.ranking import Candidate, candidates_of, group_of, ranked
 from holdfast.core.resume import Planned
 from holdfast.core.trial import ACTIVE, SCORED, Trial, TrialStatus
 from holdfast.experiment import SearchResult
@@ -30,9 +30,8 @@ class Progress(Observer):
         self._started = time.monotonic()
         self._ended_here = 0
         self._live: Live | None = None
+        self._groups: dict[int, dict[int, Trial]] = {}
         self._leader: Candidate | None = None
-        self._stale = False
-        """whether a trial changed that can be the best, since the leader was found"""
 
     def say(self, text: str) -> None:
         self._print(text)
@@ -59,8 +58,7 @@ class Progress(Observer):
     def trial(self, trial: Trial) -> None:
         before = self._trials.get(trial.number)
         self._trials[trial.number] = trial
-        if trial.status in SCORED or (before is not None and before.status in SCORED):
-            self._stale = True
+        self._lead(trial, before)
         if self._live is not None and trial.error is None:
             if trial.status not in ACTIVE and before is not None:
                 self._ended_here += 1
@@ -131,15 +129,23 @@ class Progress(Observer):
             words.append(best)
         return "  ".join(words)
 
+    def _lead(self, trial: Trial, before: Trial | None) -> None:
+        """Keep the best one up to date: a trial, with its repeats, is compared with the best so far alone unless it is that."""
+        members = self._groups.setdefault(group_of(trial), {})
+        members[trial.number] = trial
+        scored = trial.status in SCORED or (before is not None and before.status in SCORED)
+        if self._opened is None or not scored:
+            return
+        spec, leader = self._opened.spec, self._leader
+        if leader is None or group_of(leader.trial) != group_of(trial):
+            found = [*candidates_of(members.values(), spec), *([] if leader is None else [leader])]
+        else:
+            found = candidates_of(self._trials.values(), spec)
+        order = ranked(sorted(found, key=lambda candidate: candidate.trial.number), spec.goals)
+        self._leader = order[0][1] if order else None
+
     def _best(self) -> str | None:
-        if self._opened is None:
+        leader = self._leader  # the thread of the search changes it
+        if self._opened is None or leader is None:
             return None
-        if self._stale:
-            self._stale = False
-            spec = self._opened.spec
-            order = ranked(candidates_of(list(self._trials.values()), spec), spec.goals)
-            self._leader = order[0][1] if order else None
-        if self._leader is None:
-            return None
-        words = f"best {self._opened.spec.goals[0].name} {brief(self._leader.values[0])}"
-        return f"{words} (trial {self._leader.trial.number})"
+        return f"best {self._opened.spec.goals[0].name} {brief(leader.values[0])} (trial {leader.trial.number})"
