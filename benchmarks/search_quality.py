@@ -212,7 +212,8 @@ def lines(problem: str, found: dict[str, Any]) -> Iterator[str]:
     for engine, why in found.items():
         if isinstance(why, str):
             yield f"* {engine} is left out: {why.splitlines()[0]}"
-    yield ""
+    if len(shown) < len(found):
+        yield ""
 
 
 def _versions() -> str:

@@ -305,6 +305,16 @@ def test_show_says_why_nothing_is_best(tmp_path: Path, capsys: pytest.CaptureFix
         assert json.loads(shown(capsys, opened, "--json"))["least_infeasible"]["violation"] == "Infinity"
 
 
+def test_a_feasible_group_that_is_spoiled_is_not_called_infeasible() -> None:
+    spec = sample_spec(feasible=["memory <= 16"], search=search(repeats=2, aggregate="worst"))
+    trials = [
+        sample_trial(0, COMPLETED, metrics={"loss": 1.0, "memory": 1}, group=0),
+        sample_trial(1, TrialStatus.FAILED, group=0, repeat=1),
+    ]
+    assert Ranking(trials, spec).json() == {"best": None}
+    assert [*Ranking(trials, spec).parts()] == []
+
+
 def test_show_by_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     points = [{"loss": 0.0, "gain, net": 0.0}, {"loss": 4.0, "gain, net": 3.0}, {"loss": 10.0, "gain, net": 4.0}]
     with closing(filled(tmp_path, points, objectives={"loss": "min", "gain, net": "max"})) as opened:

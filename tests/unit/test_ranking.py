@@ -118,6 +118,10 @@ def test_members_without_a_value_are_left_out_and_infeasible_ones_take_the_group
     assert found.keys() - {6} == {2, 5}
     assert found[2].values == (2.0,)
     assert [member.number for member in found[2].members] == [2, 3]
+    worst = [candidate.trial.number for candidate in candidates(trials, [LOSS], how="worst")]
+    assert worst == [5, 6]  # one of group 0 failed
+    assert [each.trial.number for each in candidates(trials[1:], [LOSS], how="worst")] == [5, 6]  # and one has no number
+    assert [each.trial.number for each in candidates(trials[2:], [LOSS], how="worst")] == [2, 5, 6]
     mixed = [trial(0, group=0, loss=1.0, memory=1), trial(1, group=0, loss=1.0, memory=99)]
     assert candidates(mixed, [LOSS], ["memory <= 16"]) == []
 

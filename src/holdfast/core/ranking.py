@@ -11,10 +11,12 @@ from holdfast.core.hypervolume import hypervolume
 from holdfast.core.objective import Direction, Objective, feasible, pareto, score, scores, violation
 from holdfast.core.scalarisation import checked_scalarisation, checked_weights, scalarised
 from holdfast.core.spec import ExperimentSpec
-from holdfast.core.trial import SCORED, Trial
+from holdfast.core.trial import ERRORED, SCORED, Trial
 
 Values = Callable[[Trial], Sequence[float] | None]
 """What counts of a trial: a finite value per objective, or None when it has none."""
+
+_ENDED_BADLY = ERRORED | SCORED  # the latter where there are no values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +60,24 @@ def candidates(
     """Return what can be best, by the number of the trial that stands for it.
 
     Trials count that are COMPLETED or PRUNED and have a finite value of every objective. Those of one group are one
-    candidate, which is feasible when each of them meets every condition.
+    candidate, which is feasible when each of them meets every condition; the worst of a group is no candidate when one of
+    them errored, or ended without such values.
     """
     groups: dict[int, list[tuple[Trial, Sequence[float]]]] = {}
+    spoiled = set()
     for trial in trials:
+        found = None
         if trial.status in SCORED:
             found = scores(trial.metrics, objectives) if values is None else values(trial)
-            if found is not None:
-                groups.setdefault(group_of(trial), []).append((trial, found))
+        if found is not None:
+            groups.setdefault(group_of(trial), []).append((trial, found))
+        elif how == "worst" and trial.status in _ENDED_BADLY:
+            spoiled.add(group_of(trial))
     result = []
-    for members in groups.values():
+    for group, members in groups.items():
         members.sort(key=lambda member: member[0].number)
+        if group in spoiled:
+            continue
         if conditions and not all(feasible(trial.metrics, conditions) for trial, _ in members):
             continue
         columns = zip(*(found for _, found in members), strict=True)

@@ -12,12 +12,15 @@ from rich.text import Text
 
 from holdfast.core.ranking import Candidate, candidates_of, group_of, ranked
 from holdfast.core.resume import Planned
-from holdfast.core.trial import ACTIVE, SCORED, Trial, TrialStatus
+from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
 from holdfast.experiment import SearchResult
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer, restore_command
 from holdfast.report.ranking import Ranking
 from holdfast.report.tables import brief, config_words, plan_words
+
+_COUNTED = SCORED | ERRORED
+"""What can change which trial is the best: the worst of repeats is no candidate when one of them errored."""
 
 
 class Progress(Observer):
@@ -133,8 +136,8 @@ class Progress(Observer):
         """Keep the best one up to date: a trial, with its repeats, is compared with the best so far alone unless it is that."""
         members = self._groups.setdefault(group_of(trial), {})
         members[trial.number] = trial
-        scored = trial.status in SCORED or (before is not None and before.status in SCORED)
-        if self._opened is None or not scored:
+        counts = trial.status in _COUNTED or (before is not None and before.status in _COUNTED)
+        if self._opened is None or not counts:
             return
         spec, leader = self._opened.spec, self._leader
         if leader is None or group_of(leader.trial) != group_of(trial):

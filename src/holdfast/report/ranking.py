@@ -127,7 +127,8 @@ class Ranking:
 
     def _closest(self) -> tuple[Trial, float] | None:
         """Return the trial that comes nearest to being feasible, and how far it is from it, when no one is."""
-        return None if self._candidates or not self._spec.feasible else nearest(self._trials, self._spec)
+        found = None if self._candidates or not self._spec.feasible else nearest(self._trials, self._spec)
+        return found if found is not None and found[1] > 0.0 else None
 
     def _why(self, trial: Trial, far: float) -> str:
         conditions = " and ".join(self._spec.feasible)
