@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any, Self
 from holdfast import upkeep
 from holdfast.core.checkpoint import Checkpoint, check_step
 from holdfast.core.errors import InvalidInput, LeaseHeld
-from holdfast.core.objective import Objective, pareto, scores
+from holdfast.core.objective import Objective, scores
+from holdfast.core.ranking import best_of, candidates, candidates_of, front_of, ranked, reference_point, volume_of
 from holdfast.core.space import Space
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
-from holdfast.core.values import Config, Json, Metrics, Scalar
+from holdfast.core.values import Config, Json, Scalar
 from holdfast.locate import Opened
-from holdfast.report.frames import history_df, results_df, telemetry_df
+from holdfast.report.frames import groups_df, history_df, results_df, telemetry_df
 from holdfast.standing import driven_elsewhere
 from holdfast.storage.checkpoints.local import Loaded
 from holdfast.storage.database import merging, queueing, requests
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import Lease, Leases
-from holdfast.storage.database.loading import load
+from holdfast.storage.database.loading import LoadedTrials, listed, load
 from holdfast.storage.database.reads import ALL, AuditRow, Reader, ReportRow
 from holdfast.transfer import export
 from holdfast.upkeep import Collected
@@ -39,37 +40,6 @@ SCOPES = ("last", "best")
 
 LISTED = SCORED | ERRORED
 """What ``load`` lists."""
-
-
-@dataclass(frozen=True)
-class LoadedTrials:
-    """Trials as four lists (ids, configs, scores, statuses), into which it unpacks."""
-
-    ids: list[int]
-    configs: list[Config]
-    scores: list[Metrics | None]
-    statuses: list[TrialStatus]
-    origins: list[str | None]
-    """NAME#NUMBER@UUID of a merged trial's original; None for own trials"""
-    left_out: int = 0
-    """merged trials that are not listed, because they lack a parameter that has no default"""
-    cursor: int = 0
-    """what the next ``load_since`` begins after"""
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return iter((self.ids, self.configs, self.scores, self.statuses))
-
-    def followed_by(self, other: LoadedTrials) -> LoadedTrials:
-        """Return these trials and then those of ``other``."""
-        return LoadedTrials(
-            ids=self.ids + other.ids,
-            configs=self.configs + other.configs,
-            scores=self.scores + other.scores,
-            statuses=self.statuses + other.statuses,
-            origins=self.origins + other.origins,
-            left_out=self.left_out + other.left_out,
-            cursor=max(self.cursor, other.cursor),
-        )
 
 
 class Experiment:
@@ -172,36 +142,57 @@ class Experiment:
         count = sum(self.counts().values())
         return f"it has the trials 0 to {count - 1}" if count else "it has none yet"
 
-    def best_trial(self, scope: str = "last") -> Trial | None:
+    def best_trial(
+        self, scope: str = "last", *, weights: Mapping[str, float] | None = None, scalarisation: str = "sum"
+    ) -> Trial | None:
         """Return the COMPLETED or PRUNED trial with the best finite first objective (ties: the earliest), or None.
 
-        ``scope`` says which value of a trial counts: ``last``, its final metrics (every objective has to be finite there);
-        ``best``, the best one of its final metrics and its canonical reports.
+        Infeasible trials are none. Of repeats of one config the aggregate counts, and the first of them is returned. ``scope``
+        says which value of a trial counts: ``last``, its final metrics (every objective has to be finite there); ``best``, the
+        best one of its final metrics and its canonical reports.
+
+        With ``weights`` all objectives count: from 0 (the best value among the candidates) to 1 (the worst one), weighted and
+        made one number by their sum, or with ``scalarisation="chebyshev"`` by their maximum. InvalidInput for names that are
+        no objectives, numbers below 0 or all 0, and with ``scope="best"``.
         """
         if scope not in SCOPES:
             raise InvalidInput(f"scope is {scope!r}; allowed: {', '.join(SCOPES)}")
+        trials, spec = self.trials, self.spec
         if scope == "last":
-            return best_of(self.trials, self.objectives)
-        with_reports = {trial.number: [trial.metrics] for trial in self.trials if trial.status in SCORED}
+            order = ranked(candidates_of(trials, spec), spec.goals, weights, scalarisation)
+            return order[0][1].trial if order else None
+        if weights is not None:
+            raise InvalidInput("weights are for scope last: the best values of several objectives are of different steps")
+        first = spec.goals[:1]
+        reached = {trial.number: scores(trial.metrics, first) for trial in trials if trial.status in SCORED}
         for row in self.history():
-            if row.canonical and row.trial in with_reports:
-                with_reports[row.trial].append(row.metrics)
-        first = self.objectives[:1]
-        best: tuple[float, int] | None = None
-        for number, reports in with_reports.items():
-            for values in filter(None, (scores(metrics, first) for metrics in reports)):
-                if best is None or first[0].better(values[0], best[0]):
-                    best = (values[0], number)
-        return None if best is None else self.trial(best[1])
+            values = scores(row.metrics, first) if row.canonical and row.trial in reached else None
+            before = reached.get(row.trial)
+            if values is not None and (before is None or first[0].better(values[0], before[0])):
+                reached[row.trial] = values
+        best = candidates(trials, first, spec.feasible, spec.search.aggregate, values=lambda trial: reached.get(trial.number))
+        return ranked(best, first)[0][1].trial if best else None
 
     def pareto_front(self) -> list[Trial]:
         """Return the COMPLETED and PRUNED trials that no other one dominates, in number order; equal ones are all kept.
 
-        What counts is the final metrics; a trial without a finite value of every objective is no candidate.
+        What counts is the final metrics; a trial that is infeasible, or lacks a finite value of an objective, is no candidate.
+        Of repeats of one config the aggregates count, and the first of them is returned.
         """
-        scored = [(trial, scores(trial.metrics, self.objectives)) for trial in self.trials if trial.status in SCORED]
-        candidates = [(trial, values) for trial, values in scored if values is not None]
-        return [candidates[place][0] for place in pareto([values for _, values in candidates], self.objectives)]
+        return [candidate.trial for candidate in front_of(candidates_of(self.trials, self.spec), self.objectives)]
+
+    def reference_point(self) -> dict[str, float] | None:
+        """Return up to which value of each objective the hypervolume counts: as the spec says, else the worst ones seen.
+
+        None when the spec says nothing and some objective has no finite value yet.
+        """
+        point = reference_point(self.trials, self.spec)
+        return None if point is None else dict(zip(self.spec.objectives, point, strict=True))
+
+    def hypervolume(self) -> float:
+        """Return the hypervolume of the Pareto front, exactly; 0 while it is empty."""
+        trials = self.trials
+        return volume_of(candidates_of(trials, self.spec), self.objectives, reference_point(trials, self.spec))
 
     def load(self, last_trial_id: int = -1) -> LoadedTrials:
         """Return the trials that have ended with or without scores, as four lists.
@@ -219,7 +210,7 @@ class Experiment:
         found = reversed(self._reader.trials(first=-ALL, last=-1))
         copies = [(trial, self.space.completed(trial.config)) for trial in found]
         merged = [replace(trial, config=config) for trial, config in copies if config is not None]
-        return own.followed_by(_loaded(merged, left_out=len(copies) - len(merged)))
+        return own.followed_by(listed(merged, left_out=len(copies) - len(merged)))
 
     def load_since(self, cursor: int = 0) -> LoadedTrials:
         """Return the own trials that ended after ``cursor``, in the order in which they ended, and with them the next cursor.
@@ -233,7 +224,7 @@ class Experiment:
         changed = {trial.number: trial for trial in self._reader.trials(since=cursor)} if order else {}
         # What was ended a moment ago and runs again by now comes with its next end.
         ended = [changed[number] for number, _ in order if number in changed and changed[number].status in LISTED]
-        return replace(_loaded(ended), cursor=order[-1][1] if order else cursor)
+        return replace(listed(ended), cursor=order[-1][1] if order else cursor)
 
     def pending_trials(self, timestamp: datetime, *, running: bool) -> list[Trial]:
         """Return the waiting trials that are due at ``timestamp`` (inclusive; aware), with running ones when asked."""
@@ -370,8 +361,18 @@ class Experiment:
         Every parameter of the space and every objective has its column, whether a trial has a value or not. With
         ``aggregate`` (mean, median, min, max, std) one row a group of repeats: group, the counts trials, scored and errored,
         config.<param>, and metric.<name> over the numbers of its COMPLETED and PRUNED trials (NaN is left out).
+
+        A spec with conditions on metrics adds feasible (bool). Several objectives add pareto (bool, see :meth:`pareto_front`)
+        and hypervolume: of the front when a trial had ended, in the order of their ends; ``.attrs["reference_point"]`` says
+        up to where.
         """
-        return results_df(self.trials, self.spec, aggregate=aggregate)
+        return results_df(self.trials, self.spec, aggregate=aggregate, ended=_ended(self._reader, self.spec))
+
+    def groups_df(self) -> pd.DataFrame:
+        """Return one row a group of repeats: group, trials, scored, errored, config.<param>, and of each objective its
+        metric.<name>.mean, .median, .std and .worst over the numbers of COMPLETED and PRUNED trials (NaN is left out).
+        """
+        return groups_df(self.trials, self.spec)
 
     def history_df(self) -> pd.DataFrame:
         """Return one row a report: trial, attempt, step, reported, canonical, metric.<name> columns."""
@@ -414,17 +415,6 @@ class Experiment:
         requests.request_cancel(self._writable(), self._opened.record.id, trial)
 
 
-def _loaded(trials: Sequence[Trial], *, left_out: int = 0) -> LoadedTrials:
-    return LoadedTrials(
-        ids=[trial.number if trial.origin is None else merging.Origin.parse(trial.origin).number for trial in trials],
-        configs=[trial.config for trial in trials],
-        scores=[trial.metrics if trial.status in SCORED else None for trial in trials],
-        statuses=[trial.status for trial in trials],
-        origins=[trial.origin for trial in trials],
-        left_out=left_out,
-    )
-
-
 def _is_number(value: object) -> bool:
     """Tell whether ``value`` can be the number of a row; merged trials have numbers below 0, which are nobody's business."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < ALL
@@ -436,16 +426,6 @@ def _statuses(given: TrialStatus | str | Iterable[TrialStatus | str]) -> frozens
         return frozenset(TrialStatus(name) for name in names)
     except ValueError:
         raise InvalidInput(f"status is {given!r}; allowed: {', '.join(TrialStatus)}") from None
-
-
-def best_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Trial | None:
-    """Return the best of the scored trials by the first objective, or None when no one has finite values."""
-    best: tuple[float, Trial] | None = None
-    for trial in trials:
-        values = scores(trial.metrics, objectives) if trial.status in SCORED else None
-        if values is not None and (best is None or objectives[0].better(values[0], best[0])):
-            best = (values[0], trial)
-    return best[1] if best else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,6 +440,8 @@ class SearchResult:
     """why it ended"""
     spec: ExperimentSpec = field(repr=False)
     fast_failed: bool = False
+    ended: tuple[int, ...] = field(default=(), repr=False)
+    """the numbers of the trials in the order in which they ended; with several objectives only"""
 
     @property
     def errors(self) -> list[Trial]:
@@ -472,19 +454,30 @@ class SearchResult:
         return self.fast_failed or (bool(self.trials) and len(self.errors) == len(self.trials))
 
     def results_df(self) -> pd.DataFrame:
-        """Return one row a trial."""
-        return results_df(self.trials, self.spec)
+        """Return one row a trial; see :meth:`Experiment.results_df`."""
+        return results_df(self.trials, self.spec, ended=self.ended)
+
+    def pareto_front(self) -> list[Trial]:
+        """Return the trials that no other one dominates; see :meth:`Experiment.pareto_front`."""
+        return [candidate.trial for candidate in front_of(candidates_of(self.trials, self.spec), self.spec.goals)]
+
+
+def _ended(reader: Reader, spec: ExperimentSpec) -> tuple[int, ...]:
+    """Return which trials ended, in order, where that is of use."""
+    return tuple(number for number, _ in reader.ended_since(0)) if len(spec.objectives) > 1 else ()
 
 
 def result_of(opened: Opened, reason: str, *, fast_failed: bool = False) -> SearchResult:
     """Read the result of an experiment as it stands."""
-    trials = Reader(opened.database, opened.record.id).trials()
+    reader, spec = Reader(opened.database, opened.record.id), opened.spec
+    trials = reader.trials()
     return SearchResult(
         name=opened.record.name,
         path=opened.folder.place,
         trials=trials,
-        best=best_of(trials, opened.spec.goals),
+        best=best_of(trials, spec.goals, spec.feasible, spec.search.aggregate),
         reason=reason,
-        spec=opened.spec,
+        spec=spec,
         fast_failed=fast_failed,
+        ended=_ended(reader, spec),
     )

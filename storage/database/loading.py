@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 from sqlalchemy import text
 
-from holdfast.core.trial import ERRORED, SCORED, TrialStatus
+from holdfast.core.trial import ERRORED, SCORED, Trial, TrialStatus
 from holdfast.core.values import Config, Metrics, from_row, loads
 from holdfast.storage.database.engine import Statement
 from holdfast.storage.database.losses import repeatable
+from holdfast.storage.database.merging import Origin
 from holdfast.storage.database.reads import _INHERITED, ALL, Reader, _inherit
 from holdfast.storage.database.rows import FINAL_STEP
+
+
+@dataclass(frozen=True)
+class LoadedTrials:
+    """Trials as four lists (ids, configs, scores, statuses), into which it unpacks."""
+
+    ids: list[int]
+    configs: list[Config]
+    scores: list[Metrics | None]
+    statuses: list[TrialStatus]
+    origins: list[str | None]
+    """NAME#NUMBER@UUID of a merged trial's original; None for own trials"""
+    left_out: int = 0
+    """merged trials that are not listed, because they lack a parameter that has no default"""
+    cursor: int = 0
+    """what the next ``load_since`` begins after"""
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter((self.ids, self.configs, self.scores, self.statuses))
+
+    def followed_by(self, other: LoadedTrials) -> LoadedTrials:
+        """Return these trials and then those of ``other``."""
+        return LoadedTrials(
+            ids=self.ids + other.ids,
+            configs=self.configs + other.configs,
+            scores=self.scores + other.scores,
+            statuses=self.statuses + other.statuses,
+            origins=self.origins + other.origins,
+            left_out=self.left_out + other.left_out,
+            cursor=max(self.cursor, other.cursor),
+        )
+
 
 Columns = tuple[list[int], list[Config], list[Metrics | None], list[TrialStatus], list[str | None]]
 """Numbers, configs, scores, statuses and origins of trials, in number order."""
@@ -78,4 +115,16 @@ def load(reader: Reader, *, first: int = 0) -> Columns:
         [scores.get(row[0], {}) if status in SCORED else None for row, status in zip(rows, statuses, strict=True)],
         statuses,
         [row[4] for row in rows],
+    )
+
+
+def listed(trials: Sequence[Trial], *, left_out: int = 0) -> LoadedTrials:
+    """Return trials as lists; merged ones under the numbers that they have where they come from."""
+    return LoadedTrials(
+        ids=[trial.number if trial.origin is None else Origin.parse(trial.origin).number for trial in trials],
+        configs=[trial.config for trial in trials],
+        scores=[trial.metrics if trial.status in SCORED else None for trial in trials],
+        statuses=[trial.status for trial in trials],
+        origins=[trial.origin for trial in trials],
+        left_out=left_out,
     )

@@ -132,7 +132,7 @@ def test_results_have_a_column_each_in_a_fixed_order() -> None:
     table = results_df(trials, spec)
     assert list(table.columns) == [
         *["trial", "status", "group", "repeat", "config.kind", "config.n", "config.x", "metric.loss", "metric.size"],
-        *["metric.a", "metric.m", "metric.z", "step", "attempts", "error"],
+        *["metric.a", "metric.m", "metric.z", "step", "attempts", "error", "pareto", "hypervolume"],
     ]
     assert table["trial"].dtype == "int64"
     assert table["metric.loss"].dtype == "float64"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from holdfast.cli.common import (
     storage_options,
     terminal,
 )
-from holdfast.core.errors import HoldfastError, SpecError
+from holdfast.core.errors import HoldfastError, InvalidInput, SpecError
+from holdfast.core.scalarisation import SCALARISATIONS
 
 
 def add_reading(commands: Commands) -> None:
@@ -28,7 +30,14 @@ def add_reading(commands: Commands) -> None:
     listing.add_argument("storage", metavar="STORAGE", nargs="?", default="./runs")
     database_option(listing)
     storage_option(listing)
-    show = command(commands, "show", _show, "show an experiment: status, holder, best trials")
+    show = command(commands, "show", _show, "show an experiment: status, holder, best trials, Pareto front")
+    show.add_argument(
+        "--weights",
+        metavar="NAME=W,...",
+        type=_weights,
+        help="the best by several objectives, such as loss=1,time=0.1: each taken from 0 (best) to 1 (worst), and weighted",
+    )
+    show.add_argument("--scalarisation", choices=SCALARISATIONS, help="how weighted objectives become one number; default: sum")
     trials = command(commands, "trials", _trials, "list the trials of an experiment")
     limit_options(trials, "trial")
     for parser in (show, trials):
@@ -40,7 +49,8 @@ def add_reading(commands: Commands) -> None:
 def _list(options: argparse.Namespace) -> int:
     from holdfast.experiment import Experiment
     from holdfast.locate import open_path
-    from holdfast.report.tables import show_json, summary_json
+    from holdfast.report.ranking import show_json
+    from holdfast.report.tables import summary_json
     from holdfast.storage.root import absolute, is_url, name_of
 
     storage, choices = absolute(options.storage), storage_options(options)
@@ -95,14 +105,34 @@ def _print_list(rows: Sequence[dict[str, Any]], storage: str) -> None:
     terminal().print(table)
 
 
+def _weights(text: str) -> dict[str, float]:
+    """Read ``loss=1,time=0.1``, or a JSON object for names that hold commas."""
+    try:
+        if text.lstrip().startswith("{"):
+            found: dict[str, float] = json.loads(text)
+            return found
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        weights = {name.strip(): float(weight) for name, _, weight in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form loss=1,time=0.1") from None
+    if len(weights) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names an objective more than once")
+    return weights
+
+
 def _show(options: argparse.Namespace) -> int:
-    from holdfast.report.tables import leaderboard, show_json, summary_json
+    from holdfast.report.ranking import Ranking, show_json
+    from holdfast.report.tables import summary_json
     from holdfast.storage.leasing import describe
 
+    if options.scalarisation is not None and options.weights is None:
+        raise InvalidInput("--scalarisation is for --weights; give them, such as --weights loss=1,time=0.1")
+    how = options.scalarisation or SCALARISATIONS[0]
     with open_experiment(options) as experiment:
         if options.json:
-            print_json(show_json(experiment))
+            print_json(show_json(experiment, options.weights, how))
             return 0
+        ranking = Ranking(experiment.trials, experiment.spec, options.weights, how)
         shown = summary_json(experiment)
         console = terminal()
         lease = experiment.lease
@@ -114,7 +144,8 @@ def _show(options: argparse.Namespace) -> int:
             console.print(f"{'holder:':<8} {words}", markup=False)
         counts = ", ".join(f"{count} {status}" for status, count in shown["trials"].items())
         console.print(f"{'trials:':<8} {counts or 'none'}", markup=False)
-        console.print(leaderboard(experiment.trials, experiment.objectives))
+        for part in ranking.parts():
+            console.print(part, markup=False, soft_wrap=isinstance(part, str))
     return 0
 
 

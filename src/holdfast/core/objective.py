@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
+from holdfast.core.expression import Expression
 from holdfast.core.values import Json
 
 
@@ -81,3 +83,25 @@ def no_numbers(metrics: Mapping[str, Json], objectives: Sequence[Objective]) -> 
     """Return the values of the objectives that are in ``metrics`` and no numbers (NaN is one, a bool is none)."""
     given = [objective for objective in objectives if objective.name in metrics]
     return {objective.name: metrics[objective.name] for objective in given if score(metrics, objective) is None}
+
+
+def feasible(metrics: Mapping[str, Json], conditions: Sequence[str]) -> bool:
+    """Tell whether ``metrics`` meet every condition; a condition on a metric that is missing, or NaN, is not met."""
+    return violation(metrics, conditions) <= 0.0 if conditions else True
+
+
+def violation(metrics: Mapping[str, Json], conditions: Sequence[str]) -> float:
+    """Return by how much ``metrics`` break the conditions, summed up: 0 when they meet all, infinite when that is unknown."""
+    return sum(max(_violation(metrics, _parsed(text)), 0.0) for text in conditions)
+
+
+def _violation(metrics: Mapping[str, Json], condition: Expression) -> float:
+    for name in condition.names:
+        if name not in metrics or metrics[name] != metrics[name]:
+            return math.inf
+    return condition.violation(metrics)
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Expression:
+    return Expression(text)

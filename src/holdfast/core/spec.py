@@ -153,6 +153,8 @@ class ExperimentSpec(Section):
             raise ValueError("objectives is empty; name at least one, such as {loss: min}")
         if self.search.target is not None and len(self.objectives) > 1:
             raise ValueError("search.target needs exactly one objective")
+        if self.search.reference_point is not None:
+            _check_reference_point(self.search.reference_point, list(self.objectives))
         if self.search.engine == "grid":
             for name, parameter in self.space.parameters.items():
                 if parameter.type == "float" and parameter.step is None:
@@ -187,6 +189,17 @@ class ExperimentSpec(Section):
             return cls.model_validate(dict(data))
         except ValidationError as error:
             raise SpecError(explain(error, cls, source=source)) from None
+
+
+def _check_reference_point(point: Mapping[str, float], objectives: Sequence[str]) -> None:
+    """Refuse, with a ValueError, a reference point that does not give exactly the objectives a value."""
+    if len(objectives) == 1:
+        raise ValueError("search.reference_point is for several objectives, the spec has one; leave it out")
+    if set(point) != set(objectives):
+        raise ValueError(
+            f"search.reference_point gives a value to {', '.join(point) or 'nothing'}; it must name exactly the objectives:"
+            f" {', '.join(objectives)}"
+        )
 
 
 Source = str | Callable[[Sequence[int | str]], str]

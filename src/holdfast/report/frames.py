@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.errors import InvalidInput
+from holdfast.core.hypervolume import hypervolumes
+from holdfast.core.objective import Direction, feasible
+from holdfast.core.ranking import candidates_of, front_of, group_of, reference_point
 from holdfast.core.spec import ExperimentSpec
-from holdfast.core.trial import ERRORED, SCORED, Trial
+from holdfast.core.trial import ERRORED, FINISHED, SCORED, Trial
 from holdfast.core.values import Json
 from holdfast.storage.database.reads import ReportRow
 
@@ -25,9 +29,16 @@ AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
 }
 """How the numbers of a group become one; std is the sample's, 0 for a single trial."""
 
+_ENDED = FINISHED | ERRORED
 
-def results_df(trials: Sequence[Trial], spec: ExperimentSpec, *, aggregate: str | None = None) -> pd.DataFrame:
-    """Return one row a trial, or with ``aggregate`` one a group; see :meth:`holdfast.Experiment.results_df`."""
+
+def results_df(
+    trials: Sequence[Trial], spec: ExperimentSpec, *, aggregate: str | None = None, ended: Sequence[int] = ()
+) -> pd.DataFrame:
+    """Return one row a trial, or with ``aggregate`` one a group; see :meth:`holdfast.Experiment.results_df`.
+
+    ``ended`` are the numbers of the trials in the order in which they ended; what it lacks follows by ``seq``.
+    """
     if aggregate is not None:
         return _groups_df(trials, spec, aggregate)
     rows = [
@@ -46,12 +57,46 @@ def results_df(trials: Sequence[Trial], spec: ExperimentSpec, *, aggregate: str 
     ]
     configs = _columns("config", spec.space.parameters, [trial.config for trial in trials])
     metrics = _columns("metric", spec.objectives, [trial.metrics for trial in trials])
-    return _frame(rows, ["trial", "status", "group", "repeat", *configs, *metrics, "step", "attempts", "error"])
+    table = _frame(rows, ["trial", "status", "group", "repeat", *configs, *metrics, "step", "attempts", "error"])
+    if spec.feasible:
+        table["feasible"] = [trial.status in SCORED and feasible(trial.metrics, spec.feasible) for trial in trials]
+    if len(spec.objectives) > 1:
+        _add_front(table, trials, spec, ended)
+    return table
 
 
-def group_of(trial: Trial) -> int:
-    """Return the number of the first of the trials that repeat one config; a trial that stands alone is its own."""
-    return trial.number if trial.group is None else trial.group
+def _add_front(table: pd.DataFrame, trials: Sequence[Trial], spec: ExperimentSpec, ended: Sequence[int]) -> None:
+    """Add the columns ``pareto`` and ``hypervolume``.
+
+    Repeats of one config join the front as one, when the last one of them that counts has ended; the hypervolume of trials
+    that did not end is NaN.
+    """
+    found = candidates_of(trials, spec)
+    front = {candidate.trial.number for candidate in front_of(found, spec.goals)}
+    table["pareto"] = [trial.number in front for trial in trials]
+    point = reference_point(trials, spec)
+    table.attrs["reference_point"] = None if point is None else dict(zip(spec.objectives, point, strict=True))
+    order = {number: place for place, number in enumerate(ended)}
+    moments = {trial.number: (order.get(trial.number, len(order)), trial.seq) for trial in trials if trial.status in _ENDED}
+    joined = {max(candidate.members, key=lambda trial: moments[trial.number]).number: candidate.values for candidate in found}
+    numbers = sorted(moments, key=moments.__getitem__)
+    nowhere = (math.nan,) * len(spec.goals)
+    values = [joined.get(number, nowhere) for number in numbers]
+    volumes = [0.0] * len(values) if point is None else hypervolumes(values, point, spec.goals)
+    after = dict(zip(numbers, volumes, strict=True))
+    table["hypervolume"] = [after.get(trial.number, math.nan) for trial in trials]
+
+
+def groups_df(trials: Sequence[Trial], spec: ExperimentSpec) -> pd.DataFrame:
+    """Return one row a group with every aggregate of the objectives; see :meth:`holdfast.Experiment.groups_df`."""
+    parts = {how: _groups_df(trials, spec, how) for how in AGGREGATES}
+    table = parts["mean"]
+    table = table[[name for name in table.columns if not name.startswith("metric.")]].copy()
+    for goal in spec.goals:
+        worst = "max" if goal.direction is Direction.MIN else "min"
+        for name, how in (("mean", "mean"), ("median", "median"), ("std", "std"), ("worst", worst)):
+            table[f"metric.{goal.name}.{name}"] = parts[how][f"metric.{goal.name}"]
+    return table
 
 
 def _groups_df(trials: Sequence[Trial], spec: ExperimentSpec, aggregate: str) -> pd.DataFrame:

@@ -10,13 +10,17 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from holdfast.core.objective import score
+from holdfast.core.ranking import Candidate, candidates_of, group_of, ranked
 from holdfast.core.resume import Planned
-from holdfast.core.trial import ACTIVE, SCORED, Trial, TrialStatus
+from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
 from holdfast.experiment import SearchResult
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer, restore_command
-from holdfast.report.tables import brief, config_words, leaderboard, plan_words
+from holdfast.report.ranking import Ranking
+from holdfast.report.tables import brief, config_words, plan_words
+
+_COUNTED = SCORED | ERRORED
+"""What can change which trial is the best: the worst of repeats is no candidate when one of them errored."""
 
 
 class Progress(Observer):
@@ -29,6 +33,8 @@ class Progress(Observer):
         self._started = time.monotonic()
         self._ended_here = 0
         self._live: Live | None = None
+        self._groups: dict[int, dict[int, Trial]] = {}
+        self._leader: Candidate | None = None
 
     def say(self, text: str) -> None:
         self._print(text)
@@ -55,6 +61,7 @@ class Progress(Observer):
     def trial(self, trial: Trial) -> None:
         before = self._trials.get(trial.number)
         self._trials[trial.number] = trial
+        self._lead(trial, before)
         if self._live is not None and trial.error is None:
             if trial.status not in ACTIVE and before is not None:
                 self._ended_here += 1
@@ -74,8 +81,11 @@ class Progress(Observer):
         counts = Counter(trial.status for trial in result.trials)
         numbers = ", ".join(f"{counts[status]} {status.value}" for status in TrialStatus if counts[status])
         self._print(f"{result.reason}: {numbers or 'no trial'}")
-        if result.best is not None:
-            self._console.print(leaderboard(result.trials, self._opened.spec.goals))
+        for part in Ranking(result.trials, self._opened.spec).parts():
+            if isinstance(part, str):
+                self._print(part)
+            else:
+                self._console.print(part)
         self._print(f"path: {result.path}")
         self._print(f"restore: {restore_command(self._opened)}")
 
@@ -122,13 +132,23 @@ class Progress(Observer):
             words.append(best)
         return "  ".join(words)
 
+    def _lead(self, trial: Trial, before: Trial | None) -> None:
+        """Keep the best one up to date: a trial, with its repeats, is compared with the best so far alone unless it is that."""
+        members = self._groups.setdefault(group_of(trial), {})
+        members[trial.number] = trial
+        counts = trial.status in _COUNTED or (before is not None and before.status in _COUNTED)
+        if self._opened is None or not counts:
+            return
+        spec, leader = self._opened.spec, self._leader
+        if leader is None or group_of(leader.trial) != group_of(trial):
+            found = [*candidates_of(members.values(), spec), *([] if leader is None else [leader])]
+        else:
+            found = candidates_of(self._trials.values(), spec)
+        order = ranked(sorted(found, key=lambda candidate: candidate.trial.number), spec.goals)
+        self._leader = order[0][1] if order else None
+
     def _best(self) -> str | None:
-        if self._opened is None:
+        leader = self._leader  # the thread of the search changes it
+        if self._opened is None or leader is None:
             return None
-        goal = self._opened.spec.goals[0]
-        best: tuple[float, int] | None = None
-        for trial in list(self._trials.values()):
-            value = score(trial.metrics, goal) if trial.status in SCORED else None
-            if value is not None and (best is None or goal.better(value, best[0])):
-                best = (value, trial.number)
-        return None if best is None else f"best {goal.name} {brief(best[0])} (trial {best[1]})"
+        return f"best {self._opened.spec.goals[0].name} {brief(leader.values[0])} (trial {leader.trial.number})"

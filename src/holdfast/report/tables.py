@@ -7,9 +7,11 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from holdfast.core.checkpoint import Checkpoint
-from holdfast.core.objective import Objective, score
+from holdfast.core.objective import Objective
+from holdfast.core.ranking import group_of
 from holdfast.core.resume import Action, Planned
 from holdfast.core.trial import SCORED, Trial, TrialStatus
 from holdfast.core.values import strict
@@ -62,12 +64,6 @@ def summary_json(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def show_json(experiment: Experiment) -> dict[str, Any]:
-    """Return an experiment as ``show --json`` prints it."""
-    best = experiment.best_trial()
-    return {**summary_json(experiment), "best": None if best is None else trial_json(best)}
-
-
 def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a checkpoint as ``checkpoints --json`` prints it."""
     return {
@@ -95,30 +91,44 @@ def planned_json(planned: Planned) -> dict[str, Any]:
 
 
 def trials_table(trials: Sequence[Trial], objectives: Sequence[Objective], *, title: str | None = None) -> Table:
-    """Return trials as a table: number, status, objectives, step, attempts, config or error."""
+    """Return trials as a table: number, status, place among repeats if any, objectives, step, attempts, config or error."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("trial", justify="right")
     table.add_column("status")
+    repeated = any(trial.group is not None for trial in trials)
+    for name in ("group", "repeat") if repeated else ():
+        table.add_column(name, justify="right")
     for objective in objectives:
-        table.add_column(objective.name, justify="right")
+        add_numbers(table, objective.name, [brief(trial.metrics.get(objective.name, "")) for trial in trials])
     table.add_column("step", justify="right")
     table.add_column("attempts", justify="right")
     table.add_column("config", overflow="fold")
     for trial in trials:
         colour = COLOURS.get(trial.status, "")
-        number, status, *numbers, words = _cells(trial, objectives)
+        number, status, *numbers, words = _cells(trial, objectives, repeated=repeated)
         table.add_row(number, f"[{colour}]{status}[/]" if colour else status, *numbers, escape(words))
     return table
 
 
-def _cells(trial: Trial, objectives: Sequence[Objective]) -> list[str]:
+def add_numbers(table: Table, name: str, cells: Sequence[str]) -> None:
+    """Add the column of a metric: where it is narrow its name is folded, and a number is not."""
+    width = min(max(map(len, cells), default=1), _NUMBER)
+    table.add_column(Text(name), justify="right", overflow="fold", min_width=max(width, 1))
+
+
+_NUMBER = len("-1.2346e-300")
+
+
+def _cells(trial: Trial, objectives: Sequence[Objective], *, repeated: bool) -> list[str]:
     """Return a trial as the columns of a table."""
+    place = [str(group_of(trial)), str(trial.repeat)] if repeated else []
     words = config_words(trial)
     if trial.error is not None and trial.status not in SCORED:
         words += f"  {trial.error.kind}: {trial.error.message.splitlines()[0] if trial.error.message else ''}"
     return [
         str(trial.number),
         trial.status.value,
+        *place,
         *(brief(trial.metrics.get(objective.name, "")) for objective in objectives),
         "" if trial.step is None else str(trial.step),
         str(trial.attempts),
@@ -128,8 +138,10 @@ def _cells(trial: Trial, objectives: Sequence[Objective]) -> list[str]:
 
 def trial_lines(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Iterator[str]:
     """Yield trials as the lines of a plain table, one each: what a pipe gets, and a table that is too long to be drawn."""
-    header = ["trial", "status", *(objective.name for objective in objectives), "step", "attempts", "config"]
-    return _lines([header, *(_cells(trial, objectives) for trial in trials)], left=(1,))
+    repeated = any(trial.group is not None for trial in trials)
+    place = ["group", "repeat"] if repeated else []
+    header = ["trial", "status", *place, *(objective.name for objective in objectives), "step", "attempts", "config"]
+    return _lines([header, *(_cells(trial, objectives, repeated=repeated) for trial in trials)], left=(1,))
 
 
 def _lines(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> Iterator[str]:
@@ -147,18 +159,6 @@ def _printable(text: str) -> str:
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode() for letter in text
     )
-
-
-def leaderboard(trials: Sequence[Trial], objectives: Sequence[Objective], *, rows: int = 5) -> Table:
-    """Return the best trials by the first objective, best first."""
-    first = objectives[0]
-    scored = [
-        (value, trial)
-        for trial in trials
-        if trial.status in SCORED and (value := score(trial.metrics, first)) is not None and value == value
-    ]
-    scored.sort(key=lambda pair: (pair[0] if first.direction == "min" else -pair[0], pair[1].number))
-    return trials_table([trial for _, trial in scored[:rows]], objectives)
 
 
 def plan_table(plan: Sequence[Planned]) -> Table:
