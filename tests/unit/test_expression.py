@@ -316,7 +316,7 @@ leaves = st.one_of(
 values = st.recursive(
     leaves,
     lambda inner: st.one_of(
-        st.tuples(inner, st.sampled_from("+ - * / // % **".split()), inner).map(lambda part: f"({' '.join(part)})"),
+        st.tuples(inner, st.sampled_from(["+", "-", "*", "/", "//", "%", "**"]), inner).map(lambda part: f"({' '.join(part)})"),
         inner.map(lambda part: f"(-{part})"),
         inner.map(lambda part: f"abs({part})"),
         st.tuples(st.sampled_from(["min", "max"]), inner, inner).map(lambda part: f"{part[0]}({part[1]}, {part[2]})"),

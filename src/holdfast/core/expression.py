@@ -1,9 +1,9 @@
 """Expressions over named values, such as ``lr * batch < 1``: parsed by Python's grammar, walked by our own code, never run.
 
 Allowed are numbers, text, true, false, null and pi, names, ``+ - * / // % **``, comparisons (chains, too), ``and``, ``or``,
-``not``, ``x in (a, b)`` and the functions of :data:`FUNCTIONS`. They mean what they mean in Python. A name of identifiers with
-dots between them stands as it is (``model.svm.C``), every other one in backquotes: ```learning-rate` < 1``. A name that is given
-a value shadows the constant of that name.
+``not``, ``x in (a, b)`` and the functions of :data:`FUNCTIONS`. They mean what they mean in Python. A name of identifiers
+with dots between them stands as it is (``model.svm.C``), every other one in backquotes: ```learning-rate` < 1``. A name that is
+given a value shadows the constant of that name.
 
 What cannot be computed is unknown: a division by zero, text times a number, a name without a value, NaN. A condition with an
 unknown part is met when the rest decides it (``x == 0 or 1 / x > 3``), and else it is not.
@@ -178,7 +178,8 @@ class Expression:
         while todo:
             node, depth = todo.pop()
             if depth > DEEPEST:
-                raise SpecError(f"{text[:40] + '...'!r} is nested more than {DEEPEST} levels deep; write it in several conditions")
+                start = text[:40] + "..."
+                raise SpecError(f"{start!r} is nested more than {DEEPEST} levels deep; write it in several conditions")
             todo += [(below, depth + 1) for below in ast.iter_child_nodes(node)]
         return root
 
@@ -232,7 +233,7 @@ class Expression:
     def _name(self, node: ast.Name | ast.Attribute) -> str:
         part = node.id if isinstance(node, ast.Name) else node.attr
         if part.startswith("__"):
-            raise SpecError(f"{self.text!r}: {part!r} is not allowed in an expression; a parameter of that name needs backquotes")
+            raise SpecError(f"{self.text!r}: {part!r} is not allowed in an expression; a name of yours needs backquotes")
         part = self._quoted.get(part, part)
         if isinstance(node, ast.Name):
             return part
