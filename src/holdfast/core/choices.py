@@ -33,16 +33,14 @@ def nested(config: Mapping[str, Scalar]) -> dict[str, Any]:
 
     A choice whose option has no active parameter stays as it is: ``{"model": "none"}``.
     """
-    result: dict[str, Any] = {}
-    taken: set[str] = set()
+    inside: dict[str, dict[str, Scalar]] = {}
     for name, value in config.items():
-        if name in taken:
-            continue
         prefix = f"{name}.{value}."
-        inner = {other[len(prefix) :]: found for other, found in config.items() if other.startswith(prefix)}
-        taken |= {prefix + other for other in inner}
-        result[name] = {value: nested(inner)} if inner else value
-    return result
+        inside[name] = {other[len(prefix) :]: found for other, found in config.items() if other.startswith(prefix)}
+    taken = {f"{name}.{config[name]}.{other}" for name, below in inside.items() for other in below}
+    return {
+        name: {value: nested(inside[name])} if inside[name] else value for name, value in config.items() if name not in taken
+    }
 
 
 _Scope = tuple[str, Mapping[Any, Any]]

@@ -17,6 +17,8 @@ _ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 def problem_of(expression: Expression, parameters: Mapping[str, Parameter]) -> str | None:
     """Return why ``expression`` can be no condition on ``parameters``, or None: only what is certain counts."""
+    if not expression.names:
+        return f"{expression.text!r} names no parameter, so it is always the same; allowed: {', '.join(parameters) or 'none'}"
     for name in sorted(expression.names):
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.5)
@@ -24,7 +26,7 @@ def problem_of(expression: Expression, parameters: Mapping[str, Parameter]) -> s
             allowed = ", ".join(parameters) or "none"
             return f"{expression.text!r} names {name!r}{hint}, which is no parameter; allowed: {allowed}"
     types = _Types(expression, parameters)
-    for node in ast.walk(expression.root):
+    for node in reversed([*ast.walk(expression.root)]):  # parts before what is made of them
         if reason := types.reason(node):
             return f"{expression.text!r}: {reason}"
     return None
