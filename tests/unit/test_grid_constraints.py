@@ -69,7 +69,7 @@ sides = st.sampled_from(["layers", "width / 10", "opt.sgd.momentum", "drop * 10"
 constraint = st.tuples(sides, st.sampled_from(["<", "<=", "==", "!=", ">"]), sides).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(constraint.filter(lambda text: Expression(text).names), min_size=1, max_size=3), st.permutations(list(SPACE)[:4])
 )

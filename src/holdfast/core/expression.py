@@ -128,7 +128,7 @@ class Expression:
 
     def applies(self, values: Mapping[str, Any]) -> bool:
         """Tell whether ``values`` has every name: a condition on an inactive parameter says nothing."""
-        return all(name in values for name in self.names)
+        return values.keys() >= self.names
 
     def holds(self, values: Mapping[str, Any]) -> bool:
         """Tell whether the condition is met; False where that is unknown (a division by zero, text times text, NaN)."""

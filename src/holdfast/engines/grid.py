@@ -107,14 +107,14 @@ class GridProposer:
             return self._count_below(place, config)
         if name not in self._last_use:
             return values_of(parameter) * self._count(place + 1, config)
-        total = 0
-        for index in range(values_of(parameter)):
-            self._steps += 1
-            if self._is_bounded and self._steps > MOST_STEPS:
-                raise SpecError(
-                    f"the grid has more than {MOST_STEPS:,} combinations of the parameters that its conditions and constraints"
-                    " name; use larger steps or fewer values, or another engine, such as random"
-                )
+        total, values = 0, values_of(parameter)
+        self._steps += values
+        if self._is_bounded and self._steps > MOST_STEPS:
+            raise SpecError(
+                f"the grid has more than {MOST_STEPS:,} combinations of the parameters that its conditions and constraints"
+                " name; use larger steps or fewer values, or another engine, such as random"
+            )
+        for index in range(values):
             config[name] = nth_value(parameter, index)
             total += self._count_below(place, config)
         config.pop(name)
