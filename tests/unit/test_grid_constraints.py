@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import holdfast
 from holdfast.core.errors import SpecError
 from holdfast.core.expression import Expression
 from holdfast.core.space import Space
@@ -128,3 +129,18 @@ def test_a_point_of_a_constrained_grid_costs_little():
     for number in range(0, grid.size, grid.size // 100):
         grid.propose(number)
     assert time.process_time() - start < 5  # 50 ms a point; it takes one
+
+
+def test_nothing_is_created_for_a_grid_without_points(tmp_path):
+    data = {
+        "name": "exp",
+        "trainable": f"{tmp_path / 'missing.py'}:train",
+        "storage": str(tmp_path / "runs"),
+        "objectives": {"loss": "min"},
+        "space": SPACE,
+        "search": {"engine": "grid"},
+        "constraints": ["layers > 9"],
+    }
+    with pytest.raises(SpecError, match="no point of the grid meets the constraints"):
+        holdfast.create(data)
+    assert not list(tmp_path.rglob("*.json"))

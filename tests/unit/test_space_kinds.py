@@ -417,6 +417,9 @@ class Strange:
         ({"x": Strange()}, "x is a Strange; allowed are Optuna's FloatDistribution"),
         ({"x": 3}, "x is a int"),
         ({"x": CategoricalDistribution([float("nan")])}, "x: the choice nan"),
+        ({"x": CategoricalDistribution(["a", "a"])}, 'x: .*names "a" more than once'),
+        ({"x": FloatDistribution(-1.7e308, 1.7e308)}, "x: .*too far apart"),
+        (optuna.samplers.RandomSampler(), "expected distributions by name"),
     ],
 )
 def test_a_distribution_without_a_counterpart_is_named(distributions, message):

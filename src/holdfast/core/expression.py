@@ -17,7 +17,6 @@ import math
 import operator
 import re
 import unicodedata
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -163,9 +162,7 @@ class Expression:
 
     def _parsed(self, text: str) -> ast.expr:
         try:
-            with warnings.catch_warnings():  # about a backslash, say
-                warnings.simplefilter("ignore")
-                root = ast.parse(_PIECES.sub(self._marked, text).strip(), mode="eval").body
+            root = ast.parse(_PIECES.sub(self._marked, text).strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             reason = self._unmarked(getattr(error, "msg", None) or str(error))
             words = [word for word in re.findall(r"\w+", text) if keyword.iskeyword(word) and word not in _WORDS]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import ConfigDict, PrivateAttr, RootModel, model_validator
+from pydantic import ConfigDict, PrivateAttr, RootModel, ValidationError, model_validator
 
 from holdfast.core.choices import expanded
 from holdfast.core.conditions import problem_of
-from holdfast.core.errors import InvalidConfig
+from holdfast.core.errors import InvalidConfig, InvalidInput
 from holdfast.core.expression import Expression
 from holdfast.core.optuna_space import parameters_of
 from holdfast.core.parameters import (
@@ -90,7 +90,15 @@ class Space(RootModel[dict[str, Parameter]]):
     @classmethod
     def from_optuna(cls, distributions: Mapping[str, Any]) -> Self:
         """Return the space of Optuna's ``distributions`` (of a trial, say); InvalidInput for one that has no counterpart."""
-        return cls.model_validate(parameters_of(distributions))
+        if not isinstance(distributions, Mapping):
+            raise InvalidInput(
+                f"expected distributions by name, such as study.best_trial.distributions, not {distributions!r:.60}"
+            )
+        try:
+            return cls.model_validate(parameters_of(distributions))
+        except ValidationError as error:
+            reasons = (f"{'.'.join(map(str, found['loc'][:1]))}: {found['msg']}" for found in error.errors(include_url=False))
+            raise InvalidInput("; ".join(reasons)) from None
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
