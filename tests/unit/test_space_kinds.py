@@ -213,7 +213,7 @@ space:
                 high: 1
 """
     assert FileSpec.from_text(text.replace("gama", "model.svm.kernel.rbf.gamma"), source="a.yaml").space
-    with pytest.raises(SpecError, match=r"constraints\[0\]: 'gama < 3' names 'gama'.*which is no parameter"):
+    with pytest.raises(SpecError, match=r"a.yaml, line 5: constraints\[0\]: 'gama < 3' names 'gama'.*which is no parameter"):
         FileSpec.from_text(text, source="a.yaml")
     with pytest.raises(
         SpecError, match=r"a.yaml, line 19: unknown key 'space.model.svm.kernel.rbf.gamma.hgih'; did you mean 'high'"
@@ -302,6 +302,12 @@ def test_a_condition_by_a_name_that_is_no_identifier_or_a_constant():
     assert space.is_active("x", {"learning-rate": 0.25, "pi": 4})
     assert not space.is_active("x", {"learning-rate": 0.25, "pi": 3})
     assert not space.is_active("x", {"learning-rate": 0.25})
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_log_with_a_step_names_the_way_out(kind):
+    with pytest.raises(SpecError, match="drop one, or list the values: type: categorical, ordered: true"):
+        sample_spec(space={"x": {"type": kind, "low": 2, "high": 64, "log": True, "step": 2}})
 
 
 # identity

@@ -10,7 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from holdfast.core.checkpoint_config import SEARCH_DEFAULTS, CheckpointConfig, for_search
@@ -142,6 +151,15 @@ class ExperimentSpec(Section):
                 raise ValueError(f"merge names {name!r} more than once; name each experiment once")
         return merge
 
+    @field_validator("constraints")
+    @classmethod
+    def _on_parameters(cls, texts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        space = info.data.get("space")  # absent when it is wrong itself
+        for place, text in enumerate(texts if isinstance(space, Space) else ()):
+            if reason := problem_of(Expression(text, space.parameters), space.parameters):
+                raise ValueError(f"constraints[{place}]: {reason}")
+        return texts
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.checkpoints.directory is not None:
@@ -151,9 +169,6 @@ class ExperimentSpec(Section):
             )
         if not self.objectives:
             raise ValueError("objectives is empty; name at least one, such as {loss: min}")
-        for place, text in enumerate(self.constraints):
-            if reason := problem_of(Expression(text, self.space.parameters), self.space.parameters):
-                raise ValueError(f"constraints[{place}]: {reason}")
         if self.search.target is not None and len(self.objectives) > 1:
             raise ValueError("search.target needs exactly one objective")
         if self.search.engine == "grid":
@@ -241,7 +256,7 @@ def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
             return f"{key} is missing; add it"
         case "value_error":
             reason = str(detail["ctx"]["error"])
-            return f"{key}: {reason}" if key else reason
+            return f"{key}: {reason}" if key and not reason.startswith(f"{key}[") else reason
         case "union_tag_not_found" | "union_tag_invalid":
             found = detail["input"].get("type") if isinstance(detail["input"], Mapping) else detail["input"]
             given = f"{key}.type is {_short(found)}" if found is not None else f"{key} has no type"
