@@ -213,6 +213,12 @@ space:
                 high: 1
 """
     assert FileSpec.from_text(text.replace("gama", "model.svm.kernel.rbf.gamma"), source="a.yaml").space
+    with pytest.raises(
+        SpecError, match=r"with --set space.model.options.svm.kernel=3: .*kernel is 3; an option holds parameters"
+    ):
+        FileSpec.from_text(text, source="a.yaml", overrides=["space.model.options.svm.kernel=3"])
+    changed = ["constraints=[]", "space.model.options.svm.kernel.options.rbf.gamma.high=2"]
+    assert FileSpec.from_text(text, overrides=changed).space.parameters["model.svm.kernel.rbf.gamma"].high == 2
     with pytest.raises(SpecError, match=r"a.yaml, line 5: constraints\[0\]: 'gama < 3' names 'gama'.*which is no parameter"):
         FileSpec.from_text(text, source="a.yaml")
     with pytest.raises(

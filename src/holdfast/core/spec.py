@@ -155,7 +155,9 @@ class ExperimentSpec(Section):
     @classmethod
     def _on_parameters(cls, texts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         space = info.data.get("space")  # absent when it is wrong itself
-        for place, text in enumerate(texts if isinstance(space, Space) else ()):
+        if not isinstance(space, Space):
+            return texts
+        for place, text in enumerate(texts):
             if reason := problem_of(Expression(text, space.parameters), space.parameters):
                 raise ValueError(f"constraints[{place}]: {reason}")
         return texts
