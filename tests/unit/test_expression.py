@@ -58,6 +58,7 @@ VALUES = {
         ("größe == 4", True),
         ("`lambda` == 2 and `2nd` == 1", True),
         ("act == '`learning-rate`'", False),
+        (r"'\d' == '\\d' and 'a\'b' == \"a'b\" and '\x41' == 'A' and r'\d' == '\d'", True),
         ("'`' < 'a' and `learning-rate` < 1", True),
         # what cannot be computed
         ("1 / c > 0", False),
@@ -372,6 +373,7 @@ def _beyond(text, scope):
     return False
 
 
+@pytest.mark.filterwarnings("error:invalid escape")
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.text(max_size=60), st.text("abx01 <>=()+-*'`.,[]\"\\#\n:@", max_size=60)), st.integers(0, 2**32))
 def test_any_text_is_an_expression_or_refused(text, seed):

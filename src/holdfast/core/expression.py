@@ -185,8 +185,11 @@ class Expression:
         name = found["quoted"]
         if name is None:
             word = found["word"]
-            if word is None or unicodedata.normalize("NFKC", word) == word:
-                return found.group()
+            if word is None:
+                is_raw = found.string[: found.start()][-1:] in ("r", "R")
+                return found.group() if is_raw else _ESCAPES.sub(_escaped, found.group())
+            if unicodedata.normalize("NFKC", word) == word:
+                return word
             name = word
         mark = next((mark for mark, other in self._quoted.items() if other == name), f"{self._mark}{len(self._quoted)}_")
         self._quoted[mark] = name
@@ -282,6 +285,14 @@ class Expression:
                 return _negated(self._distance_of(operand))
             case _:
                 return _truth(self._value_of(node))
+
+
+_ESCAPES = re.compile(r"\\(.)", re.DOTALL)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Return an escape of Python's as it is; what is none means a backslash, of which Python would warn."""
+    return found.group() if found[1] in "\\'\"abfnrtvxuUN01234567" else "\\" + found.group()
 
 
 _WORDS = {"and", "or", "not", "in", "True", "False", "None"}
