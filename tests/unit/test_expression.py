@@ -58,7 +58,7 @@ VALUES = {
         ("größe == 4", True),
         ("`lambda` == 2 and `2nd` == 1", True),
         ("act == '`learning-rate`'", False),
-        (r"'\d' == '\\d' and 'a\'b' == \"a'b\" and '\x41' == 'A' and r'\d' == '\d'", True),
+        (r"'\d' == '\\d' and 'a\'b' != 'ab' and '\x41' == 'A' and r'\d' == '\d'", True),
         ("'`' < 'a' and `learning-rate` < 1", True),
         # what cannot be computed
         ("1 / c > 0", False),
