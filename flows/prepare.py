@@ -61,11 +61,12 @@ class Origin:
 
 
 def check_spec(spec: ExperimentSpec, *, workdir: str, root: Path | None = None) -> WorkerPool | None:
-    """Check what a spec names beyond itself: storage, database URL, trainable. Return the workers, one of them warm.
+    """Check what a spec names beyond itself: storage, database URL, grid, trainable. Return the workers, one of them warm.
 
     Raises SpecError or TrainableError; creates nothing.
     """
     check_storage(spec)
+    _grid_size(spec)  # a grid that its constraints leave empty, or that is too large to be counted
     pool = make_pool(spec)
     probe(spec if root is None else runnable(spec, root), pool, workdir)
     return pool
@@ -390,4 +391,6 @@ def _refuse_held(opened: Opened, *, force: bool = False) -> None:
 
 
 def _grid_size(spec: ExperimentSpec) -> int | None:
-    return GridProposer(spec.space, spec.search.samples).size if spec.search.engine == "grid" else None
+    if spec.search.engine != "grid":
+        return None
+    return GridProposer(spec.space, spec.search.samples, constraints=spec.constraints).size

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from holdfast.api import can_restore, create, import_experiment, open, restore, search  # holdfast.open
     from holdfast.core.checkpoint_config import CheckpointConfig
+    from holdfast.core.choices import nested
     from holdfast.core.errors import (
         AlreadyFinished,
         CheckpointConflict,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         TrainableError,
     )
     from holdfast.core.resume import ResumePolicy
+    from holdfast.core.space import Space
     from holdfast.core.trial import Trial, TrialStatus
     from holdfast.experiment import Experiment, SearchResult
     from holdfast.report.observer import Observer
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "holdfast.api": ("search", "restore", "open", "create", "import_experiment", "can_restore"),
     "holdfast.core.checkpoint_config": ("CheckpointConfig",),
+    "holdfast.core.choices": ("nested",),
     "holdfast.core.errors": (
         "AlreadyFinished",
         "CheckpointConflict",
@@ -67,6 +70,7 @@ _HOMES = {
         "TrainableError",
     ),
     "holdfast.core.resume": ("ResumePolicy",),
+    "holdfast.core.space": ("Space",),
     "holdfast.core.trial": ("Trial", "TrialStatus"),
     "holdfast.experiment": ("Experiment", "SearchResult"),
     "holdfast.report.observer": ("Observer",),
@@ -100,6 +104,7 @@ __all__ = [
     "Observer",
     "ResumePolicy",
     "SearchResult",
+    "Space",
     "SpecError",
     "StorageError",
     "StoredCheckpoint",
@@ -109,6 +114,7 @@ __all__ = [
     "can_restore",
     "create",
     "import_experiment",
+    "nested",
     "open",
     "restore",
     "search",

@@ -232,12 +232,29 @@ def _line_of(node: yaml.Node | None, parts: Sequence[str]) -> int | None:
         found: tuple[yaml.Node, yaml.Node] | None = None
         if isinstance(node, yaml.MappingNode):
             found = next(((key, value) for key, value in node.value if key.value == part), None)
+            found = found or _in_choice(node, part)
         elif isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
             found = (node.value[int(part)],) * 2
         if found is None:
             return line
         line, node = found[0].start_mark.line + 1, found[1]
     return line
+
+
+def _in_choice(space: yaml.MappingNode, name: str) -> tuple[yaml.Node, yaml.Node] | None:
+    """Return the key and value of ``model.svm.C`` where it was written: in an option of the choice ``model``."""
+    for key, choice in space.value:
+        if not name.startswith(f"{key.value}.") or not isinstance(choice, yaml.MappingNode):
+            continue
+        options = next((value for other, value in choice.value if other.value == "options"), None)
+        for option, below in options.value if isinstance(options, yaml.MappingNode) else ():
+            rest = name.removeprefix(f"{key.value}.{option.value}.")
+            if rest == name or not isinstance(below, yaml.MappingNode):
+                continue
+            found = next(((other, value) for other, value in below.value if other.value == rest), None)
+            if found := found or _in_choice(below, rest):
+                return found
+    return None
 
 
 def without_options(text: str, spec: core.ExperimentSpec) -> str:

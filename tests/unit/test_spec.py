@@ -50,7 +50,7 @@ def test_a_spec_comes_back_from_what_is_stored():
         ({"objectives": ["loss"]}, "objectives is ['loss']; it must be a mapping of keys"),
         ({"space": {"lr": {"type": "float", "low": 2, "high": 1}}}, "space.lr: low (2.0) is above high (1.0); swap them"),
         ({"space": {"lr": {"type": "flaot"}}}, "space.lr.type is 'flaot' (did you mean 'float'?); allowed: float, int"),
-        ({"space": {"lr": {"low": 0}}}, "space.lr has no type; allowed: float, int, categorical, constant"),
+        ({"space": {"lr": {"low": 0}}}, "space.lr has no type; allowed: float, int, categorical, choice, constant"),
         ({"space": {"lr": 0.1}}, "space.lr is 0.1; it must be a mapping such as {type: float"),
         ({"space": {"float": {"type": "float", "low": 0}}}, "space.float.high is missing; add it"),
         ({"space": {"act": {"type": "categorical", "choices": "ab"}}}, "space.act.choices is 'ab'; it must be a list"),

@@ -2,194 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, field_validator, model_validator
+from pydantic import ConfigDict, PrivateAttr, RootModel, ValidationError, model_validator
 
-from holdfast.core.errors import InvalidConfig
+from holdfast.core.choices import expanded
+from holdfast.core.conditions import problem_of
+from holdfast.core.errors import InvalidConfig, InvalidInput
+from holdfast.core.expression import Expression
+from holdfast.core.optuna_space import parameters_of
+from holdfast.core.parameters import (
+    CategoricalParameter,
+    Condition,
+    ConstantParameter,
+    FloatParameter,
+    IntParameter,
+    Number,
+    Parameter,
+    Section,
+    Whole,
+    no_scalar,
+    same,
+)
 from holdfast.core.values import Config, Scalar, digest, dumps
 
-Condition = dict[str, Scalar | list[Scalar]]
-
-
-def _no_truth_value(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"{str(value).lower()} is no number")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_no_truth_value)]
-Number = Annotated[float, BeforeValidator(_no_truth_value)]
-
-
-class Section(BaseModel):
-    """A frozen part of a spec: unknown keys and non-finite numbers are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class _Parameter(Section):
-    when: Condition | None = Field(
-        default=None, description="active only while each named parameter has the value, or one of the values"
-    )
-
-    def accepts(self, value: Scalar) -> bool:
-        """Tell whether ``value`` lies in the parameter's domain."""
-        return self.problem(value) is None
-
-    def problem(self, value: Scalar) -> str | None:
-        """Return what is wrong with ``value``, or None."""
-        raise NotImplementedError  # abstract: each kind below has its own
-
-    def coerce(self, value: Scalar) -> Scalar:
-        """Return ``value`` in the parameter's declared type (an int given for a float becomes one)."""
-        return value
-
-
-class _Numeric(_Parameter):
-    @model_validator(mode="after")
-    def _bounds(self) -> Self:
-        low, high, step = (getattr(self, name) for name in ("low", "high", "step"))
-        if low > high:
-            raise ValueError(f"low ({low}) is above high ({high}); swap them")
-        if not _is_finite(high - low):  # samplers and grids need the width as a float
-            raise ValueError(f"low ({low!r:.24}) and high ({high!r:.24}) are too far apart; narrow them")
-        if getattr(self, "log", False):
-            if low <= 0:
-                raise ValueError(f"log: true needs low above 0, not {low}; raise low or drop log")
-            if step is not None and (isinstance(self, FloatParameter) or step != 1):
-                raise ValueError("log and step exclude each other; drop one")
-        if step is not None and step <= 0:
-            raise ValueError(f"step must be above 0, not {step}")
-        default = getattr(self, "default", None)
-        if default is not None and (reason := self.problem(default)):
-            raise ValueError(f"default {default!r} {reason}")
-        return self
-
-
-class FloatParameter(_Numeric):
-    """A real number in [low, high]."""
-
-    type: Literal["float"] = "float"
-    low: Number
-    high: Number
-    log: bool = False
-    step: Number | None = None
-    default: Number | None = None
-
-    def problem(self, value: Scalar) -> str | None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
-            return "is no finite number"
-        if not self.low <= value <= self.high:
-            return f"is outside [{self.low}, {self.high}]"
-        if self.step is not None:
-            steps = (value - self.low) / self.step
-            if abs(steps - round(steps)) > 1e-6:
-                return f"is not {self.low} plus a multiple of the step {self.step}"
-        return None
-
-    def coerce(self, value: Scalar) -> Scalar:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) and _is_finite(value) else value
-
-
-class IntParameter(_Numeric):
-    """A whole number in [low, high]."""
-
-    type: Literal["int"] = "int"
-    low: Whole
-    high: Whole
-    log: bool = False
-    step: Whole | None = None
-    default: Whole | None = None
-
-    def problem(self, value: Scalar) -> str | None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            return "is no whole number"
-        if not self.low <= value <= self.high:
-            return f"is outside [{self.low}, {self.high}]"
-        if self.step is not None and (value - self.low) % self.step:
-            return f"is not {self.low} plus a multiple of the step {self.step}"
-        return None
-
-    def coerce(self, value: Scalar) -> Scalar:
-        return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond the range of floats
-        return False
-
-
-def _same(left: Scalar, right: Scalar) -> bool:
-    """Compare with types: 1, 1.0 and True are three values."""
-    return type(left) is type(right) and left == right
-
-
-def _no_scalar(value: object) -> str | None:
-    """Return what ``value`` is when it is no value of a parameter (a list, NaN), else None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    return None if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
-
-
-class CategoricalParameter(_Parameter):
-    """One of several values."""
-
-    type: Literal["categorical"] = "categorical"
-    choices: tuple[Scalar, ...]
-    default: Scalar = None
-
-    @field_validator("choices", mode="before")
-    @classmethod
-    def _keep_types(cls, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                if reason := _no_scalar(item):
-                    raise ValueError(f"each choice must be a finite number, a string, true, false or null, not {reason}")
-        return value
-
-    @model_validator(mode="after")
-    def _some(self) -> Self:
-        if not self.choices:
-            raise ValueError("choices is empty; name at least one value")
-        keys = [dumps(choice) for choice in self.choices]
-        doubled = sorted({key for key in keys if keys.count(key) > 1})
-        if doubled:
-            raise ValueError(f"choices names {', '.join(doubled)} more than once; name each value once")
-        if self.default is not None and not self.accepts(self.default):
-            raise ValueError(f"default {self.default!r} is none of the choices {list(self.choices)}")
-        return self
-
-    def problem(self, value: Scalar) -> str | None:
-        if any(_same(value, choice) for choice in self.choices):
-            return None
-        return f"is none of the choices {list(self.choices)}"
-
-
-class ConstantParameter(_Parameter):
-    """One fixed value, part of every config."""
-
-    type: Literal["constant"] = "constant"
-    value: Scalar
-
-    @field_validator("value", mode="before")
-    @classmethod
-    def _keep_type(cls, value: Any) -> Any:
-        if reason := _no_scalar(value):
-            raise ValueError(f"must be a finite number, a string, true, false or null, not {reason}")
-        return value
-
-    def problem(self, value: Scalar) -> str | None:
-        return None if _same(value, self.value) else f"is not the constant {self.value!r}"
-
-
-Parameter = Annotated[
-    FloatParameter | IntParameter | CategoricalParameter | ConstantParameter,
-    Field(discriminator="type"),
+__all__ = [
+    "CategoricalParameter",
+    "ConstantParameter",
+    "FloatParameter",
+    "IntParameter",
+    "Number",
+    "Parameter",
+    "Section",
+    "Space",
+    "Whole",
+    "config_digest",
+    "config_text",
 ]
 
 
@@ -198,34 +47,77 @@ class Space(RootModel[dict[str, Parameter]]):
 
     model_config = ConfigDict(frozen=True)
 
+    _expressions: dict[str, Expression] = PrivateAttr(default_factory=dict)
+    """the conditions of parameters whose ``when`` is an expression"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, raw: Any) -> Any:
+        return expanded(raw) if isinstance(raw, Mapping) else raw
+
     @model_validator(mode="after")
     def _conditions(self) -> Self:
-        seen: dict[str, _Parameter] = {}
+        seen: dict[str, Parameter] = {}
         for name, parameter in self.root.items():
-            for other, wanted in (parameter.when or {}).items():
-                if other not in self.root:
-                    raise ValueError(
-                        f"{name}: when names {other!r}, which is no parameter; allowed: {', '.join(seen) or 'none'}"
-                    )
-                if other not in seen:
-                    raise ValueError(f"{name}: when names {other!r}, which is declared later; move {other!r} above {name!r}")
-                for value in wanted if isinstance(wanted, list) else [wanted]:
-                    if reason := seen[other].problem(seen[other].coerce(value)):
-                        raise ValueError(f"{name}: when asks {other} = {value!r}, which {reason}")
+            if isinstance(parameter.when, str):
+                self._expressions[name] = self._expression(name, parameter.when, seen)
+            else:
+                self._check_values(name, parameter.when or {}, seen)
             seen[name] = parameter
         return self
+
+    def _expression(self, name: str, when: str, seen: Mapping[str, Parameter]) -> Expression:
+        expression = Expression(when, self.root)
+        for other in sorted(expression.names):
+            self._check_name(name, other, seen)
+        if reason := problem_of(expression, seen):
+            raise ValueError(f"{name}: when: {reason}")
+        return expression
+
+    def _check_values(self, name: str, when: Condition, seen: Mapping[str, Parameter]) -> None:
+        for other, wanted in when.items():
+            self._check_name(name, other, seen)
+            for value in wanted if isinstance(wanted, list) else [wanted]:
+                if reason := seen[other].problem(seen[other].coerce(value)):
+                    raise ValueError(f"{name}: when asks {other} = {value!r}, which {reason}")
+
+    def _check_name(self, name: str, other: str, seen: Mapping[str, Parameter]) -> None:
+        if other not in self.root:
+            raise ValueError(f"{name}: when names {other!r}, which is no parameter; allowed: {', '.join(seen) or 'none'}")
+        if other not in seen:
+            raise ValueError(f"{name}: when names {other!r}, which is declared later; move {other!r} above {name!r}")
+
+    @classmethod
+    def from_optuna(cls, distributions: Mapping[str, Any]) -> Self:
+        """Return the space of Optuna's ``distributions`` (of a trial, say); InvalidInput for one that has no counterpart."""
+        if not isinstance(distributions, Mapping):
+            raise InvalidInput(
+                f"expected distributions by name, such as study.best_trial.distributions, not {distributions!r:.60}"
+            )
+        try:
+            return cls.model_validate(parameters_of(distributions))
+        except ValidationError as error:
+            reasons = (f"{'.'.join(map(str, found['loc'][:1]))}: {found['msg']}" for found in error.errors(include_url=False))
+            raise InvalidInput("; ".join(reasons)) from None
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
         return self.root
 
+    def conditional_on(self, name: str) -> frozenset[str]:
+        """Return the parameters that decide whether ``name`` is active."""
+        return self._expressions[name].names if name in self._expressions else frozenset(self.root[name].when or ())
+
     def is_active(self, name: str, config: Mapping[str, Scalar]) -> bool:
         """Tell whether parameter ``name`` is part of a config that begins with ``config``."""
-        for other, wanted in (self.root[name].when or {}).items():
+        when = self.root[name].when
+        if isinstance(when, str):
+            return self._expressions[name].holds(config)
+        for other, wanted in (when or {}).items():
             if other not in config:
                 return False
             allowed = wanted if isinstance(wanted, list) else [wanted]
-            if not any(_same(config[other], self.root[other].coerce(value)) for value in allowed):
+            if not any(same(config[other], self.root[other].coerce(value)) for value in allowed):
                 return False
         return True
 
@@ -301,7 +193,7 @@ def config_text(config: Mapping[str, Scalar]) -> str:
     InvalidConfig when something in it is no value of any parameter.
     """
     for name, value in config.items():
-        what = _no_scalar(value) or _no_text(name) or _no_text(value)
+        what = no_scalar(value) or _no_text(name) or _no_text(value)
         if what is not None or not isinstance(name, str):
             raise InvalidConfig(
                 f"parameter {name!r} is {what or 'not named by text'}; "

@@ -10,10 +10,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from holdfast.core.checkpoint_config import SEARCH_DEFAULTS, CheckpointConfig, for_search
+from holdfast.core.conditions import problem_of
 from holdfast.core.errors import SpecError
 from holdfast.core.expression import Expression
 from holdfast.core.objective import Direction, Objective
@@ -61,6 +71,12 @@ class ExecutionSection(Section):
     resources: Resources = Resources()
 
 
+def _condition(text: str) -> str:
+    Expression(text)
+    return text
+
+
+Condition = Annotated[str, AfterValidator(_condition)]
 _NAME_FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f]")
 
 
@@ -81,14 +97,14 @@ class ExperimentSpec(Section):
     objectives: dict[str, Direction] = Field(
         description="metrics that count, each min or max; the first one decides what is best"
     )
-    space: Space = Field(description="parameters by name: float, int, categorical or constant")
+    space: Space = Field(description="parameters by name: float, int, categorical, choice or constant")
     merge: tuple[str, ...] = Field(
         default=(), description="names or UUIDs of experiments in the same database whose trials warm this one up"
     )
-    constraints: tuple[str, ...] = Field(
+    constraints: tuple[Condition, ...] = Field(
         default=(), description="conditions on the parameters, such as lr * batch < 1; no config that breaks one is proposed"
     )
-    feasible: tuple[str, ...] = Field(
+    feasible: tuple[Condition, ...] = Field(
         default=(), description="conditions on the metrics, such as memory <= 16; a trial that breaks one is never best"
     )
     search: SearchSection = SearchSection()
@@ -135,11 +151,15 @@ class ExperimentSpec(Section):
                 raise ValueError(f"merge names {name!r} more than once; name each experiment once")
         return merge
 
-    @field_validator("constraints", "feasible")
+    @field_validator("constraints")
     @classmethod
-    def _conditions(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
-        for text in texts:
-            Expression(text)
+    def _on_parameters(cls, texts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        space = info.data.get("space")  # absent when it is wrong itself
+        if not isinstance(space, Space):
+            return texts
+        for place, text in enumerate(texts):
+            if reason := problem_of(Expression(text, space.parameters), space.parameters):
+                raise ValueError(f"constraints[{place}]: {reason}")
         return texts
 
     @model_validator(mode="after")
@@ -216,7 +236,7 @@ def _at(source: Source, location: Sequence[int | str]) -> str:
     return source if isinstance(source, str) else source(location)
 
 
-_DISCRIMINATORS = ("float", "int", "categorical", "constant")
+_DISCRIMINATORS = ("float", "int", "categorical", "choice", "constant")
 _REMEDIES = {
     "model_type": "it must be a mapping of keys; leave it out for the defaults",
     "model_attributes_type": "it must be a mapping such as {type: float, low: 0, high: 1}",
@@ -243,7 +263,7 @@ def _location(raw: Sequence[int | str]) -> tuple[int | str, ...]:
 
 def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
     location = _location(detail["loc"])
-    key = ".".join(str(part) for part in location)
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
     match detail["type"]:
         case "extra_forbidden":
             return _unknown_key(location, model, detail["loc"])
@@ -251,7 +271,7 @@ def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
             return f"{key} is missing; add it"
         case "value_error":
             reason = str(detail["ctx"]["error"])
-            return f"{key}: {reason}" if key else reason
+            return f"{key}: {reason}" if key and not reason.startswith(f"{key}[") else reason
         case "union_tag_not_found" | "union_tag_invalid":
             found = detail["input"].get("type") if isinstance(detail["input"], Mapping) else detail["input"]
             given = f"{key}.type is {_short(found)}" if found is not None else f"{key} has no type"

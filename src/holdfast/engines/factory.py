@@ -13,7 +13,7 @@ def make_proposer(spec: ExperimentSpec, seed: int) -> Proposer:
         case "grid":
             from holdfast.engines.grid import GridProposer
 
-            return GridProposer(spec.space, spec.search.samples)
+            return GridProposer(spec.space, spec.search.samples, constraints=spec.constraints)
         case "random":
             from holdfast.engines.random_engine import RandomProposer
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from holdfast.core.budget import values_of
-from holdfast.core.errors import InvalidInput
+from holdfast.core.errors import InvalidInput, SpecError
+from holdfast.core.expression import Expression
 from holdfast.core.space import Parameter, Space
 from holdfast.core.trial import Trial
-from holdfast.core.values import Config, dumps
+from holdfast.core.values import Config
 from holdfast.engines.values import nth_value
+
+MOST_STEPS = 1_000_000
+"""Values that are tried at most to count the points that conditions and constraints allow."""
 
 
 class GridProposer:
@@ -15,20 +21,45 @@ class GridProposer:
 
     What was queued or merged is none of its proposals: it neither takes a point away nor adds one.
 
-    A parameter that is inactive under a point's earlier values adds no combinations, so no point comes twice. Points are
-    counted, never listed: a grid of any size costs nothing until it is walked.
+    A parameter that is inactive under a point's earlier values adds no combinations, so no point comes twice; a point that
+    breaks a constraint (each of whose parameters is active there) is none. Points are counted, never listed: a grid of any size
+    costs nothing until it is walked. Only the combinations of parameters that others, or constraints, refer to are gone
+    through: SpecError when there are too many of them, or when no point is left.
     """
 
     size: int | None
 
-    def __init__(self, space: Space, samples: int = 1) -> None:
+    def __init__(self, space: Space, samples: int = 1, *, constraints: Sequence[str] = ()) -> None:
         self._space = space
         self._names = list(space.parameters)
-        self._counts: dict[str, int] = {}
-        self._referred = {other for parameter in space.parameters.values() for other in parameter.when or {}}
+        self._counts: dict[tuple[object, ...], int] = {}
+        places = {name: place for place, name in enumerate(self._names)}
+        self._decided: dict[int, list[Expression]] = {}
+        """the constraints that can be judged once the parameter at a place has its value"""
+        self._last_use: dict[str, int] = {}
+        """the last place at which the value of a parameter matters"""
+        for text in constraints:
+            expression = Expression(text, self._names)
+            last = max(places[name] for name in expression.names)
+            self._decided.setdefault(last, []).append(expression)
+            self._use(expression.names, last)
+        for place, name in enumerate(self._names):
+            self._use(space.conditional_on(name), place)
+        self._needed = [
+            [name for name in self._names[:place] if self._last_use.get(name, -1) >= place] for place in range(len(self._names))
+        ]
+        """the parameters before each place on whose values the number of combinations from there on depends"""
+        self._steps = 0
+        self._is_bounded = bool(constraints) or any(isinstance(parameter.when, str) for parameter in space.parameters.values())
         self.points = self._count(0, {})
+        if self.points == 0:
+            raise SpecError(f"no point of the grid meets the constraints ({'; '.join(constraints)}); loosen them")
         self.size = self.points * samples
         self._others: set[int] = set()
+
+    def _use(self, names: frozenset[str], place: int) -> None:
+        for name in names:
+            self._last_use[name] = max(place, self._last_use.get(name, 0))
 
     def observe(self, trial: Trial) -> None:
         if trial.number >= 0 and trial.source != "proposed":
@@ -48,13 +79,13 @@ class GridProposer:
     def _choose(self, place: int, config: Config, rest: int) -> int:
         """Give the parameter at ``place`` the value that combination ``rest`` has; return its number under that value."""
         name, parameter = self._parameter(place)
-        if name not in self._referred:
+        if name not in self._last_use:
             index, rest = divmod(rest, self._count(place + 1, config))
             config[name] = nth_value(parameter, index)
             return rest
         for index in range(values_of(parameter)):
             config[name] = nth_value(parameter, index)
-            below = self._count(place + 1, config)
+            below = self._count_below(place, config)
             if rest < below:
                 break
             rest -= below
@@ -64,20 +95,37 @@ class GridProposer:
         """Return how many combinations of the parameters from ``place`` on there are under ``config``."""
         if place == len(self._names):
             return 1
-        key = f"{place}:{dumps({name: value for name, value in config.items() if name in self._referred})}"
-        if key not in self._counts:
-            self._counts[key] = self._count_anew(place, config)
-        return self._counts[key]
+        key = (place, *((type(config[name]), config[name]) if name in config else None for name in self._needed[place]))
+        found = self._counts.get(key)
+        if found is None:
+            found = self._counts[key] = self._count_anew(place, config)
+        return found
 
     def _count_anew(self, place: int, config: Config) -> int:
         name, parameter = self._parameter(place)
         if not self._space.is_active(name, config):
-            return self._count(place + 1, config)
-        if name not in self._referred:
+            return self._count_below(place, config)
+        if name not in self._last_use:
             return values_of(parameter) * self._count(place + 1, config)
-        return sum(
-            self._count(place + 1, {**config, name: nth_value(parameter, index)}) for index in range(values_of(parameter))
-        )
+        total, values = 0, values_of(parameter)
+        self._steps += values
+        if self._is_bounded and self._steps > MOST_STEPS:
+            raise SpecError(
+                f"the grid has more than {MOST_STEPS:,} combinations of the parameters that its conditions and constraints"
+                " name; use larger steps or fewer values, or another engine, such as random"
+            )
+        for index in range(values):
+            config[name] = nth_value(parameter, index)
+            total += self._count_below(place, config)
+        config.pop(name)
+        return total
+
+    def _count_below(self, place: int, config: Config) -> int:
+        """Return how many combinations there are after ``place``, whose parameter is decided by ``config``."""
+        for constraint in self._decided.get(place, ()):
+            if constraint.applies(config) and not constraint.holds(config):
+                return 0
+        return self._count(place + 1, config)
 
     def _parameter(self, place: int) -> tuple[str, Parameter]:
         name = self._names[place]

@@ -2,7 +2,8 @@
 
 The study never owns a proposal: a throw-away trial is handed to the sampler, so that asking changes nothing. Constants,
 and float parameters whose low equals high, stand outside the study. Categorical values stand in it by their index
-(Optuna takes 1 and True for one choice), stepped numbers too (Optuna moves ``high`` onto a step).
+(Optuna takes 1 and True for one choice; of ordered ones that is a number), stepped numbers too (Optuna moves ``high`` onto
+a step).
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def distribution_of(parameter: Parameter) -> BaseDistribution | None:
     if is_counted(parameter) and values_of(parameter) == 1:
         return None
     match parameter:
-        case CategoricalParameter(choices=choices):
+        case CategoricalParameter(choices=choices, ordered=False):
             return CategoricalDistribution(range(len(choices)))
         case IntParameter() if not by_index(parameter):
             return IntDistribution(parameter.low, parameter.high, log=parameter.log)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from holdfast.core.choices import expanded
 from holdfast.core.ports import Proposal, Proposer
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import Trial, TrialStatus
@@ -44,6 +45,29 @@ SPACES: dict[str, dict[str, Any]] = {
         "steps": {"type": "int", "low": 1, "high": 100, "log": True, "when": {"warm": True}},
     },
     "empty": {},
+    "nested": expanded(
+        {
+            "model": {
+                "type": "choice",
+                "options": {
+                    "svm": {
+                        "C": {"type": "float", "low": 1e-3, "high": 1e3, "log": True},
+                        "kernel": {
+                            "type": "choice",
+                            "options": {"rbf": {"gamma": {"type": "float", "low": 0.0, "high": 1.0}}, "linear": {}},
+                        },
+                        "degree": {"type": "int", "low": 1, "high": 3, "when": "C > 1 and kernel == 'linear'"},
+                    },
+                    "forest": {"trees": {"type": "int", "low": 10, "high": 500, "log": True}},
+                    "none": {},
+                },
+            },
+            "size": {"type": "categorical", "choices": ["small", "medium", "large"], "ordered": True},
+            "layers": {"type": "int", "low": 1, "high": 4},
+            "drop": {"type": "float", "low": 0.0, "high": 0.5, "when": "layers >= 2 and model != 'none'"},
+            "rates": {"type": "categorical", "choices": [1, 2.5, 10], "ordered": True, "when": "size in ('medium', 'large')"},
+        }
+    ),
 }
 """Spaces of every kind of parameter; the names are the parameters of the tests."""
 
