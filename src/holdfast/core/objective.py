@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
+from holdfast.core.expression import Expression
 from holdfast.core.values import Json
 
 
@@ -47,6 +49,16 @@ def scores(metrics: Mapping[str, Json], objectives: Sequence[Objective]) -> list
     values = [score(metrics, objective) for objective in objectives]
     finite = [value for value in values if value is not None and math.isfinite(value)]
     return finite if len(finite) == len(objectives) else None
+
+
+def feasible(metrics: Mapping[str, Json], conditions: Sequence[str]) -> bool:
+    """Tell whether metrics meet every one of a spec's conditions; what a condition names and is not there meets none."""
+    return all(_parsed(condition).holds(metrics) for condition in conditions)
+
+
+@lru_cache(maxsize=256)
+def _parsed(condition: str) -> Expression:
+    return Expression(condition)
 
 
 def pareto(points: Sequence[Sequence[float]], objectives: Sequence[Objective]) -> list[int]:
