@@ -268,7 +268,7 @@ class TestPatience:
         chosen = rules("patience", patience=2, min_delta=0.1)
         assert decisions(chosen, [(0, step, value) for step, value in enumerate([1.0, 0.95, 0.91])]) == [False, False, True]
         creeping = [1.0, 0.95, 0.89, 0.85, 0.78]
-        assert decisions(chosen, list((0, step, value) for step, value in enumerate(creeping))) == [False] * 5
+        assert decisions(chosen, [(0, step, value) for step, value in enumerate(creeping)]) == [False] * 5
 
     def test_steps_count_and_not_reports(self) -> None:
         assert decisions(rules("patience", patience=5), [(0, 0, 1.0), (0, 4, 1.0), (0, 9, 1.0)]) == [False, False, True]

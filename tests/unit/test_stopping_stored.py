@@ -50,7 +50,7 @@ def value(trial: int, step: int) -> dict[str, Any]:
         return {"loss": math.nan, "size": 1}
     if (trial, step) == (5, 1):
         return {"size": 1}
-    loss = (trial * 3 % 7) + 4.0 / (step + 1 + trial % 2) + (step % 3) * 0.3
+    loss = (trial * 3 % 7) + 4.0 / (step + 1 + trial % 2) + (step % 3) * (0.9 if trial % 2 else 0.0)
     return {"loss": math.inf if (trial, step) == (2, 0) else loss, "size": trial * step}
 
 
@@ -60,7 +60,7 @@ RULES: dict[str, dict[str, Any]] = {
     "hyperband": {"rule": "hyperband", "reduction_factor": 2, "max_steps": STEPS},
     "median": {"rule": "median", "startup_trials": 2},
     "percentile": {"rule": "percentile", "percentile": 60.0, "startup_trials": 1, "interval": 2},
-    "patience": {"rule": "patience", "patience": 3},
+    "patience": {"rule": "patience", "patience": 2},
     "threshold": {"rule": "threshold", "upper": 7.0, "min_steps": 2},
     "several": {
         "rule": "median",

@@ -100,7 +100,7 @@ class Budget:
     ) -> str | None:
         """Return why no further trial may be proposed, or None.
 
-        ``proposed`` of the ``trials`` came from the proposer; ``flat`` is the length of the plateau, ``cost`` that of all trials.
+        ``proposed`` of the ``trials`` came from the proposer; ``flat`` is the plateau's length, ``cost`` that of all trials.
         """
         if self.num_trials is not None and trials >= self.num_trials:
             return "every trial of the budget was proposed"
