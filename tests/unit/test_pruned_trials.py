@@ -26,7 +26,7 @@ from holdfast.tasks.workers.pool import WorkerPool
 from holdfast.testing.lab import Lab
 from holdfast.testing.samples import sample_spec
 
-CODE = '''
+CODE = """
 STEPS = 6
 
 
@@ -85,7 +85,7 @@ def gone(trial):
 
         if trial.references["process"]:
             os._exit(7)
-'''
+"""
 FUNCTIONS = ["plain", "Stepwise", "deaf", "angry", "tidy", "gone"]
 
 

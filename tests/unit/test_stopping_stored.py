@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.errors import CheckpointConflict, Fenced
+from holdfast.core.resume import Action, Planned, ResumePolicy
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.stopping import make
 from holdfast.core.trial import Outcome, TrialStatus
+from holdfast.flows.reconcile import Survey
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.storage.database.attempts import AttemptWriter, Saved
 from holdfast.storage.database.engine import Database, sqlite_url
@@ -138,7 +140,8 @@ class Search:
         decision = supervisor.report(Report(step=step, metrics=value(number, step)))
         self.log.append((number, step, supervisor.pruned))
         if save:
-            supervisor.writer.save(step, Saved(path=f"t{number}s{step}", digest="d", bytes=1))
+            path = f"trials/{number:06d}/checkpoints/step_{step:08d}-a{supervisor.attempt}-3f9c"
+            supervisor.writer.save(step, Saved(path=path, digest="d", bytes=1))
         return decision
 
     def run(self, reports: int = 10**6, *, told: bool = True) -> None:
@@ -339,3 +342,57 @@ def test_a_hundred_thousand_reports_are_loaded_fast(database: Database) -> None:
     seconds = time.process_time() - began
     assert sum(len(series.steps) for _, series in history.trials("loss")) == 100_000
     assert seconds < 3.0
+
+
+class TestRestore:
+    """What a restore makes of the last decision on a trial that was running."""
+
+    def survey(self, made: Search) -> tuple[Survey, list[Planned]]:
+        survey = Survey(made.lab.reader, Folder(made.root), ResumePolicy(), made.spec)
+        return survey, survey.plan()
+
+    def write(self, made: Search, decision: str) -> None:
+        """Have the newest report's row say another decision, as one that was rebuilt from the path may."""
+        with made.lab.database.engine.begin() as connection:
+            last = "SELECT MAX(id) FROM report"
+            connection.execute(text(f"UPDATE report SET decision = :d WHERE id = ({last})"), {"d": decision})
+
+    @pytest.mark.parametrize(
+        ("upper", "decision", "action"),
+        [
+            (0.0, "prune", Action.ADOPT),
+            (0.0, "continue", Action.RESUME),
+            (0.0, "recovered", Action.ADOPT),
+            (9.0, "recovered", Action.RESUME),
+            (9.0, "preempt", Action.RESUME),
+        ],
+    )
+    def test_the_last_decision(self, search: Any, upper: float, decision: str, action: Action) -> None:
+        made: Search = search(f"last {upper} {decision}", {"rule": "threshold", "upper": upper})
+        made.supervise(made.lab.driver.propose({"x": 0.5}))
+        made.report(0, 0, save=False)
+        self.write(made, decision)
+        survey, (planned,) = self.survey(made)
+        assert planned.action is action
+        told = {0: "stopped by threshold after step 0: loss 4 is above 0"}
+        assert survey.stopped == (told if (decision, upper) == ("recovered", 0.0) else {})
+
+    def test_that_of_a_superseded_attempt_does_not_count(self, search: Any) -> None:
+        """A trial that was stopped, and that somebody has run again: it runs."""
+        made: Search = search("again", {"rule": "threshold", "upper": 0.0})
+        made.supervise(made.lab.driver.propose({"x": 0.5}))
+        assert made.report(0, 0) is Decision.PRUNE
+        made.lab.end(made.running[0].writer, Outcome.PRUNED)
+        made.lab.driver.rerun(made.lab.row(0), restart=False)
+        assert self.survey(made)[1][0].action is Action.RESUME
+        made.supervise(0)
+        assert self.survey(made)[1][0].action is Action.RESUME
+
+    def test_a_person_who_wanted_it_cancelled_later_comes_too_late(self, search: Any) -> None:
+        made: Search = search("late", {"rule": "threshold", "upper": 0.0})
+        made.supervise(made.lab.driver.propose({"x": 0.5}))
+        made.report(0, 0)
+        with made.lab.database.engine.begin() as connection:
+            connection.execute(text("UPDATE trial SET cancel_requested = 1 WHERE id = :id"), {"id": made.lab.row(0)})
+        (planned,) = self.survey(made)[1]
+        assert planned.reason == "it was told to end (pruned) before"

@@ -101,7 +101,13 @@ class RunLog(Observer):
         elif seen:  # else it had ended before this run
             self._open.remove(trial.number)
             pruned = trial.status is TrialStatus.PRUNED and trial.attempt.note
-            words = f"{trial.metrics} ({trial.attempt.note})" if pruned else trial.metrics if trial.error is None else f"{trial.error.kind}: {trial.error.message}"
+            words = (
+                f"{trial.metrics} ({trial.attempt.note})"
+                if pruned
+                else trial.metrics
+                if trial.error is None
+                else f"{trial.error.kind}: {trial.error.message}"
+            )
             self._logger.info("trial %d %s %s", trial.number, trial.status.value, words)
 
     def ended(self, result: SearchResult) -> None:
