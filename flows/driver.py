@@ -67,6 +67,7 @@ class Drive:
         runtimes.register(self._runtime)
         try:
             self._states = self._session.reader.states()
+            self._runtime.learn()
             self._refresh(fresh=False)
             pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=self._session.spec.search.max_concurrent)
             with pool as runner:
@@ -193,7 +194,8 @@ class Drive:
         if isinstance(error, Contention) or stored.status is TrialStatus.PENDING:
             raise error if isinstance(error, HoldfastError) else EngineError(f"trial {trial.number} was not started: {error}")
         info = ErrorInfo(kind=type(error).__name__, message=str(error))
-        self._driver.end(stored.attempt.id, Ending(outcome=Outcome.CRASHED, error=info))
+        pruned = self._session.reader.last_decisions().get(stored.attempt.id) == Decision.PRUNE
+        self._driver.end(stored.attempt.id, Ending(outcome=Outcome.PRUNED if pruned else Outcome.CRASHED, error=info))
 
     def _refresh(self, *, fresh: bool = True) -> None:
         """Take in every row that changed."""
@@ -214,6 +216,11 @@ class Drive:
             self._proposer.observe(trial if state is None else replace(trial, state=state))
             if before is None or before.status is not trial.status or before.attempt.number != trial.attempt.number:
                 self._observer.trial(trial)
+        if self.ledger.budget.max_cost is not None:  # reports do not change a trial's row
+            for number in self._inflight.values():
+                running = self._session.reader.trial(number)
+                if running is not None:
+                    self.ledger.spent(running)
 
     def _learn(self, trial: Trial) -> None:
         """Let the proposer know of a trial that was merged from another experiment: it is none of this one's own."""

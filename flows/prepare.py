@@ -17,11 +17,11 @@ from holdfast.callables import dump, keep
 from holdfast.core import faults
 from holdfast.core.budget import Budget
 from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, LeaseHeld, SpecError
-from holdfast.core.objective import score
+from holdfast.core.loop import Ledger
 from holdfast.core.resume import Action, Planned, ResumePolicy
 from holdfast.core.space import Space
 from holdfast.core.spec import CHANGEABLE, LOCATION_FIELDS, ExperimentSpec
-from holdfast.core.trial import SCORED, Trial
+from holdfast.core.trial import Trial
 from holdfast.core.values import Json, strict
 from holdfast.engines.grid import GridProposer
 from holdfast.flows import reconcile
@@ -270,7 +270,7 @@ def plan_restore(request: RestoreRequest) -> tuple[Opened, list[Planned]]:
     """Return what a restore would do; changes nothing, whoever drives the experiment."""
     opened = open_path(request.path, database=request.database, options=request.storage_options, readonly=True)
     spec, _ = changed_spec(opened, request)
-    survey = reconcile.Survey(Reader(opened.database, opened.record.id), opened.folder, request.policy)
+    survey = reconcile.Survey(Reader(opened.database, opened.record.id), opened.folder, request.policy, spec)
     return replace(opened, spec=spec), survey.plan()
 
 
@@ -292,7 +292,7 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
     for note in opened.notes:
         observer.say(note)
     reader = Reader(opened.database, opened.record.id)
-    survey = reconcile.Survey(reader, opened.folder, request.policy)
+    survey = reconcile.Survey(reader, opened.folder, request.policy, opened.spec)
     plan = survey.plan()
     if not changes and not request.force and not work_left(spec, survey.trials, plan, opened, request.new_trials):
         _refuse_held(opened)
@@ -325,7 +325,7 @@ def _take_over(
         reader = session.reader
         dead = reconcile.open_attempts(reader.trials())
         end_children(dead)
-        survey = reconcile.Survey(reader, opened.folder, request.policy)
+        survey = reconcile.Survey(reader, opened.folder, request.policy, opened.spec)
         plan = survey.plan()
         session.driver.set_code(
             trainable_digest=code_digest(opened.spec), workdir=opened.record.workdir, location=opened.folder.location
@@ -355,15 +355,11 @@ def work_left(spec: ExperimentSpec, trials: Sequence[Trial], plan: Sequence[Plan
     if not new_trials:
         return False
     budget = Budget.of(spec, grid_size=_grid_size(spec))
-    values = [score(trial.metrics, budget.objective) for trial in trials if trial.status in SCORED]
-    best: float | None = None
-    for value in values:
-        if value is not None and (best is None or budget.objective.better(value, best)):
-            best = value
     record = experiments.by_uuid(opened.database, opened.record.uuid)
-    active = record.active_seconds if record is not None else 0.0
-    proposed = sum(trial.source == "proposed" for trial in trials)
-    return budget.closed(trials=len(trials), proposed=proposed, active_seconds=active, best=best) is None
+    ledger = Ledger(budget=budget, max_concurrent=1, active_seconds=record.active_seconds if record is not None else 0.0)
+    for trial in trials:
+        ledger.update(trial, fresh=False)
+    return ledger.closed() is None
 
 
 def _refuse_live(spec: ExperimentSpec) -> None:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
 from holdfast.core.errors import CheckpointNotFound, Corrupt, StorageError
+from holdfast.core.history import History
 from holdfast.core.resume import Action, Planned, ResumePolicy, Standing, plan_trial
 from holdfast.core.space import config_digest
+from holdfast.core.spec import ExperimentSpec
+from holdfast.core.stopping import make
 from holdfast.core.trial import ACTIVE, Attempt, Outcome, Trial, TrialStatus
 from holdfast.flows.session import Session
 from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import Folder
+from holdfast.storage.recovery import RECOVERED
+from holdfast.tasks.runtime import stored_history
+from holdfast.tasks.workers.messages import Decision
 
 
 class Survey:
     """Stored trials with what their files say; reads only."""
 
-    def __init__(self, reader: Reader, folder: Folder, policy: ResumePolicy) -> None:
+    def __init__(self, reader: Reader, folder: Folder, policy: ResumePolicy, spec: ExperimentSpec) -> None:
         self._folder = folder
         self._policy = policy
         self.trials = reader.trials()
@@ -30,6 +37,9 @@ class Survey:
             self._checkpoints.setdefault(checkpoint.trial, []).append(checkpoint)
         self._cancelled = reader.cancel_requests()
         self._decisions = reader.last_decisions()
+        self._reader, self._rules = reader, make(spec.stopping, spec.goals)
+        self.stopped: dict[int, str] = {}
+        """why a trial ends as PRUNED, by number, where its rows do not say it"""
         self.rejected: dict[int, str] = {}
         """row id and reason of each checkpoint that turned out bad"""
 
@@ -47,12 +57,12 @@ class Survey:
 
     def _standing(self, trial: Trial) -> Standing:
         persisted = decided = None
-        if trial.status is TrialStatus.RUNNING:
-            persisted = persisted_outcome(self._folder, trial)
-            if self._decisions.get(trial.attempt.id) == "prune":
-                decided = Outcome.PRUNED
         if trial.status in ACTIVE and trial.number in self._cancelled:
             decided = Outcome.CANCELLED
+        if trial.status is TrialStatus.RUNNING:
+            persisted = persisted_outcome(self._folder, trial)
+            if self.is_pruned(trial):
+                decided = Outcome.PRUNED
         probe = plan_trial(Standing(trial=trial, persisted=persisted, decided=decided), self._policy)
         if probe.action is not Action.RESUME:
             return Standing(trial=trial, persisted=persisted, decided=decided)
@@ -63,6 +73,23 @@ class Survey:
             rejected=tuple(reasons),
             decided=decided,
         )
+
+    def is_pruned(self, trial: Trial) -> bool:
+        """Tell whether a stopping rule ended a trial with the last report of its open attempt.
+
+        Where only a manifest tells of that report, the rules say it once more.
+        """
+        decision = self._decisions.get(trial.attempt.id)
+        if decision == RECOVERED and self._rules and trial.step is not None:
+            reason = self._rules.decide(self._history, trial.number, trial.step)
+            if reason is not None:
+                self.stopped[trial.number] = reason
+            return reason is not None
+        return decision == Decision.PRUNE
+
+    @cached_property
+    def _history(self) -> History:
+        return stored_history(self._reader, self._rules)
 
     def _newest(self, trial: Trial) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest checkpoint whose files are what its manifest says, and why newer ones are not."""
@@ -113,27 +140,32 @@ def close_attempts(session: Session, survey: Survey, plan: Mapping[int, Planned]
             session.opened.folder.keep_log(trial.number, trial.attempt.number)
         session.runtime.checkpoints.sweep(trial.number, survey.valid_paths(trial.number))
         if plan[trial.number].action is Action.ADOPT:
-            _adopt(session, trial)
+            _adopt(session, trial, survey)
         else:
             session.driver.end(trial.attempt.id, Ending(outcome=Outcome.LOST, note="its driver died"))
 
 
-def _adopt(session: Session, trial: Trial) -> None:
+def _adopt(session: Session, trial: Trial, survey: Survey) -> None:
     folder = session.opened.folder
     outcome = persisted_outcome(folder, trial)
     if outcome is None:
-        cancelled = trial.number in session.reader.cancel_requests()
-        decided = Outcome.CANCELLED if cancelled else Outcome.PRUNED
-        session.driver.end(trial.attempt.id, Ending(outcome=decided, note="decided before a crash"))
+        decided = Outcome.PRUNED if survey.is_pruned(trial) else Outcome.CANCELLED
+        why = trial.attempt.note or survey.stopped.get(trial.number, "")
+        note = _joined(why, "decided before a crash")
+        session.driver.end(trial.attempt.id, Ending(outcome=decided, note=note))
         return
     result = folder.result(trial.number, trial.attempt.number) or {}
     ending = Ending(
         outcome=outcome,
         metrics=result.get("metrics"),
         result=folder.result_name(trial.number, trial.attempt.number),
-        note="adopted: its result was persisted before a crash",
+        note=_joined(trial.attempt.note or str(result.get("note") or ""), "adopted: its result was persisted before a crash"),
     )
     session.driver.end(trial.attempt.id, ending)
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
 
 
 def apply(session: Session, plan: Sequence[Planned]) -> None:

@@ -19,6 +19,9 @@ from holdfast.storage.journal import Contents
 TOKEN = "recovered"
 """The claim of an attempt that ran, as its files show, and whose claim the journal does not have."""
 
+RECOVERED = "recovered"
+"""The decision on a report that only its own checkpoint's manifest tells of, which was made before the decision."""
+
 Told = Sequence[Json]
 """A report that the journal may lack: step, microseconds since 1970 UTC, decision, metrics."""
 
@@ -85,7 +88,7 @@ class _Recovery:
             self._checkpoints.setdefault(number, []).append(row)
             self.added += 1
             self._reports(number, manifest.attempt, manifest.beside.get("reports", []))
-            self._report(number, manifest.attempt, (manifest.step, created, "continue", manifest.metrics))
+            self._report(number, manifest.attempt, (manifest.step, created, RECOVERED, manifest.metrics))
 
     def pinned(self, number: int) -> None:
         """Take in the pins that are in the path: who pins while nobody drives cannot write the journal."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from holdfast.core.errors import HoldfastError
+from holdfast.core.history import History
 from holdfast.core.spec import ExperimentSpec
+from holdfast.core.stopping import Rules, make
+from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.ports import Checkpoints
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.reads import Reader
@@ -40,6 +45,49 @@ class Runtime:
     """the moment of this process's monotonic clock from which the deadlines of this drive count"""
     _order: Decision = Decision.CONTINUE
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _judging: threading.Lock = field(default_factory=threading.Lock)
+    _rules: Rules = field(init=False)
+    _history: History = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rules = make(self.spec.stopping, self.spec.goals)
+        self._history = History(self._rules.metrics)
+
+    def learn(self) -> None:
+        """Take in the stored reports that stopping rules look at; called before anything runs."""
+        if self._rules:
+            with self._judging:
+                self._history = stored_history(self.reader, self._rules)
+
+    @contextmanager
+    def judged(self, trial: int, step: int, metrics: Metrics) -> Iterator[str | None]:
+        """Say why a trial ends after a report, or None; the block commits it, before anybody else's is decided about.
+
+        So the order of decisions is the order in which reports were committed. A report whose block raises does not count.
+        """
+        if not self._rules:
+            yield None
+            return
+        with self._judging:
+            self._history.add(trial, step, metrics)
+            try:
+                yield self._rules.decide(self._history, trial, step)
+            except BaseException:
+                self._history.withdraw(trial, step)
+                raise
+
+    @contextmanager
+    def changing(self, trial: int) -> Iterator[None]:
+        """Take in, after the block, which reports of a trial count then: an attempt begins in it, or ends and is followed."""
+        if not self._rules:
+            yield
+            return
+        with self._judging:
+            yield
+            found = self.reader.measured(self._rules.metrics, first=trial, last=trial)
+            self._history.forget(trial)
+            for metric, rows in found.items():
+                self._history.load(metric, rows)
 
     def order(self, decision: Decision) -> None:
         """Tell every running attempt what to do at its next chance: PREEMPT, then KILL."""
@@ -51,6 +99,14 @@ class Runtime:
         if self._order is Decision.CONTINUE and trial in self.cancelled:
             return Decision.CANCEL
         return self._order
+
+
+def stored_history(reader: Reader, rules: Rules) -> History:
+    """Return the history that ``rules`` look at, from rows."""
+    history = History(rules.metrics)
+    for metric, rows in reader.measured(rules.metrics).items():
+        history.load(metric, rows)
+    return history
 
 
 _runtimes: dict[str, Runtime] = {}

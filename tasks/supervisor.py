@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -22,7 +23,7 @@ from holdfast.storage.database.rows import micros
 from holdfast.storage.recovery import Told
 from holdfast.tasks.pruning import Pruner
 from holdfast.tasks.runtime import Runtime
-from holdfast.tasks.workers.messages import Candidate, Decision, ProcessIdentity, Rejected, Report, Staged
+from holdfast.tasks.workers.messages import STRENGTH, Candidate, Decision, ProcessIdentity, Rejected, Report, Staged
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Supervisor:
     """of the last report"""
     reported: int | None = None
     resumed: Checkpoint | None = None
+    pruned: str | None = None
+    """why a stopping rule ended the trial; its committed decision holds, however the attempt comes to its end"""
     _writer: AttemptWriter | None = None
     _missed: list[Rejected] = field(default_factory=list)
     """checkpoints that could not be brought here"""
@@ -110,7 +113,8 @@ class Supervisor:
                 self.logger.warning("checkpoint at step %d is not used: %s", checkpoint.step, rejection.reason)
         self.resumed = self._checkpoint(resumed)
         note = "; ".join(f"checkpoint at step {item.candidate.step}: {item.reason}" for item in rejected)
-        self._writer = self.claim(process=process, resumed=self.resumed, rejected=bad, note=note)
+        with self.runtime.changing(self.trial) if self.attempt > 1 else nullcontext():
+            self._writer = self.claim(process=process, resumed=self.resumed, rejected=bad, note=note)
         faults.point("attempt.claimed")
 
     def report(self, report: Report) -> Decision:
@@ -120,7 +124,7 @@ class Supervisor:
         if undue and report.staged is not None:  # saved only because of preemption: its report is committed already
             self.writer.save(report.step, _saved(self.publication(report)()))
         else:
-            self._commit(report, decision)
+            decision = self._commit(report, decision)
         if report.staged is not None:
             self._prune()
         return decision
@@ -142,11 +146,18 @@ class Supervisor:
         faults.point("checkpoint.committed")
         self._prune()
 
-    def _commit(self, report: Report, decision: Decision) -> None:
+    def _commit(self, report: Report, decision: Decision) -> Decision:
+        """Commit a report with what the trial is told: ``decision``, or that a stopping rule ends it, whichever is stronger.
+
+        What ends this process is not stored instead of what a rule says: it must not change what becomes of the trial.
+        """
         saved = _saved(self.publication(report)()) if report.staged is not None else None
-        answer = "continue" if decision is Decision.CONTINUE else decision.value.lower()
+        writer = self.writer
         try:
-            seq, moment = self.writer.report(report.step, report.metrics, decision=answer, saved=saved)
+            with self.runtime.judged(self.trial, report.step, report.metrics) as found:
+                reason = None if decision is Decision.CANCEL else found
+                answer = (decision if reason is None else Decision.PRUNE).value
+                seq, moment = writer.report(report.step, report.metrics, decision=answer, note=reason or "", saved=saved)
         except CheckpointConflict:
             if saved is not None:
                 self.runtime.checkpoints.delete(saved.path)
@@ -154,6 +165,19 @@ class Supervisor:
         self.metrics, self.reported = report.metrics, report.step
         self._told.append((seq, (report.step, moment, answer, report.metrics)))
         faults.point("report.committed" if saved is None else "checkpoint.committed")
+        if reason is None:
+            return decision
+        self._stopped(reason)
+        return max(decision, Decision.PRUNE, key=STRENGTH.__getitem__)
+
+    def _stopped(self, reason: str) -> None:
+        self.pruned = reason
+        if self.runtime.pool is None:
+            self.logger.info("%s", reason)
+            return
+        log = self.runtime.folder.log_file(self.trial, self.attempt)  # what is in it goes to Prefect, too
+        with suppress(OSError), log.open("a") as stream:  # the attempt's note has it in any case
+            stream.write(f"{reason}\n")
 
     def unjournaled(self) -> list[Told]:
         """Return the reports that the journal may lack: they travel with what is durable before it."""

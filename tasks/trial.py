@@ -72,7 +72,7 @@ def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: 
     try:
         return _run(runtime, supervisor)
     except TrialFailure as failure:
-        _commit_failure(runtime, supervisor.writer, failure)
+        _commit_failure(runtime, supervisor, failure)
     finally:
         supervisor.tidy()
 
@@ -89,9 +89,17 @@ def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any]:
         # This is no fault of the trial's: the search is interrupted by it, and a restore goes on.
         runtime.lost = runtime.lost or error
         raise
+    except TrialFailure as failure:
+        if supervisor.pruned is None:
+            raise
+        supervisor.logger.warning("after it was told to stop: %s", failure)
+        ended = Ended(outcome=Outcome.PRUNED)
     faults.point("result.returned")
+    if supervisor.pruned is not None:
+        ended = Ended(outcome=Outcome.PRUNED)  # as it was decided, also if this process is told to end meanwhile
     if ended.outcome in (Outcome.PREEMPTED, Outcome.CANCELLED):
-        supervisor.writer.end(Ending(outcome=ended.outcome, metrics=ended.metrics))
+        with runtime.changing(supervisor.trial):
+            supervisor.writer.end(Ending(outcome=ended.outcome, metrics=ended.metrics))
         raise AttemptStopped(f"attempt {supervisor.attempt} of trial {supervisor.trial} was {ended.outcome}")
     return _result(runtime, supervisor, ended)
 
@@ -146,11 +154,12 @@ def _result(runtime: Runtime, supervisor: Supervisor, ended: Ended) -> dict[str,
         "outcome": ended.outcome.value,
         "metrics": tagged(ended.metrics or {}),
         "config": config_digest(supervisor.config),
+        "note": supervisor.pruned or "",
         "reports": tagged([list(told) for told in supervisor.unjournaled()]),
     }
 
 
-def _commit_failure(runtime: Runtime, writer: AttemptWriter, failure: TrialFailure) -> NoReturn:
+def _commit_failure(runtime: Runtime, supervisor: Supervisor, failure: TrialFailure) -> NoReturn:
     """Commit the original failure with its traceback, and then raise it for Prefect."""
     outcome, kind = Outcome.FAILED, type(failure).__name__
     trace = ""
@@ -164,7 +173,8 @@ def _commit_failure(runtime: Runtime, writer: AttemptWriter, failure: TrialFailu
         case _:
             pass
     error = ErrorInfo(kind=kind, message=str(failure), traceback=trace)
-    writer.fail(Ending(outcome=outcome, error=error), max_failures=runtime.spec.failure.max_failures)
+    with runtime.changing(supervisor.trial):
+        supervisor.writer.fail(Ending(outcome=outcome, error=error), max_failures=runtime.spec.failure.max_failures)
     faults.point("attempt.failed")
     # Prefect sends the message on as UTF-8, which an undecodable file name in it would break.
     failure.args = (str(failure).encode("utf-8", "backslashreplace").decode(),)

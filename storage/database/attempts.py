@@ -122,9 +122,12 @@ class AttemptWriter:
             raise Fenced(f"attempt {self.number} is over: a later epoch or attempt took over; nothing was written, stop here")
 
     @repeatable
-    def report(self, step: int, metrics: Metrics, *, decision: str = "continue", saved: Saved | None = None) -> tuple[int, int]:
+    def report(
+        self, step: int, metrics: Metrics, *, decision: str = "continue", note: str = "", saved: Saved | None = None
+    ) -> tuple[int, int]:
         """Commit a report and, in the same transaction, the row of the checkpoint that was published with it.
 
+        ``note``, if any, is added to the attempt's: why the decision is as it is.
         Return the report's seq, and its time in microseconds since 1970 UTC.
         CheckpointConflict when this attempt has a report of that step already.
         """
@@ -136,6 +139,9 @@ class AttemptWriter:
                 raise CheckpointConflict(f"attempt {self.number} has reported step {step} already; the first report stands")
             row = tx.run(sql.ADD_REPORT, attempt=self.attempt, step=step, seq=seq, reported=moment, decision=decision)
             add_metrics(tx, row[0][0], metrics)
+            if note:
+                tx.run(sql.ADD_NOTE, attempt=self.attempt, note=storable(note))
+                tx.run(sql.TOUCH, trial=self.trial, seq=seq)
             if saved is not None:
                 self._add_checkpoint(tx, seq, step, saved, moment)
         return seq, moment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import text
 
 from holdfast.core.checkpoint import Checkpoint, chain, eligible
+from holdfast.core.objective import Objective, score
 from holdfast.core.trial import Attempt, ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import Config, Metrics, from_row, loads
 from holdfast.storage.database import statements as sql
@@ -26,7 +27,7 @@ def _sql(body: str) -> Statement:
 # Trials with their config and current attempt, in number order.
 _TRIALS_TEXT = (
     "SELECT t.number, t.status, c.body, t.config_id, t.seed, t.seq, t.ts_start, t.origin, t.metadata,"
-    " t.source, t.group_number, t.repeat,"
+    " t.source, t.group_number, t.repeat, t.ended_seq,"
     " a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
     " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended"
     " FROM trial t JOIN config c ON c.id = t.config_id"
@@ -90,6 +91,20 @@ _HISTORY = _sql(
     "SELECT t.number, a.number, r.step, r.seq, r.reported, r.decision, m.name, m.kind, m.number, m.text FROM report r"
     " JOIN attempt a ON a.id = r.attempt_id JOIN trial t ON t.id = a.trial_id LEFT JOIN metric m ON m.report_id = r.id"
     " WHERE t.experiment_id = :experiment AND t.number >= 0 AND r.step >= 0 ORDER BY t.number, r.step, a.number, m.name"
+)
+
+# What stopping rules look at.
+_MEASURED = _sql(
+    "SELECT t.number, a.number, r.step, m.kind, m.number, m.text FROM trial t JOIN attempt a ON a.trial_id = t.id"
+    " JOIN report r ON r.attempt_id = a.id JOIN metric m ON m.report_id = r.id AND m.name = :metric"
+    " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last AND r.step >= 0"
+)
+
+# Only trials that were tried more than once have reports that do not count.
+_LINKS = _sql(
+    "SELECT t.number, a.number, p.number, a.parent_step FROM trial t JOIN attempt a ON a.trial_id = t.id"
+    " LEFT JOIN attempt p ON p.id = a.parent_id"
+    " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last AND t.current_attempt > 1"
 )
 
 _TELEMETRY = _sql(
@@ -270,6 +285,19 @@ class Reader:
                 row.metrics[name] = from_row(*value)
         return list(found.values())
 
+    @repeatable
+    def measured(self, metrics: Sequence[str], *, first: int = 0, last: int = ALL) -> dict[str, list[tuple[int, int, float]]]:
+        """Return (trial, step, value) of the reports that count, by metric, ordered; what is no number is left out."""
+        scope = {"experiment": self.experiment, "first": first, "last": last}
+        with self.database.snapshot() as state:
+            links = state.run(_LINKS, **scope)
+            found = {metric: state.run(_MEASURED, **scope, metric=metric) for metric in metrics}
+        attempts: dict[int, dict[int, Attempt]] = {}
+        for number, attempt, parent, parent_step in links:
+            attempts.setdefault(number, {})[attempt] = Attempt(id=0, number=attempt, parent=parent, parent_step=parent_step)
+        limits = {number: dict(chain(max(of_trial), of_trial)) for number, of_trial in attempts.items()}
+        return {metric: sorted(_counted(rows, limits)) for metric, rows in found.items()}
+
     def telemetry(self, *, first: int = 0, last: int = ALL) -> list[tuple[int, datetime, str, Any]]:
         """Return (trial, UTC time, name, value) by trial, time and name."""
         rows = self._fetch(_TELEMETRY, first=first, last=last)
@@ -324,6 +352,23 @@ def _inherit(rows: Sequence[tuple[Any, ...]], reports: dict[int, Metrics], steps
                 break
 
 
+def _counted(
+    rows: Sequence[tuple[Any, ...]], limits: Mapping[int, Mapping[int, int | None]]
+) -> Iterator[tuple[int, int, float]]:
+    """Yield trial, step and value of the numbers on each trial's chain, whose attempts end at ``limits``."""
+    for trial, attempt, step, kind, number, body in rows:
+        if trial in limits:
+            limit = limits[trial].get(attempt, -1)
+            if limit is not None and step > limit:
+                continue
+        value = number if kind == "float" and number is not None else score({"": from_row(kind, number, body)}, _NAMELESS)
+        if value is not None:
+            yield trial, step, value
+
+
+_NAMELESS = Objective(name="")
+
+
 def _by_trial(rows: Sequence[tuple[Any, ...]]) -> dict[int, dict[int, Attempt]]:
     """Return the attempts in rows of ``_ATTEMPTS`` by trial and number; a trial's newest is its current one."""
     found: dict[int, dict[int, Attempt]] = {}
@@ -357,12 +402,12 @@ def _attempt(row: Sequence[Any]) -> Attempt:
     )
 
 
-_ATTEMPT_NUMBER = 13
+_ATTEMPT_NUMBER = 14
 """The column of ``_TRIALS`` that holds the current attempt's number; its id stands before it, the rest of it after."""
 
 
 def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | None) -> Trial:
-    number, status, _, config_id, seed, seq, ts_start, origin, metadata, source, group, repeat, *attempt = row
+    number, status, _, config_id, seed, seq, ts_start, origin, metadata, source, group, repeat, ended_seq, *attempt = row
     current = _attempt(attempt)
     return Trial(
         number=number,
@@ -371,6 +416,7 @@ def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | Non
         config_id=config_id,
         seed=seed,
         seq=seq,
+        ended_seq=ended_seq,
         ts_start=None if ts_start is None else moment(ts_start),
         origin=origin,
         source=source,

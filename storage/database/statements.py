@@ -90,6 +90,10 @@ ADD_REPORT = _sql(
     " VALUES (:attempt, :step, :seq, :reported, :decision) RETURNING id"
 )
 
+ADD_NOTE = _sql("UPDATE attempt SET note = CASE WHEN note = '' THEN :note ELSE note || '; ' || :note END WHERE id = :attempt")
+
+TOUCH = _sql("UPDATE trial SET seq = :seq WHERE id = :trial")
+
 ADD_METRIC = _sql("INSERT INTO metric (report_id, name, kind, number, text) VALUES (:report, :name, :kind, :number, :text)")
 
 ADD_CHECKPOINT = _sql(

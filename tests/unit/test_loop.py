@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -110,6 +111,80 @@ def test_a_time_budget_starts_nothing_more():
     book.update(sample_trial(0))
     book.active_seconds = 60.0
     assert decide(book, NOW) == Done("the time budget of 60 s is used up")
+
+
+def ended(number, loss, seq, status=TrialStatus.COMPLETED, **metrics):
+    found = {"loss": loss, **metrics} if loss is not None else metrics
+    return replace(sample_trial(number, status, metrics=found), seq=seq, ended_seq=seq)
+
+
+def test_a_plateau_ends_proposing():
+    book = ledger(99, plateau=2, min_delta=0.1)
+    book.update(ended(0, 1.0, 10))
+    book.update(ended(1, 0.95, 11, TrialStatus.PRUNED))
+    assert decide(book, NOW) == Propose(2)
+    book.update(ended(2, math.nan, 12))  # no value at all, and errors, neither end a plateau nor make one longer
+    book.update(sample_trial(3, TrialStatus.FAILED))
+    book.update(sample_trial(4, TrialStatus.CANCELLED, metrics={"loss": 0.0}))
+    assert decide(book, NOW) == Propose(5)
+    book.update(ended(5, 0.9, 13))
+    reason = "the plateau of 2 trials is reached: none of the last 2 was better than what came before"
+    assert decide(book, NOW) == Done(reason)
+    book.update(ended(6, 0.85, 14))  # one that ran meanwhile
+    assert decide(book, NOW) == Propose(7)
+
+
+def test_no_plateau_before_the_first_value_that_counts():
+    book = ledger(99, plateau=1, feasible=("size <= 3",), target=-5.0)
+    for number in range(3):
+        book.update(ended(number, -9.0, number, size=4))
+    book.update(ended(3, -9.0, 3))  # says nothing of its size
+    assert book.best is None
+    assert decide(book, NOW) == Propose(4)
+    book.update(ended(4, 1.0, 4, size=3))
+    assert decide(book, NOW) == Propose(5)
+    book.update(ended(5, -9.0, 5, size=4))
+    assert decide(book, NOW).reason.startswith("the plateau of 1 trials")
+
+
+def test_a_plateau_of_a_maximum_with_a_margin():
+    limits = Budget(num_trials=9, objective=Objective(name="loss", direction="max"), plateau=2, min_delta=0.5)
+    for values, length in (((1.0, 1.5, 1.5), 2), ((1.0, 1.6, 1.5), 1), ((1.0, 1.3, 1.6), 0), ((None, None), 0)):
+        assert limits.flat(values) == length
+
+
+@given(st.permutations(range(8)), st.lists(st.sampled_from([0.0, 1.0, 2.0, math.nan]), min_size=8, max_size=8))
+def test_the_order_in_which_rows_are_read_does_not_matter(order, values):
+    """What was seen live, in the order of ends, and what a restore reads, by number, and rows that change later."""
+    live, again = (ledger(99, plateau=3, max_cost=1e9) for _ in range(2))
+    trials = [ended(number, values[number], seq, cost=values[number]) for seq, number in enumerate(order)]
+    for trial in trials:
+        live.update(replace(trial, status=TrialStatus.RUNNING, metrics={}))
+        live.update(trial)
+        live.closed()
+    live.update(replace(trials[0], seq=99))  # a pin, say
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        again.update(trial, fresh=False)
+    assert decide(live, NOW) == decide(again, NOW)
+    assert live.closed() == again.closed()
+
+
+def test_the_cost_of_all_trials_ends_proposing():
+    book = ledger(99, max_concurrent=5, max_cost=10.0, cost_metric="gpu.hours")
+    costs = [4.0, math.nan, -3.0, "7", True, None, math.inf, 5]
+    statuses = [TrialStatus.FAILED, *[TrialStatus.COMPLETED] * 6, TrialStatus.CANCELLED]
+    for number, (cost, status) in enumerate(zip(costs, statuses, strict=True)):
+        book.update(sample_trial(number, status, metrics={"gpu.hours": cost}))
+    assert decide(book, NOW) == Propose(8)
+    book.update(sample_trial(8, TrialStatus.RUNNING))
+    book.spent(sample_trial(8, TrialStatus.RUNNING, metrics={"gpu.hours": 0.5}))
+    assert decide(book, NOW) == Propose(9)
+    book.spent(sample_trial(8, TrialStatus.RUNNING, metrics={"gpu.hours": 1.5}))
+    book.update(sample_trial(9, metrics={"gpu.hours": 0.0}))
+    assert decide(book, NOW) == Submit(9)  # what waits is run
+    book.update(sample_trial(8, TrialStatus.COMPLETED, metrics={"gpu.hours": 1.5}))
+    book.update(sample_trial(9, TrialStatus.COMPLETED))
+    assert decide(book, NOW) == Done("the cost of 10 is reached: the trials' gpu.hours sums up to 10.5")
 
 
 def test_skipped_trials_count_and_no_trials_is_a_budget():

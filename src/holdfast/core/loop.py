@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from operator import itemgetter
 
 from holdfast.core.budget import Budget
 from holdfast.core.objective import score
@@ -61,10 +62,16 @@ class Ledger:
     waiting: dict[int, datetime | None] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
     counts: Counter[TrialStatus] = field(default_factory=Counter)
+    _flat: int | None = 0
+    """the length of the plateau; None: to be counted anew"""
     highest: int = -1
     """the last trial's number"""
     proposed: int = 0
     """how many of the trials came from the proposer"""
+    costs: dict[int, float] = field(default_factory=dict)
+    """what each trial has cost so far, where that is limited"""
+    values: dict[int, tuple[int, float | None]] = field(default_factory=dict)
+    """when each scored trial ended, and the value that it counts with, where a plateau ends the search"""
 
     def update(self, trial: Trial, *, fresh: bool = True) -> None:
         """Take in a trial's row; ``fresh`` rows changed in this run (an old error does not fail fast again)."""
@@ -78,6 +85,9 @@ class Ledger:
         self.highest = max(self.highest, trial.number)
         self.running.discard(trial.number)
         self.waiting.pop(trial.number, None)
+        if self.values.pop(trial.number, None) is not None:
+            self._flat = None
+        self.spent(trial)
         if trial.status is TrialStatus.PENDING:
             self.waiting[trial.number] = trial.ts_start
         elif trial.status is TrialStatus.RUNNING:
@@ -92,9 +102,32 @@ class Ledger:
         self.waiting.pop(number, None)
         self.running.add(number)
 
+    def spent(self, trial: Trial) -> None:
+        """Note what a trial has cost so far."""
+        if self.budget.max_cost is not None:
+            self.costs[trial.number] = self.budget.cost(trial.metrics)
+
+    def closed(self) -> str | None:
+        """Return why no further trial may be proposed, or None."""
+        if self._flat is None:
+            ended = sorted(self.values.values(), key=itemgetter(0))
+            self._flat = self.budget.flat(value for _, value in ended)
+        return self.budget.closed(
+            trials=self.total,
+            proposed=self.proposed,
+            active_seconds=self.active_seconds,
+            best=self.best,
+            flat=self._flat,
+            cost=math.fsum(self.costs.values()),
+        )
+
     def _score(self, trial: Trial) -> None:
-        value = score(trial.metrics, self.budget.objective)
-        if value is None or not math.isfinite(value):
+        raw = score(trial.metrics, self.budget.objective)
+        value = self.budget.value(trial.metrics)
+        if self.budget.plateau is not None and raw is not None and math.isfinite(raw):
+            self._flat = None
+            self.values[trial.number] = (trial.seq if trial.ended_seq is None else trial.ended_seq, value)
+        if value is None:
             return
         if self.best is None or self.budget.objective.better(value, self.best):
             self.best = value
@@ -116,9 +149,7 @@ def decide(ledger: Ledger, now: datetime) -> Action:
     """
     if ledger.halt is not None:
         return Wait() if ledger.running else Done(ledger.halt)
-    closed = ledger.budget.closed(
-        trials=ledger.total, proposed=ledger.proposed, active_seconds=ledger.active_seconds, best=ledger.best
-    )
+    closed = ledger.closed()
     out_of_time = closed is not None and ledger.budget.time_budget is not None
     out_of_time = out_of_time and ledger.active_seconds >= (ledger.budget.time_budget or 0.0)
     if len(ledger.running) >= ledger.max_concurrent:

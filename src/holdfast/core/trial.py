@@ -155,6 +155,8 @@ class Trial:
     """the experiment's counter at the trial's last change"""
     attempt: Attempt
     """the current one"""
+    ended_seq: int | None = None
+    """the counter when it last ended: orders the ends; None while it has not"""
     attempts: int = 0
     """how many were started"""
     failures: int = 0

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from holdfast.core.resume import Action, Planned
-from holdfast.core.trial import ACTIVE, Trial
+from holdfast.core.trial import ACTIVE, Trial, TrialStatus
 from holdfast.experiment import SearchResult
 from holdfast.locate import Opened, default_database
 from holdfast.storage.root import parent_of
@@ -100,7 +100,14 @@ class RunLog(Observer):
             self._open.add(trial.number)
         elif seen:  # else it had ended before this run
             self._open.remove(trial.number)
-            words = trial.metrics if trial.error is None else f"{trial.error.kind}: {trial.error.message}"
+            pruned = trial.status is TrialStatus.PRUNED and trial.attempt.note
+            words = (
+                f"{trial.metrics} ({trial.attempt.note})"
+                if pruned
+                else trial.metrics
+                if trial.error is None
+                else f"{trial.error.kind}: {trial.error.message}"
+            )
             self._logger.info("trial %d %s %s", trial.number, trial.status.value, words)
 
     def ended(self, result: SearchResult) -> None:

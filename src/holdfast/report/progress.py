@@ -108,7 +108,9 @@ class Progress(Observer):
         if self._opened is not None and trial.status in SCORED:
             values = (f"{goal.name}={brief(trial.metrics.get(goal.name))}" for goal in self._opened.spec.goals)
             words += f"  {' '.join(values)}"
-        if trial.error is not None:
+        if trial.status is TrialStatus.PRUNED and trial.attempt.note:
+            words += f"  {trial.attempt.note}"
+        elif trial.error is not None:
             words += f"  {trial.error.kind}: {trial.error.message.splitlines()[0] if trial.error.message else ''}"
         return f"{words}  {config_words(trial)}"
 

@@ -125,6 +125,8 @@ def _cells(trial: Trial, objectives: Sequence[Objective], *, repeated: bool) -> 
     words = config_words(trial)
     if trial.error is not None and trial.status not in SCORED:
         words += f"  {trial.error.kind}: {trial.error.message.splitlines()[0] if trial.error.message else ''}"
+    if trial.status is TrialStatus.PRUNED and trial.attempt.note:
+        words += f"  {trial.attempt.note}"
     return [
         str(trial.number),
         trial.status.value,

@@ -260,6 +260,45 @@ class AttemptContract:
         lab.driver.end(writer.attempt, Ending(outcome=Outcome.LOST))
         assert (lab.trial(0).metrics, lab.trial(0).step) == ({"loss": 1.0}, 1)
 
+    def test_what_stopping_rules_look_at_is_what_counts(self, lab: Lab) -> None:
+        first, second = lab.started(), lab.started()
+        for step in range(3):
+            first.report(step, {"loss": float(step), "size": True})
+        lab.save(first, 3, loss=2**53 + 2, size="s")
+        first.report(4, {"loss": math.nan, "size": 1})
+        second.report(0, {"loss": -math.inf, "other": 1.0})
+        second.report(2, {"loss": None, "size": 10**400})
+        lab.driver.end(second.attempt, Ending(outcome=Outcome.COMPLETED, metrics={"loss": -1.0}))
+        of_second = [(1, 0, -math.inf)]
+        of_first = [(0, 0, 0.0), (0, 1, 1.0), (0, 2, 2.0), (0, 3, 2.0**53 + 2)]
+        both = lab.reader.measured(["loss", "size", "none"])
+        assert repr(both["loss"]) == repr([*of_first, (0, 4, math.nan), *of_second])
+        assert both["size"] == [(0, 4, 1.0), (1, 2, math.inf)]
+        assert both["none"] == []
+        lab.end(first, Outcome.LOST)
+        assert lab.reader.measured(["loss"])["loss"] == [*of_first, *of_second]
+        assert lab.reader.measured(["loss"], first=1, last=1)["loss"] == of_second
+        third = lab.claim(0)
+        third.report(4, {"loss": 4.0})
+        assert lab.reader.measured(["loss"], first=0, last=0)["loss"] == [*of_first, (0, 4, 4.0)]
+        lab.end(third)
+        lab.driver.rerun(lab.row(0), restart=True)
+        assert lab.reader.measured(["loss"])["loss"] == of_second
+
+    def test_why_a_report_was_answered_as_it_was_is_added_to_the_note(self, lab: Lab) -> None:
+        writer = lab.started()
+        writer.report(0, {"loss": 1.0})
+        before = lab.trial(0)
+        assert (before.attempt.note, before.ended_seq) == ("", None)
+        for step, note in enumerate(("first: it's 50 % worse", "second"), start=1):
+            writer.report(step, {"loss": 1.0}, decision="prune", note=note)
+        assert lab.trial(0).attempt.note == "first: it's 50 % worse; second"
+        assert lab.trial(0).seq > before.seq
+        lab.end(writer, Outcome.PRUNED)
+        ended = lab.trial(0)
+        assert ended.attempt.note == "first: it's 50 % worse; second"
+        assert ended.ended_seq == ended.seq
+
     def test_metrics_of_an_attempt_that_has_not_reported_are_its_chains(self, lab: Lab) -> None:
         writer = lab.started()
         lab.save(writer, 5, loss=1.0)
