@@ -51,16 +51,6 @@ def scores(metrics: Mapping[str, Json], objectives: Sequence[Objective]) -> list
     return finite if len(finite) == len(objectives) else None
 
 
-def feasible(metrics: Mapping[str, Json], conditions: Sequence[str]) -> bool:
-    """Tell whether metrics meet every one of a spec's conditions; what a condition names and is not there meets none."""
-    return all(_parsed(condition).holds(metrics) for condition in conditions)
-
-
-@lru_cache(maxsize=256)
-def _parsed(condition: str) -> Expression:
-    return Expression(condition)
-
-
 def pareto(points: Sequence[Sequence[float]], objectives: Sequence[Objective]) -> list[int]:
     """Return the places of the points that no other one dominates, ascending; equal points stand or fall together.
 
