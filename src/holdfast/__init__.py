@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         CheckpointCorrupt,
         CheckpointNotFound,
         Corrupt,
+        EngineError,
+        Exhausted,
         ExperimentExists,
         ExperimentNotFound,
         Fenced,
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
         StorageError,
         TrainableError,
     )
+    from holdfast.core.objective import Objective
+    from holdfast.core.ports import Proposal, Proposer
     from holdfast.core.resume import ResumePolicy
+    from holdfast.core.space import Space
     from holdfast.core.trial import Trial, TrialStatus
     from holdfast.experiment import Experiment, SearchResult
     from holdfast.report.observer import Observer
@@ -50,6 +55,8 @@ _HOMES = {
         "CheckpointCorrupt",
         "CheckpointNotFound",
         "Corrupt",
+        "EngineError",
+        "Exhausted",
         "ExperimentExists",
         "ExperimentNotFound",
         "Fenced",
@@ -66,7 +73,10 @@ _HOMES = {
         "StorageError",
         "TrainableError",
     ),
+    "holdfast.core.objective": ("Objective",),
+    "holdfast.core.ports": ("Proposal", "Proposer"),
     "holdfast.core.resume": ("ResumePolicy",),
+    "holdfast.core.space": ("Space",),
     "holdfast.core.trial": ("Trial", "TrialStatus"),
     "holdfast.experiment": ("Experiment", "SearchResult"),
     "holdfast.report.observer": ("Observer",),
@@ -83,6 +93,8 @@ __all__ = [
     "CheckpointNotFound",
     "CheckpointStore",
     "Corrupt",
+    "EngineError",
+    "Exhausted",
     "Experiment",
     "ExperimentExists",
     "ExperimentNotFound",
@@ -97,9 +109,13 @@ __all__ = [
     "NewerFormat",
     "NotACheckpoint",
     "NotStorable",
+    "Objective",
     "Observer",
+    "Proposal",
+    "Proposer",
     "ResumePolicy",
     "SearchResult",
+    "Space",
     "SpecError",
     "StorageError",
     "StoredCheckpoint",

@@ -65,7 +65,9 @@ def summary_json(experiment: Experiment) -> dict[str, Any]:
 def show_json(experiment: Experiment) -> dict[str, Any]:
     """Return an experiment as ``show --json`` prints it."""
     best = experiment.best_trial()
-    return {**summary_json(experiment), "best": None if best is None else trial_json(best)}
+    search = experiment.spec.search
+    shown = {**summary_json(experiment), "engine": search.engine, "chosen": search.chosen or None}
+    return {**shown, "best": None if best is None else trial_json(best)}
 
 
 def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
