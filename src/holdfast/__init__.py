@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from holdfast.core.resume import ResumePolicy
     from holdfast.core.space import Space
     from holdfast.core.trial import Trial, TrialStatus
+    from holdfast.engines.values import config_at
     from holdfast.experiment import Experiment, SearchResult
     from holdfast.report.observer import Observer
     from holdfast.specfile import ExperimentSpec
@@ -78,6 +79,7 @@ _HOMES = {
     "holdfast.core.resume": ("ResumePolicy",),
     "holdfast.core.space": ("Space",),
     "holdfast.core.trial": ("Trial", "TrialStatus"),
+    "holdfast.engines.values": ("config_at",),
     "holdfast.experiment": ("Experiment", "SearchResult"),
     "holdfast.report.observer": ("Observer",),
     "holdfast.specfile": ("ExperimentSpec",),
@@ -123,6 +125,7 @@ __all__ = [
     "Trial",
     "TrialStatus",
     "can_restore",
+    "config_at",
     "create",
     "import_experiment",
     "open",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TypeVar
 
+from holdfast.core.errors import SpecError
 from holdfast.core.space import CategoricalParameter, ConstantParameter, FloatParameter, IntParameter
 from holdfast.core.spec import ExperimentSpec
 from holdfast.engines.guard import configs_of
@@ -76,9 +77,11 @@ S = TypeVar("S", bound=ExperimentSpec)
 
 
 def chosen(spec: S) -> S:
-    """Return the spec with the engine that auto chooses, and the reason; any other spec as it is."""
+    """Return the spec with the engine that auto chooses, and the reason; any other spec as it is. SpecError for options."""
     if spec.search.engine != "auto":
         return spec
+    if spec.search.options:
+        raise SpecError("search.options are those of one engine, and auto chooses it; name the engine, or leave options out")
     choice = choose(spec)
     words = f"auto chose {choice.engine}: {choice.reason}"
     return spec.model_copy(update={"search": spec.search.model_copy(update={"engine": choice.engine, "chosen": words})})

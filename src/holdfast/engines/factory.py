@@ -40,8 +40,6 @@ def check(spec: ExperimentSpec, *, workdir: str = ".") -> None:
 
     Raises SpecError, or MissingLibrary; writes nothing, and imports no engine but an own one.
     """
-    if spec.search.engine == "auto" and spec.search.options:
-        raise SpecError("search.options are those of one engine, and auto chooses it; name the engine, or leave options out")
     spec = chosen(spec)
     points = completed_points(spec)
     proposed = spec.search.num_trials is None or spec.search.num_trials > len(points) * spec.search.repeats

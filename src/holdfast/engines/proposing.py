@@ -60,6 +60,8 @@ class Repeats:
         self._aggregate = Aggregate(spec)
         self._groups: dict[int, dict[int, Trial]] = {}
         """members by number, by the number of the first"""
+        self._others = 0
+        """members that are not the first of their group"""
         self._changed: set[int] = set()
         self._places: dict[int, int] = {}
         """the inner number of each group that the inner proposer knows"""
@@ -76,6 +78,7 @@ class Repeats:
             return
         first = trial.number if trial.group is None else trial.group
         members = self._groups.setdefault(first, {})
+        self._others += trial.number != first and trial.number not in members
         members[trial.number] = trial
         self._changed.add(first)
         if len(members) < self._expected(members[first]):
@@ -89,7 +92,7 @@ class Repeats:
         for first in sorted(self._changed):
             self._inner.observe(self._as_one(first))
         self._changed.clear()
-        offered = as_proposal(self._inner.propose(len(self._groups)))
+        offered = as_proposal(self._inner.propose(number - self._others))
         if self._repeats > 1:
             return replace(offered, group=number, repeat=0)
         return offered.config if offered == Proposal(config=offered.config) else offered

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 from typing import Any
 
 from holdfast.core.budget import values_of
 from holdfast.core.errors import MissingLibrary
 from holdfast.core.ports import Proposal
 from holdfast.core.seeding import derive
-from holdfast.core.space import FloatParameter, IntParameter, Parameter, Space
+from holdfast.core.space import Space
 from holdfast.core.trial import Trial
-from holdfast.core.values import Config, Scalar
-from holdfast.engines.values import is_counted, nth_value
+from holdfast.engines.values import config_at, is_counted
 
 BLOCK = 64
 """Points that are computed at once; a power of 2, as Sobol's sequence wants it."""
@@ -44,32 +42,8 @@ class QuasiProposer:
     def propose(self, number: int, *, retry: int = 0) -> Proposal:
         place = self._last + 1 + retry
         point = self._sequence.at(place) if self._dimensions else []
-        config: Config = {}
-        for name, parameter in self._space.parameters.items():
-            if self._space.is_active(name, config):
-                dimension = self._dimensions.get(name)
-                config[name] = nth_value(parameter, 0) if dimension is None else value_at(parameter, point[dimension])
-        return Proposal(config=self._space.validate_config(config), state=str(place).encode())
-
-
-def value_at(parameter: Parameter, share: float) -> Scalar:
-    """Return the value of ``parameter`` below which the part ``share``, in [0, 1), of its range lies."""
-    if isinstance(parameter, IntParameter) and parameter.log:
-        exact = _between_logs(parameter.low - 0.5, parameter.high + 0.5, share)
-        return min(max(round(exact), parameter.low), parameter.high)
-    if is_counted(parameter):
-        count = values_of(parameter)
-        return nth_value(parameter, min(int(share * count), count - 1))
-    assert isinstance(parameter, FloatParameter)
-    if parameter.log:
-        value = _between_logs(parameter.low, parameter.high, share)
-    else:
-        value = (1.0 - share) * parameter.low + share * parameter.high
-    return min(max(value, parameter.low), parameter.high)
-
-
-def _between_logs(low: float, high: float, share: float) -> float:
-    return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+        shares = {name: point[dimension] for name, dimension in self._dimensions.items()}
+        return Proposal(config=config_at(self._space, shares), state=str(place).encode())
 
 
 class _Sequence:
