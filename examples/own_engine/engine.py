@@ -26,6 +26,6 @@ class Evolution:
         dice = random.Random(f"{self.seed}/{number}")
         shares = {name: dice.random() for name in self.space.parameters}
         if self.results:
-            best = min(self.results.values(), key=lambda result: result[0])[1]
+            best = min(self.results.items(), key=lambda item: (item[1][0], item[0]))[1][1]  # the first of equal ones
             shares = {name: min(max(best[name] + dice.gauss(0, self.width), 0.0), 1.0) for name in shares}
         return Proposal(config=config_at(self.space, shares), state=json.dumps(shares).encode())
