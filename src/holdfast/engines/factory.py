@@ -70,7 +70,7 @@ def check(spec: ExperimentSpec, *, workdir: str = ".") -> None:
 
 def completed_points(spec: ExperimentSpec) -> list[Config]:
     """Return the spec's points as configs of its space; SpecError for what is none, or breaks a constraint."""
-    conditions = Conditions(spec.constraints)
+    conditions = Conditions(spec)
     points = []
     for place, point in enumerate(spec.search.points):
         where = f"search.points[{place}]"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from functools import cached_property
 
-from holdfast.core.errors import EngineError, Exhausted, InvalidInput
+from holdfast.core.errors import EngineError, Exhausted, InvalidInput, SpecError
 from holdfast.core.expression import Expression
 from holdfast.core.objective import scores
 from holdfast.core.ports import Proposal, RetryingProposer, as_proposal
@@ -29,8 +29,8 @@ LISTED = 10_000
 class Conditions:
     """The spec's constraints; one that names an inactive parameter says nothing."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._expressions = [Expression(text) for text in texts]
+    def __init__(self, spec: ExperimentSpec) -> None:
+        self._expressions = [Expression(text) for text in spec.constraints]
 
     def __bool__(self) -> bool:
         return bool(self._expressions)
@@ -65,7 +65,7 @@ class Guard:
     def __init__(self, inner: RetryingProposer, spec: ExperimentSpec, seed: int, *, retries: int, models: bool) -> None:
         self._inner = inner
         self._space = spec.space
-        self._conditions = Conditions(spec.constraints)
+        self._conditions = Conditions(spec)
         self._goals = spec.goals
         self._seed = seed
         self._retries = retries
@@ -174,7 +174,7 @@ class ConstrainedGrid:
     def __init__(self, spec: ExperimentSpec) -> None:
         self._grid = GridProposer(spec.space)
         self._samples = spec.search.samples
-        self._conditions = Conditions(spec.constraints)
+        self._conditions = Conditions(spec)
         self._allowed: list[int] = []
         self._walked = 0
         self._breaks: Counter[str] = Counter()
@@ -223,15 +223,18 @@ class ConstrainedGrid:
 
 
 def configs_of(space: Space) -> int | None:
-    """Return how many configs a space has, or None when a parameter is continuous."""
+    """Return how many configs a space has; None when a parameter is continuous, or they are too many to be counted."""
     if not all(is_counted(parameter) for parameter in space.parameters.values()):
         return None
-    return GridProposer(space).size
+    try:
+        return GridProposer(space).size
+    except SpecError:  # too many to be counted
+        return None
 
 
 def refuse_impossible(spec: ExperimentSpec) -> str | None:
     """Return why no config of the space meets the constraints, as far as that can be told beforehand, or None."""
-    conditions = Conditions(spec.constraints)
+    conditions = Conditions(spec)
     if not conditions:
         return None
     size = configs_of(spec.space)

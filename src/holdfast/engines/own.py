@@ -33,7 +33,7 @@ class OwnProposer:
         self._inner = inner
         self._name = spec.search.engine
         self._space = spec.space
-        self._conditions = Conditions(spec.constraints)
+        self._conditions = Conditions(spec)
 
     @property
     def size(self) -> int | None:
