@@ -1,13 +1,11 @@
 """What stands around the engines: points, repeats, and configs that are not to be tried."""
 
-import json
 import math
 from collections import Counter
 from datetime import UTC, datetime
 
 import pytest
 
-import holdfast
 from holdfast.core.budget import Budget
 from holdfast.core.errors import EngineError, Exhausted, SpecError
 from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, decide
@@ -19,9 +17,7 @@ from holdfast.engines.grid import GridProposer
 from holdfast.engines.guard import Guard
 from holdfast.engines.proposing import Points, Repeats
 from holdfast.engines.random_engine import RandomProposer
-from holdfast.flows.prepare import check_spec
-from holdfast.specfile import ExperimentSpec
-from holdfast.testing.proposers import ProposerContract, changed, config_of, objective_of, proposed, rebuilt
+from holdfast.testing.proposers import changed, config_of, objective_of, proposed, rebuilt
 from holdfast.testing.samples import sample_spec, sample_trial
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -32,38 +28,6 @@ MIXED = {
     "z": {"type": "int", "low": 1, "high": 3, "default": 2, "when": {"kind": "b"}},
 }
 POINTS = [{"x": 1}, {"x": 2, "kind": "b"}, {"x": 3, "y": 1.0}]
-
-
-class Around(ProposerContract):
-    """The contract over all that stands around an engine: three points, repeats and a constraint."""
-
-    def make(self, spec, seed):
-        return make_proposer(spec, seed)
-
-    def spec(self, space, objectives=None):
-        spec = super().spec(space, objectives)
-        source = RandomProposer(spec.space, 99)
-        return spec.model_copy(
-            update={
-                "search": spec.search.model_copy(update={"points": tuple(source.propose(number) for number in range(3))}),
-                "constraints": ("x < 0.5", "layers * 2 < 6 or act != true") if space != "one" else (),
-            }
-        )
-
-
-class TestAroundRandom(Around):
-    engine = "random"
-    settings = {"search": {"repeats": 2}}  # noqa: RUF012
-
-
-class TestAroundTPE(Around):
-    engine = "tpe"
-    settings = {"search": {"repeats": 2, "aggregate": "worst"}}  # noqa: RUF012
-
-
-class TestAroundSobol(Around):
-    engine = "sobol"
-    settings = {"search": {"repeats": 3, "aggregate": "median"}}  # noqa: RUF012
 
 
 # The whole of it, in a loop that is killed
@@ -513,27 +477,3 @@ def test_small_searches_have_no_layers_that_cost():
     proposer.propose(4)
     assert all(engine.seen[trial.number] is trial for trial in trials)
     assert not any(trial.status in ACTIVE for trial in engine.seen.values())
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"search": {"points": [{"x": 9.0}]}}, r"search\.points\[0\].*x = 9\.0 is outside"),
-        ({"search": {"engine": "sobol", "options": {"scrambled": True}}}, "sobol has scramble"),
-        ({"search": {"engine": "engine.py:Absent"}}, r"there is no file .*engine\.py"),
-        ({"constraints": ["x > 9"]}, "'x > 9' was never met"),
-    ],
-)
-def test_what_a_spec_says_wrong_of_its_engine_is_refused_before_anything_is_written(tmp_path, changes, words):
-    """By create and validate, too, which check as a search does."""
-    data = {"name": "exp", "trainable": "train.py:train", "objectives": {"loss": "min"}, "storage": "./runs"}
-    data |= {"space": {"x": {"type": "float", "low": 0.0, "high": 1.0}}, **changes}
-    data["search"] = {"engine": "random", "num_trials": 3, **changes.get("search", {})}
-    file = tmp_path / "exp.yaml"
-    file.write_text(json.dumps(data))
-    (tmp_path / "train.py").write_text("def train(trial):\n    pass\n")
-    with pytest.raises(SpecError, match=words):
-        holdfast.create(file)
-    with pytest.raises(SpecError, match=words):
-        check_spec(ExperimentSpec.from_file(file), workdir=str(tmp_path))
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["exp.yaml", "train.py"]
