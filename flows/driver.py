@@ -15,9 +15,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from holdfast.core import faults
 from holdfast.core.budget import Budget
-from holdfast.core.errors import Conflict, Contention, EngineError, HoldfastError
+from holdfast.core.errors import Conflict, Contention, EngineError, Exhausted, HoldfastError
 from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, actions
-from holdfast.core.ports import Proposal, Proposer
+from holdfast.core.ports import Proposer, as_proposal
 from holdfast.core.space import config_digest
 from holdfast.core.trial import ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import dumps
@@ -45,7 +45,7 @@ class Drive:
         self._driver = session.driver
         self._runtime = session.runtime
         spec = session.spec
-        self._proposer: Proposer = make_proposer(spec, session.opened.record.seed)
+        self._proposer: Proposer = make_proposer(spec, session.opened.record.seed, workdir=session.opened.record.workdir)
         self.ledger = Ledger(
             budget=Budget.of(spec, grid_size=self._proposer.size),
             max_concurrent=spec.search.max_concurrent,
@@ -104,8 +104,11 @@ class Drive:
         raise AssertionError("the loop ends with Done")
 
     def _propose(self, number: int) -> None:
-        offered = self._proposer.propose(number)
-        proposal = offered if isinstance(offered, Proposal) else Proposal(config=dict(offered))
+        try:
+            proposal = as_proposal(self._proposer.propose(number))
+        except Exhausted as error:
+            self.ledger.exhausted, self.ledger.exhaustion = True, str(error)
+            return
         with suppress(Conflict):  # a trial was queued meanwhile: it comes first, and the next proposal knows of it
             self._driver.propose(
                 proposal.config,

@@ -19,11 +19,14 @@ from holdfast.core.budget import Budget
 from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, LeaseHeld, SpecError
 from holdfast.core.loop import Ledger
 from holdfast.core.resume import Action, Planned, ResumePolicy
+from holdfast.core.search_section import is_own
 from holdfast.core.space import Space
 from holdfast.core.spec import CHANGEABLE, LOCATION_FIELDS, ExperimentSpec
 from holdfast.core.trial import Trial
 from holdfast.core.values import Json, strict
-from holdfast.engines.grid import GridProposer
+from holdfast.engines import factory
+from holdfast.engines.choosing import chosen
+from holdfast.engines.own import engine_name
 from holdfast.flows import reconcile
 from holdfast.flows.session import Session, begin, make_pool, runnable
 from holdfast.holding import WentOn, end_children, liveness
@@ -61,12 +64,12 @@ class Origin:
 
 
 def check_spec(spec: ExperimentSpec, *, workdir: str, root: Path | None = None) -> WorkerPool | None:
-    """Check what a spec names beyond itself: storage, database URL, grid, trainable. Return the workers, one of them warm.
+    """Check what a spec names beyond itself: storage, database URL, engine, trainable. Return the workers, one of them warm.
 
     Raises SpecError or TrainableError; creates nothing.
     """
     check_storage(spec)
-    _grid_size(spec)  # a grid that its constraints leave empty, or that is too large to be counted
+    factory.check(spec, workdir=workdir)
     pool = make_pool(spec)
     probe(spec if root is None else runnable(spec, root), pool, workdir)
     return pool
@@ -130,6 +133,7 @@ def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | No
         return prepare_restore(_going_on(spec), observer)
     if spec.if_exists == "new":
         spec = spec.model_copy(update={"name": free_name(spec)})
+    spec = chosen(spec)
     _refuse_live(spec)
     check_free(spec)
     check_merge(spec)
@@ -159,6 +163,7 @@ def prepare_creation(spec: ExperimentSpec, origin: Origin) -> Opened:
         spec = spec.model_copy(update={"name": free_name(spec)})
     check_free(spec)
     check_merge(spec)
+    spec = chosen(spec)
     pool = _checked_pool(spec, origin)
     if pool is not None:
         pool.close()
@@ -187,6 +192,7 @@ def _going_on(spec: ExperimentSpec) -> RestoreRequest:
         changes={key: getattr(getattr(spec, key.partition(".")[0]), key.partition(".")[2]) for key in CHANGEABLE},
         space=spec.space,
         objectives=spec.objectives,
+        engine=spec.search.engine if is_own(spec.search.engine) else None,
         database=spec.database,
     )
 
@@ -212,6 +218,8 @@ class RestoreRequest:
     space: Space | None = None
     """compared with the experiment's, as are the objectives"""
     objectives: Mapping[str, str] | None = None
+    engine: str | None = None
+    """where the same engine of the user's own is now"""
     references: Mapping[str, Any] | None = None
     database: str | None = None
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
@@ -250,6 +258,14 @@ def changed_spec(opened: Opened, request: RestoreRequest) -> tuple[ExperimentSpe
             )
         spec = renamed
         changes["trainable"] = [stored.trainable, request.trainable]
+    if request.engine is not None and request.engine != stored.search.engine:
+        if engine_name(request.engine) != engine_name(stored.search.engine):
+            raise SpecError(
+                f"the experiment's engine is {stored.search.engine}, the one given is {request.engine}; a restore keeps it: "
+                "give that one, or start a new experiment"
+            )
+        spec = spec.model_copy(update={"search": spec.search.model_copy(update={"engine": request.engine})})
+        changes["search.engine"] = [stored.search.engine, request.engine]
     if request.space is not None and (lines := stored.space.difference(request.space)):
         raise SpecError("the space differs from the experiment's (stored / given); a restore keeps it:\n" + "\n".join(lines))
     if request.objectives is not None and list(request.objectives.items()) != list(stored.objectives.items()):
@@ -302,6 +318,7 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
         return Restored(opened=opened, plan=plan, session=None)
     check_storage(spec.model_copy(update={"database": request.database or spec.database}))
     _refuse_held(opened, force=request.force)
+    factory.check(spec, workdir=opened.record.workdir)
     observer.preparing()
     pool = make_pool(spec)
     probe(runnable(spec, opened.folder), pool, opened.record.workdir)
@@ -354,12 +371,15 @@ def work_left(spec: ExperimentSpec, trials: Sequence[Trial], plan: Sequence[Plan
         return True
     if not new_trials:
         return False
-    budget = Budget.of(spec, grid_size=_grid_size(spec))
+    budget = Budget.of(spec)
     record = experiments.by_uuid(opened.database, opened.record.uuid)
     ledger = Ledger(budget=budget, max_concurrent=1, active_seconds=record.active_seconds if record is not None else 0.0)
     for trial in trials:
         ledger.update(trial, fresh=False)
-    return ledger.closed() is None
+    if ledger.closed() is not None:
+        return False
+    size = factory.size_of(spec, opened.record.seed, workdir=opened.record.workdir)  # an own engine is not asked in vain
+    return size is None or ledger.proposed < size
 
 
 def _refuse_live(spec: ExperimentSpec) -> None:
@@ -384,9 +404,3 @@ def _refuse_held(opened: Opened, *, force: bool = False) -> None:
             f"{describe(lease.holder)} drives the experiment; its lease runs {lease.remaining:.0f} s unless renewed; "
             "wait for it, or end it with `holdfast stop`"
         )
-
-
-def _grid_size(spec: ExperimentSpec) -> int | None:
-    if spec.search.engine != "grid":
-        return None
-    return GridProposer(spec.space, spec.search.samples, constraints=spec.constraints).size

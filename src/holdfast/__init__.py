@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         CheckpointCorrupt,
         CheckpointNotFound,
         Corrupt,
+        EngineError,
+        Exhausted,
         ExperimentExists,
         ExperimentNotFound,
         Fenced,
@@ -33,9 +35,12 @@ if TYPE_CHECKING:
         StorageError,
         TrainableError,
     )
+    from holdfast.core.objective import Objective
+    from holdfast.core.ports import Proposal, Proposer
     from holdfast.core.resume import ResumePolicy
     from holdfast.core.space import Space
     from holdfast.core.trial import Trial, TrialStatus
+    from holdfast.engines.values import config_at
     from holdfast.experiment import Experiment, SearchResult
     from holdfast.report.observer import Observer
     from holdfast.specfile import ExperimentSpec
@@ -53,6 +58,8 @@ _HOMES = {
         "CheckpointCorrupt",
         "CheckpointNotFound",
         "Corrupt",
+        "EngineError",
+        "Exhausted",
         "ExperimentExists",
         "ExperimentNotFound",
         "Fenced",
@@ -69,9 +76,12 @@ _HOMES = {
         "StorageError",
         "TrainableError",
     ),
+    "holdfast.core.objective": ("Objective",),
+    "holdfast.core.ports": ("Proposal", "Proposer"),
     "holdfast.core.resume": ("ResumePolicy",),
     "holdfast.core.space": ("Space",),
     "holdfast.core.trial": ("Trial", "TrialStatus"),
+    "holdfast.engines.values": ("config_at",),
     "holdfast.experiment": ("Experiment", "SearchResult"),
     "holdfast.report.observer": ("Observer",),
     "holdfast.specfile": ("ExperimentSpec",),
@@ -87,6 +97,8 @@ __all__ = [
     "CheckpointNotFound",
     "CheckpointStore",
     "Corrupt",
+    "EngineError",
+    "Exhausted",
     "Experiment",
     "ExperimentExists",
     "ExperimentNotFound",
@@ -101,7 +113,10 @@ __all__ = [
     "NewerFormat",
     "NotACheckpoint",
     "NotStorable",
+    "Objective",
     "Observer",
+    "Proposal",
+    "Proposer",
     "ResumePolicy",
     "SearchResult",
     "Space",
@@ -112,6 +127,7 @@ __all__ = [
     "Trial",
     "TrialStatus",
     "can_restore",
+    "config_at",
     "create",
     "import_experiment",
     "nested",

@@ -45,8 +45,8 @@ class ExperimentSpec(core.ExperimentSpec):
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
         """Read the YAML file ``path``, with ``overrides`` such as ``search.seed=1`` applied.
 
-        A relative ``storage``, and a ``trainable`` that is a relative file, are taken from the file's folder. Raises
-        SpecError, naming file, line, key and remedy.
+        A relative ``storage``, and a ``trainable`` or an ``engine`` that is a relative file, are taken from the file's folder.
+        Raises SpecError, naming file, line, key and remedy.
         """
         return cls.from_text(_read(Path(path)), source=str(path), folder=Path(path).parent, overrides=overrides)
 
@@ -293,6 +293,12 @@ def _make_absolute(data: dict[str, Any], folder: Path) -> None:
         target, colon, attribute = trainable.rpartition(":")
         if target.endswith(".py"):
             data["trainable"] = _absolute(target, folder) + colon + attribute
+    search = data.get("search")
+    engine = search.get("engine") if isinstance(search, dict) else None
+    if isinstance(search, dict) and isinstance(engine, str):
+        target, colon, attribute = engine.rpartition(":")
+        if target.endswith(".py"):
+            data["search"] = {**search, "engine": _absolute(target, folder) + colon + attribute}
 
 
 def _absolute(path: str, folder: Path) -> str:

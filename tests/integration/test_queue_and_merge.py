@@ -154,8 +154,8 @@ from holdfast.flows import driver
 make, raced = driver.make_proposer, set()
 
 
-def patched(spec, seed):
-    proposer = make(spec, seed)
+def patched(spec, seed, **options):
+    proposer = make(spec, seed, **options)
     propose = proposer.propose
 
     def slow(number):

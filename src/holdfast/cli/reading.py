@@ -135,6 +135,7 @@ def _show(options: argparse.Namespace) -> int:
         ranking = Ranking(experiment.trials, experiment.spec, options.weights, how)
         shown = summary_json(experiment)
         console = terminal()
+        search = experiment.spec.search
         lease = experiment.lease
         for name in ("name", "id", "status", "path", "epoch"):
             console.print(f"{name + ':':<8} {shown[name]}", markup=False, soft_wrap=True)
@@ -142,6 +143,7 @@ def _show(options: argparse.Namespace) -> int:
             holder = lease.holder or {}
             words = f"{describe(holder)}, for another {lease.remaining:.0f} s unless renewed"
             console.print(f"{'holder:':<8} {words}", markup=False)
+        console.print(f"{'engine:':<8} {search.chosen or search.engine}", markup=False, soft_wrap=True)
         counts = ", ".join(f"{count} {status}" for status, count in shown["trials"].items())
         console.print(f"{'trials:':<8} {counts or 'none'}", markup=False)
         for part in ranking.parts():

@@ -115,11 +115,12 @@ def _driven(options: argparse.Namespace, call: Any) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
+    from holdfast.engines.choosing import chosen
     from holdfast.flows.prepare import check_spec
     from holdfast.locate import check_free, check_merge, dated
     from holdfast.specfile import ExperimentSpec
 
-    spec = ExperimentSpec.from_file(options.spec, options.set)
+    spec = chosen(ExperimentSpec.from_file(options.spec, options.set))
     named = spec.model_copy(update={"name": dated(spec.name, datetime.now().astimezone())})
     if spec.if_exists == "fail":
         check_free(named)
@@ -131,4 +132,6 @@ def _validate(options: argparse.Namespace) -> int:
         print_json(spec.stored())
     else:
         print(f"{options.spec}: {spec.name} is a good spec; run it with `holdfast run {options.spec}`")
+        if spec.search.chosen:
+            print(spec.search.chosen)
     return 0

@@ -39,7 +39,7 @@ class Budget:
     num_trials: int | None
     """trials in all, queued ones included"""
     proposals: int | None = None
-    """trials that the proposer has to give (a grid's size): queued ones take none of them away"""
+    """trials that the engine has to give (a grid's size): queued ones and the spec's points take none of them away"""
     time_budget: float | None = None
     """seconds of active time"""
     target: float | None = None

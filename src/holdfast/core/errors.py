@@ -29,6 +29,7 @@ HoldfastError
 │   ├── EngineError
 │   ├── NewerFormat                    a newer holdfast wrote it: nothing is damaged, and nothing older is used instead
 │   └── MissingLibrary (ImportError)   what was stored needs a library that is not installed here
+├── Exhausted                          a proposer has nothing more to propose; ends the search, as a budget does
 └── TrialFailure                       user code failed; ends one attempt
     ├── TrialFailed                    it raised, or returned no objective
     ├── TrialTimedOut (TimeoutError)   it ran into ``trial_timeout``
@@ -150,7 +151,7 @@ class StorageError(Infrastructure, OSError):
 
 
 class EngineError(Infrastructure):
-    """Prefect could not be started or reached, or did not persist a result."""
+    """Prefect could not be started or reached, or did not persist a result; or an engine could not propose."""
 
 
 class NewerFormat(Infrastructure):
@@ -159,6 +160,10 @@ class NewerFormat(Infrastructure):
 
 class MissingLibrary(Infrastructure, ImportError):
     """What was stored needs a library that is not installed here; the message says which."""
+
+
+class Exhausted(HoldfastError):
+    """A proposer has nothing more to propose; the message says why. The search ends, as when its budget is used up."""
 
 
 class TrialFailure(HoldfastError):

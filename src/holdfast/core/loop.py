@@ -54,6 +54,8 @@ class Ledger:
     fail_fast: bool = False
     exhausted: bool = False
     """the proposer has nothing more, or no new trials are wanted"""
+    exhaustion: str = "nothing is left to do"
+    """why it is exhausted"""
     halt: str | None = None
     """why the search must end now, whatever is left to do"""
     active_seconds: float = 0.0
@@ -67,7 +69,7 @@ class Ledger:
     highest: int = -1
     """the last trial's number"""
     proposed: int = 0
-    """how many of the trials came from the proposer"""
+    """how many of the trials came from the engine: neither from the queue nor from the spec's points"""
     costs: dict[int, float] = field(default_factory=dict)
     """what each trial has cost so far, where that is limited"""
     values: dict[int, tuple[int, float | None]] = field(default_factory=dict)
@@ -163,7 +165,7 @@ def decide(ledger: Ledger, now: datetime) -> Action:
     starts = [] if out_of_time else [start for start in ledger.waiting.values() if start is not None]
     if ledger.running or starts:
         return Wait(until=min(starts, default=None))
-    return Done(closed or "nothing is left to do")
+    return Done(closed or ledger.exhaustion)
 
 
 def actions(ledger: Ledger, now: Callable[[], datetime]) -> Iterator[Action]:

@@ -52,6 +52,19 @@ class Proposer(Protocol):
         """Return a config for trial ``number``, which is one more than the last observed; a proposal to say more.
 
         Repeats itself exactly when called again in the same state. The config is not observed until it comes back
-        through :meth:`observe`.
+        through :meth:`observe`. Raises :class:`~holdfast.core.errors.Exhausted` when there is nothing more to propose.
         """
         ...
+
+
+class RetryingProposer(Proposer, Protocol):
+    """An engine that can be asked for another config in the place of one that is not to be tried."""
+
+    def propose(self, number: int, *, retry: int = 0) -> Proposal | Mapping[str, Scalar]:
+        """As :meth:`Proposer.propose`; each ``retry`` from 1 gives another config, the same one whenever it is asked for."""
+        ...
+
+
+def as_proposal(offered: Proposal | Mapping[str, Scalar]) -> Proposal:
+    """Return what a proposer offers as a proposal."""
+    return offered if isinstance(offered, Proposal) else Proposal(config=dict(offered))

@@ -23,9 +23,15 @@ from holdfast.core.budget import has_conditions, values_of
 from holdfast.core.objective import Direction, Objective, scores
 from holdfast.core.seeding import proposal_seed
 from holdfast.core.space import CategoricalParameter, ConstantParameter, FloatParameter, IntParameter, Parameter, Space
+from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import ACTIVE, SCORED, Trial
 from holdfast.core.values import Config, Scalar
 from holdfast.engines.values import index_of, is_counted, nth_value
+
+
+def make(spec: ExperimentSpec, seed: int) -> TPEProposer:
+    """Return a proposer of the spec's engine."""
+    return TPEProposer(spec.space, spec.goals, seed)
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,12 @@ class TPEProposer:
         if not expected or not self._study.follow(trial.number + self._merged, before, standing):
             self._study = None
 
-    def propose(self, number: int) -> Config:
+    def propose(self, number: int, *, retry: int = 0) -> Config:
         with _quiet():
             if self._study is None:
                 self._study = self._rebuilt()
             sampler = optuna.samplers.TPESampler(
-                seed=proposal_seed(self._seed, number), multivariate=True, group=self._group, constant_liar=True
+                seed=proposal_seed(self._seed + retry, number), multivariate=True, group=self._group, constant_liar=True
             )
             config = self._study.sample(sampler, self._space, self._distributions)
         return self._space.validate_config(config)

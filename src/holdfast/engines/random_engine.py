@@ -6,7 +6,7 @@ import math
 from random import Random
 
 from holdfast.core.budget import values_of
-from holdfast.core.seeding import proposal_seed
+from holdfast.core.seeding import derive, proposal_seed
 from holdfast.core.space import FloatParameter, IntParameter, Parameter, Space
 from holdfast.core.trial import Trial
 from holdfast.core.values import Config, Scalar
@@ -25,13 +25,19 @@ class RandomProposer:
     def observe(self, trial: Trial) -> None:
         """Nothing that was tried changes a draw."""
 
-    def propose(self, number: int) -> Config:
-        random = Random(proposal_seed(self._seed, number))
-        config: Config = {}
-        for name, parameter in self._space.parameters.items():
-            if self._space.is_active(name, config):
-                config[name] = draw(parameter, random)
-        return self._space.validate_config(config)
+    def propose(self, number: int, *, retry: int = 0) -> Config:
+        seed = proposal_seed(self._seed, number) if retry == 0 else derive(self._seed, "proposal", number, retry)
+        return self._space.validate_config(drawn(self._space, seed))
+
+
+def drawn(space: Space, seed: int) -> Config:
+    """Return an independent draw of a config."""
+    random = Random(seed)
+    config: Config = {}
+    for name, parameter in space.parameters.items():
+        if space.is_active(name, config):
+            config[name] = draw(parameter, random)
+    return config
 
 
 def draw(parameter: Parameter, random: Random) -> Scalar:

@@ -88,6 +88,8 @@ class RunLog(Observer):
     def opened(self, opened: Opened, *, restored: bool) -> None:
         self._logger.info("experiment %s: %s", opened.record.name, opened.folder.location)
         self._logger.info("after a crash: %s", restore_command(opened))
+        if opened.spec.search.chosen:
+            self._logger.info("%s", opened.spec.search.chosen)
 
     def planned(self, plan: Sequence[Planned]) -> None:
         for planned in plan:

@@ -43,6 +43,8 @@ class Progress(Observer):
         self._opened = opened
         self._print(f"{'restoring' if restored else 'experiment'} {opened.record.name}: {opened.folder.location}")
         self._print(f"after a crash: {restore_command(opened)}")
+        if opened.spec.search.chosen:
+            self._print(opened.spec.search.chosen)
 
     def planned(self, plan: Sequence[Planned]) -> None:
         self._print(f"trials: {plan_words(plan)}")

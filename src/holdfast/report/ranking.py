@@ -142,4 +142,6 @@ class Ranking:
 def show_json(experiment: Experiment, weights: Mapping[str, float] | None = None, scalarisation: str = "sum") -> dict[str, Any]:
     """Return an experiment as ``show --json`` prints it."""
     ranking = Ranking(experiment.trials, experiment.spec, weights, scalarisation)
-    return {**summary_json(experiment), **ranking.json()}
+    search = experiment.spec.search
+    engine = {"engine": search.engine, "chosen": search.chosen or None}
+    return {**summary_json(experiment), **engine, **ranking.json()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,6 +108,25 @@ def config_of(offered: Proposal | Mapping[str, Scalar]) -> Config:
     return dict(offered.config if isinstance(offered, Proposal) else offered)
 
 
+def state_of(offered: Proposal | Mapping[str, Scalar]) -> bytes | None:
+    """Return what a proposer wants to find again with what it offers."""
+    return offered.state if isinstance(offered, Proposal) else None
+
+
+def proposed(number: int, offered: Proposal | Mapping[str, Scalar]) -> Trial:
+    """Return the waiting trial that becomes of what a proposer offers."""
+    trial = replace(sample_trial(number, config=config_of(offered)), state=state_of(offered))
+    if not isinstance(offered, Proposal):
+        return trial
+    return replace(trial, source=offered.source, group=offered.group, repeat=offered.repeat)
+
+
+def changed(trial: Trial, status: TrialStatus, metrics: Metrics | None = None, attempt: int = 1) -> Trial:
+    """Return ``trial`` in another status: the same config, state and place in a group."""
+    now = sample_trial(trial.number, status, config=trial.config, metrics=metrics, attempt=attempt, source=trial.source)
+    return replace(now, state=trial.state, group=trial.group, repeat=trial.repeat)
+
+
 Simulation = Generator[None, Proposer | None, None]
 
 
@@ -136,14 +156,13 @@ def simulate(proposer: Proposer, trials: dict[int, Trial], *, until: int, concur
             successor = yield
             proposer = successor or proposer
             number = len(trials)
-            config = config_of(proposer.propose(number))
-            change(sample_trial(number, config=config))
-            change(sample_trial(number, TrialStatus.RUNNING, config=config))
+            change(proposed(number, proposer.propose(number)))
+            change(changed(trials[number], TrialStatus.RUNNING))
             continue
         now = running()
         number = now[len(trials) % len(now)]
         status, metrics = ending(number, trials[number].config)
-        change(sample_trial(number, status, config=trials[number].config, metrics=metrics))
+        change(changed(trials[number], status, metrics))
 
 
 class ProposerContract:
@@ -153,6 +172,9 @@ class ProposerContract:
     trials = 24
     """per simulated search; a model needs enough to leave its start-up"""
 
+    settings: Mapping[str, Any] = {}  # replaced, never changed
+    """further keys of every spec, such as ``{"search": {"repeats": 2}}``"""
+
     def make(self, spec: ExperimentSpec, seed: int) -> Proposer:
         raise NotImplementedError("the subclass gives it")
 
@@ -160,11 +182,9 @@ class ProposerContract:
         return space
 
     def spec(self, space: str, objectives: Mapping[str, str] | None = None) -> ExperimentSpec:
-        return sample_spec(
-            space=self.adapt(SPACES[space]),
-            objectives=dict(objectives or {"loss": "min"}),
-            search={"engine": self.engine, "num_trials": self.trials, "seed": 1},
-        )
+        search = {"engine": self.engine, "num_trials": self.trials, "seed": 1, **self.settings.get("search", {})}
+        sections = {**self.settings, "search": search, "objectives": dict(objectives or {"loss": "min"})}
+        return sample_spec(space=self.adapt(SPACES[space]), **sections)
 
     def whole(self, spec: ExperimentSpec, concurrent: int = 1) -> dict[int, Trial]:
         """Return the trials of an uninterrupted search."""
@@ -235,7 +255,7 @@ class ProposerContract:
         for ended in ([first, second], [second, first]):
             proposer = rebuilt(lambda: self.make(spec, 1), {key: trials[key] for key in range(number - 2)})
             for trial in (first, second):
-                proposer.observe(sample_trial(trial.number, TrialStatus.RUNNING, config=trial.config))
+                proposer.observe(changed(trial, TrialStatus.RUNNING))
             for trial in ended:
                 proposer.observe(trial)
             found.append(proposer.propose(number))
@@ -255,6 +275,6 @@ class ProposerContract:
         for key in (3, 4, 5):
             for status in again:
                 metrics = {"loss": -5.0, "size": 1.0} if status is TrialStatus.COMPLETED else {}
-                trials[key] = sample_trial(key, status, config=trials[key].config, metrics=metrics, attempt=2)
+                trials[key] = changed(trials[key], status, metrics, attempt=2)
                 proposer.observe(trials[key])
                 assert rebuilt(lambda: self.make(spec, 1), trials).propose(number) == proposer.propose(number), (key, status)

@@ -1,0 +1,192 @@
+"""Engines of the user's own: found, made and held to the protocol."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast.core.errors import EngineError, Exhausted, SpecError
+from holdfast.core.ports import Proposal
+from holdfast.core.trial import TrialStatus
+from holdfast.engines.factory import check, make_proposer, size_of
+from holdfast.engines.own import engine_name
+from holdfast.specfile import ExperimentSpec
+from holdfast.testing.proposers import ProposerContract, changed, objective_of, proposed
+from holdfast.testing.samples import sample_spec, sample_trial
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_engine"
+
+
+class TestExample(ProposerContract):
+    engine = f"{EXAMPLE}/engine.py:Evolution"
+
+    def make(self, spec, seed):
+        return make_proposer(spec, seed)
+
+
+def test_the_example_gets_better_than_its_first_draws():
+    spec = ExperimentSpec.from_file(EXAMPLE / "own_engine.yaml")
+    assert spec.search.engine == f"{EXAMPLE}/engine.py:Evolution"
+    spec = sample_spec(space={"x": {"type": "float", "low": -5.0, "high": 5.0}}, search={**spec.search.model_dump()})
+    check(spec)
+    proposer, found = make_proposer(spec, 1), []
+    for number in range(60):
+        trial = proposed(number, proposer.propose(number))
+        found.append(trial.config["x"] ** 2)
+        proposer.observe(changed(trial, TrialStatus.COMPLETED, {"loss": found[-1]}))
+    assert min(found) < 0.01
+    assert sum(found[40:]) < sum(found[:20])
+
+
+OWN = """
+from dataclasses import dataclass
+import holdfast
+import helper
+
+@dataclass
+class Plain:
+    space: object
+    objectives: object
+    seed: int
+    offers: object = None
+    def observe(self, trial): self.last = trial
+    def propose(self, number): return helper.offer(self.offers, number)
+
+class Sized(Plain):
+    size = 7
+
+class Observing(Plain):
+    def observe(self, trial): raise KeyError("no such place")
+
+class NoPropose:
+    def observe(self, trial): pass
+
+def function(space, objectives, seed): pass
+"""
+HELPER = """
+import holdfast
+
+def offer(what, number):
+    if what == "raise":
+        raise RuntimeError("the model does not fit")
+    if what == "exhausted":
+        raise holdfast.Exhausted("seven are enough")
+    if what == "state":
+        return holdfast.Proposal(config={"x": 0.5}, state="text")
+    if what == "numpy":
+        import numpy
+        return {"x": numpy.float64(0.25)}
+    return {"x": 0.5} if what is None else what
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("helper", "own_package", "own_package.engines"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "engine.py").write_text(OWN)
+    (tmp_path / "helper.py").write_text(HELPER)
+    (tmp_path / "broken.py").write_text("import helper\n\nvalue = 1 / 0\n")
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").touch()
+    (tmp_path / "own_package" / "engines.py").write_text(OWN)
+    yield tmp_path
+    for name in ("helper", "own_package", "own_package.engines"):
+        sys.modules.pop(name, None)
+
+
+def spec_of(engine, *, constraints=(), trainable="train.py:train", **options):
+    search = {"engine": engine, "num_trials": 9, "seed": 1, "options": options}
+    return sample_spec(trainable=trainable, constraints=constraints, search=search)
+
+
+@pytest.mark.parametrize("engine", ["engine.py:Plain", "own_package.engines:Plain"])
+def test_a_class_is_found_from_the_working_folder(folder, engine):
+    spec = spec_of(engine, offers={"x": 1})
+    check(spec, workdir=str(folder))
+    proposer = make_proposer(spec, 5, workdir=str(folder))
+    assert proposer.propose(0) == {"x": 1.0}
+    inner = proposer._inner._inner._inner
+    assert (inner.space, inner.objectives, inner.seed) == (spec.space, spec.goals, 5)
+    trial = sample_trial(0, TrialStatus.COMPLETED, config={"x": 1.0}, metrics={"loss": objective_of({"x": 1.0})})
+    proposer.observe(trial)
+    proposer.propose(1)
+    assert inner.last is trial
+
+
+def test_an_engine_may_say_how_much_it_has_and_that_it_has_no_more(folder):
+    spec = spec_of("engine.py:Sized", offers="exhausted")
+    assert size_of(spec, 1, workdir=str(folder)) == make_proposer(spec, 1, workdir=str(folder)).size == 7
+    with pytest.raises(Exhausted, match="seven are enough"):
+        make_proposer(spec, 1, workdir=str(folder)).propose(0)
+    assert make_proposer(spec_of("engine.py:Plain", offers="numpy"), 1, workdir=str(folder)).propose(0) == {"x": 0.25}
+
+
+def test_a_file_that_was_moved_is_found_beside_the_trainable_or_in_the_working_folder(folder):
+    gone = "/gone/engine.py:Plain"
+    check(spec_of(gone, trainable=f"{folder}/train.py:train"), workdir="/nowhere")
+    check(spec_of(gone), workdir=str(folder))
+    with pytest.raises(SpecError, match=r"there is no file /gone/engine\.py, nor /nowhere/engine\.py; put it there"):
+        check(spec_of(gone), workdir="/nowhere")
+    assert engine_name(gone) == engine_name("engine.py:Plain") == "engine:Plain"
+    assert engine_name("a.b:C") == "a.b:C"
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "words"),
+    [
+        ("absent.py:Plain", {}, r"there is no file .*absent\.py"),
+        ("absent_package.engines:Plain", {}, r"there is no module 'absent_package', neither in .* nor installed"),
+        ("engine.py:Plane", {}, r"has no 'Plane'; did you mean Plain\?"),
+        ("engine.py:function", {}, r"is a function; it must be a class with observe\(trial\)"),
+        ("engine.py:NoPropose", {}, r"has no propose\(\)"),
+        ("broken.py:Plain", {}, r"(?s)cannot be imported: ZeroDivisionError.*broken\.py.*line 3"),
+        ("engine.py:Plain", {"offer": 1}, r"(?s)with the options {'offer': 1} raised TypeError.*offer"),
+    ],
+)
+def test_a_class_that_cannot_be_had_is_refused_beforehand(folder, engine, options, words):
+    with pytest.raises(SpecError, match=words):
+        check(spec_of(engine, **options), workdir=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("offers", "words"),
+    [
+        ("raise", r"(?s)propose\(0\) raised RuntimeError: the model does not fit.*helper\.py.*offer"),
+        ([0.5], r"returned, \[0\.5\], is a list; it must be a mapping of parameters, or a Proposal"),
+        ("state", r"comes with a state that is a str; it must be bytes"),
+        ({"x": 2}, r"{'x': 2}, is no config of the space: config: x = 2 is outside \[0\.0, 1\.0\]"),
+        ({"x": 0.5, "y": 1}, r"is no config of the space: config names 'y'"),
+        ({}, r"is no config of the space: config lacks 'x'"),
+        ({"x": 0.9}, r"{'x': 0\.9}, breaks the constraint 'x < 0\.8'"),
+        ({"x": [1]}, r"is no config of the space"),
+    ],
+)
+def test_what_an_engine_may_not_do_names_it(folder, offers, words):
+    spec = spec_of("engine.py:Plain", constraints=["x < 0.8"], offers=offers)
+    check(spec, workdir=str(folder))
+    with pytest.raises(EngineError, match=rf"search\.engine engine\.py:Plain: .*{words}" if offers != "raise" else words):
+        make_proposer(spec, 1, workdir=str(folder)).propose(0)
+
+
+def test_an_error_in_observe_names_the_trial(folder):
+    proposer = make_proposer(spec_of("engine.py:Observing"), 1, workdir=str(folder))
+    proposer.observe(sample_trial(0, config={"x": 0.5}))
+    with pytest.raises(EngineError, match="observe, for trial 0 raised KeyError"):
+        proposer.propose(1)
+
+
+def test_configs_are_not_asked_for_again(folder):
+    """Its own engine decides for itself what to try again."""
+    proposer = make_proposer(spec_of("engine.py:Plain"), 1, workdir=str(folder))
+    proposer.observe(sample_trial(0, TrialStatus.FAILED, config={"x": 0.5}))
+    assert proposer.propose(1) == {"x": 0.5}
+    assert Proposal(config={"x": 0.5}) == Proposal(config={"x": 0.5})
+
+
+def test_the_path_of_an_engine_is_taken_from_the_folder_of_the_spec(tmp_path):
+    text = "name: a\ntrainable: t.py:t\nobjectives: {l: min}\nspace: {}\nsearch: {num_trials: 1, engine: 'sub/e.py:E'}\n"
+    assert ExperimentSpec.from_text(text, folder=tmp_path).search.engine == f"{tmp_path}/sub/e.py:E"
+    assert ExperimentSpec.from_text(text).search.engine == "sub/e.py:E"
+    assert ExperimentSpec.from_text(text.replace("sub/e.py:E", "p.m:E"), folder=tmp_path).search.engine == "p.m:E"
