@@ -18,9 +18,9 @@ def make_proposer(spec: ExperimentSpec, seed: int) -> Proposer:
             from holdfast.engines.random_engine import RandomProposer
 
             return RandomProposer(spec.space, seed)
-        case "tpe":
-            from holdfast.engines.optuna_engine import TPEProposer
+        case "tpe" | "gp" | "cmaes" | "nsga2" | "nsga3":
+            from holdfast.engines.optuna_engine import make
 
-            return TPEProposer(spec.space, spec.goals, seed)
+            return make(spec, seed)
         case engine:
-            raise SpecError(f"search.engine {engine!r} is not there yet; use random, grid or tpe")
+            raise SpecError(f"search.engine {engine!r} is not there yet; use random, grid, tpe, gp, cmaes, nsga2 or nsga3")

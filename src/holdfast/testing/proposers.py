@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,17 @@ def config_of(offered: Proposal | Mapping[str, Scalar]) -> Config:
     return dict(offered.config if isinstance(offered, Proposal) else offered)
 
 
+def state_of(offered: Proposal | Mapping[str, Scalar]) -> bytes | None:
+    """Return what a proposer wants to find again with what it offers."""
+    return offered.state if isinstance(offered, Proposal) else None
+
+
+def changed(trial: Trial, status: TrialStatus, metrics: Metrics | None = None, attempt: int = 1) -> Trial:
+    """Return ``trial`` in another status, with the same config and state."""
+    now = sample_trial(trial.number, status, config=trial.config, metrics=metrics, attempt=attempt, source=trial.source)
+    return replace(now, state=trial.state)
+
+
 Simulation = Generator[None, Proposer | None, None]
 
 
@@ -112,14 +124,14 @@ def simulate(proposer: Proposer, trials: dict[int, Trial], *, until: int, concur
             successor = yield
             proposer = successor or proposer
             number = len(trials)
-            config = config_of(proposer.propose(number))
-            change(sample_trial(number, config=config))
-            change(sample_trial(number, TrialStatus.RUNNING, config=config))
+            offered = proposer.propose(number)
+            change(replace(sample_trial(number, config=config_of(offered)), state=state_of(offered)))
+            change(changed(trials[number], TrialStatus.RUNNING))
             continue
         now = running()
         number = now[len(trials) % len(now)]
         status, metrics = ending(number, trials[number].config)
-        change(sample_trial(number, status, config=trials[number].config, metrics=metrics))
+        change(changed(trials[number], status, metrics))
 
 
 class ProposerContract:
@@ -211,7 +223,7 @@ class ProposerContract:
         for ended in ([first, second], [second, first]):
             proposer = rebuilt(lambda: self.make(spec, 1), {key: trials[key] for key in range(number - 2)})
             for trial in (first, second):
-                proposer.observe(sample_trial(trial.number, TrialStatus.RUNNING, config=trial.config))
+                proposer.observe(changed(trial, TrialStatus.RUNNING))
             for trial in ended:
                 proposer.observe(trial)
             found.append(proposer.propose(number))
@@ -231,6 +243,6 @@ class ProposerContract:
         for key in (3, 4, 5):
             for status in again:
                 metrics = {"loss": -5.0, "size": 1.0} if status is TrialStatus.COMPLETED else {}
-                trials[key] = sample_trial(key, status, config=trials[key].config, metrics=metrics, attempt=2)
+                trials[key] = changed(trials[key], status, metrics, attempt=2)
                 proposer.observe(trials[key])
                 assert rebuilt(lambda: self.make(spec, 1), trials).propose(number) == proposer.propose(number), (key, status)
