@@ -4,10 +4,10 @@
   suggestion for each parameter, on a study in memory whose sampler stays the same: limit 1.2 times;
 * *rebuild*: a proposer that observes 10,000 stored trials, against ``study.add_trial`` of them, made before: limit 1.2 times.
 
-The trials of CMA-ES and NSGA were made by their samplers, by ours in the one arm and by Optuna's loop in the other, so that
-both are in the midst of their generations; those of TPE and GP are the same random ones in both arms. GP is measured at 100
-alone: its cost grows with the cube of that. Seconds are of the processor, since neither arm waits for anything. The order of the arms
-alternates; figures are medians over the rounds. Prints a table; ``--json FILE`` keeps every figure.
+The trials of CMA-ES and NSGA were made by their samplers, by ours in the one arm and by Optuna's loop in the other, so
+that both are in the midst of their generations; those of TPE and GP are the same random ones in both arms. GP is measured
+at 100 alone: its cost grows with the cube of that. Seconds are of the processor, since neither arm waits for anything. The
+order of the arms alternates; figures are medians over the rounds. Prints a table; ``--json FILE`` keeps every figure.
 """
 
 from __future__ import annotations
