@@ -18,8 +18,9 @@ from holdfast.core.trial import TrialStatus
 from holdfast.core.values import dumps
 from holdfast.engines.factory import make_proposer
 from holdfast.engines.grid import GridProposer
+from holdfast.engines.optuna_engine import make
 from holdfast.engines.random_engine import RandomProposer
-from holdfast.testing.proposers import SPACES, ProposerContract, objective_of, rebuilt
+from holdfast.testing.proposers import SPACES, ProposerContract, config_of, objective_of, rebuilt
 from holdfast.testing.samples import sample_spec, sample_trial
 
 
@@ -132,9 +133,9 @@ def test_random_configs_fit_any_space(raw, seed):
 @given(st.dictionaries(st.sampled_from("abcd"), parameters, min_size=1))
 def test_tpe_configs_fit_any_space(raw):
     spec = sample_spec(space=raw, search={"engine": "tpe", "num_trials": 20})
-    proposer = make_proposer(spec, 1)
+    proposer = make(spec, 1)
     for number in range(14):
-        config = proposer.propose(number)
+        config = config_of(proposer.propose(number))
         assert spec.space.validate_config(config) == config
         proposer.observe(sample_trial(number, TrialStatus.COMPLETED, config=config, metrics={"loss": objective_of(config)}))
 
@@ -146,7 +147,7 @@ def tpe(trials, *, objectives=None, space="numbers"):
     spec = sample_spec(
         space=SPACES[space], objectives=objectives or {"loss": "min"}, search={"engine": "tpe", "num_trials": 99}
     )
-    return rebuilt(lambda: make_proposer(spec, 1), trials)
+    return rebuilt(lambda: make(spec, 1), trials)
 
 
 def finished(count, value=lambda config: abs(math.log10(config["lr"]) + 2), space="numbers"):
@@ -160,8 +161,8 @@ def finished(count, value=lambda config: abs(math.log10(config["lr"]) + 2), spac
 
 def test_tpe_follows_the_objective_in_its_direction():
     trials = finished(60)
-    low = tpe(trials).propose(60)["lr"]
-    high = tpe(trials, objectives={"loss": "max"}).propose(60)["lr"]
+    low = tpe(trials).propose(60).config["lr"]
+    high = tpe(trials, objectives={"loss": "max"}).propose(60).config["lr"]
     assert abs(math.log10(low) + 2) < abs(math.log10(high) + 2)
 
 
@@ -190,8 +191,8 @@ def test_what_counts_as_a_result(status, loss, counts):
 def test_running_trials_are_kept_away_from():
     trials = finished(30)
     plain = tpe({**trials, 30: sample_trial(30, TrialStatus.FAILED, config=trials[3].config)})
-    busy = tpe({**trials, 30: sample_trial(30, TrialStatus.RUNNING, config=plain.propose(31))})
-    waiting = tpe({**trials, 30: sample_trial(30, TrialStatus.PENDING, config=plain.propose(31))})
+    busy = tpe({**trials, 30: sample_trial(30, TrialStatus.RUNNING, config=plain.propose(31).config)})
+    waiting = tpe({**trials, 30: sample_trial(30, TrialStatus.PENDING, config=plain.propose(31).config)})
     assert busy.propose(31) != plain.propose(31)
     assert busy.propose(31) == waiting.propose(31)
 
@@ -331,7 +332,7 @@ def merged_trials(spec, count=14):
     whole = rebuilt(lambda: make_proposer(spec, 99), {})
     found = {}
     for number in range(-count, 0):
-        config = whole.propose(count + number)
+        config = config_of(whole.propose(count + number))
         status, loss = (TrialStatus.FAILED, None) if number % 5 == 0 else (TrialStatus.COMPLETED, objective_of(config))
         metrics = {} if loss is None else {"loss": loss}
         found[number] = sample_trial(number, status, config=config, metrics=metrics, source="merged")
@@ -341,12 +342,12 @@ def merged_trials(spec, count=14):
 def test_merged_trials_warm_tpe_up_and_are_known_after_a_restart():
     spec = sample_spec(space=SPACES["conditional"], search={"engine": "tpe", "num_trials": 20, "seed": 3})
     merged = merged_trials(spec)
-    cold, warm = make_proposer(spec, 3), rebuilt(lambda: make_proposer(spec, 3), merged)
+    cold, warm = make(spec, 3), rebuilt(lambda: make(spec, 3), merged)
     cold_configs, warm_configs, trials = [], [], dict(merged)
     for number in range(8):
         for proposer, configs in ((cold, cold_configs), (warm, warm_configs)):
-            configs.append(proposer.propose(number))
-        assert rebuilt(lambda: make_proposer(spec, 3), trials).propose(number) == warm_configs[-1]
+            configs.append(config_of(proposer.propose(number)))
+        assert rebuilt(lambda: make(spec, 3), trials).propose(number).config == warm_configs[-1]
         for status in (TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.COMPLETED):
             metrics = {"loss": objective_of(warm_configs[-1])} if status is TrialStatus.COMPLETED else {}
             trials[number] = sample_trial(number, status, config=warm_configs[-1], metrics=metrics)
@@ -358,16 +359,16 @@ def test_merged_trials_warm_tpe_up_and_are_known_after_a_restart():
 def test_a_merge_while_tpe_runs_is_as_one_before_a_restart():
     spec = sample_spec(space=SPACES["mixed"], search={"engine": "tpe", "num_trials": 20, "seed": 3})
     trials = {}
-    live = make_proposer(spec, 3)
+    live = make(spec, 3)
     for number in range(12):
-        config = live.propose(number)
+        config = config_of(live.propose(number))
         trials[number] = sample_trial(number, TrialStatus.COMPLETED, config=config, metrics={"loss": objective_of(config)})
         live.observe(trials[number])
     before = live.propose(12)
     for number, trial in merged_trials(spec).items():
         trials[number] = trial
         live.observe(trial)
-    assert live.propose(12) == rebuilt(lambda: make_proposer(spec, 3), trials).propose(12) != before
+    assert live.propose(12) == rebuilt(lambda: make(spec, 3), trials).propose(12) != before
 
 
 @pytest.mark.parametrize("engine", ["random", "grid"])

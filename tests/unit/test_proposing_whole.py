@@ -49,7 +49,7 @@ class TestAroundSobol(Around):
     ("changes", "words"),
     [
         ({"search": {"points": [{"x": 9.0}]}}, r"search\.points\[0\].*x = 9\.0 is outside"),
-        ({"search": {"engine": "sobol", "options": {"scrambled": True}}}, "sobol has scramble"),
+        ({"search": {"engine": "sobol", "options": {"scrambled": True}}}, "its options: scramble"),
         ({"search": {"engine": "engine.py:Absent"}}, r"there is no file .*engine\.py"),
         ({"constraints": ["x > 9"]}, "'x > 9' was never met"),
     ],

@@ -8,6 +8,7 @@ from holdfast.core.errors import InvalidConfig, SpecError
 from holdfast.core.space import Space, config_digest, config_text
 from holdfast.core.trial import TrialStatus
 from holdfast.engines.factory import make_proposer
+from holdfast.testing.proposers import config_of
 from holdfast.testing.samples import sample_spec, sample_trial
 
 SPACE = {
@@ -178,7 +179,7 @@ def test_the_widest_bounds_can_be_searched(engine):
     spec = sample_spec(space={"x": {"type": "float", "low": -8e307, "high": 8e307}}, search={"engine": engine, "num_trials": 1})
     proposer = make_proposer(spec, 1)
     for number in range(14):
-        config = proposer.propose(number)
+        config = config_of(proposer.propose(number))
         proposer.observe(sample_trial(number, TrialStatus.COMPLETED, config=config, metrics={"loss": config["x"] / 1e300}))
 
 

@@ -16,6 +16,6 @@ def trial_seed(seed: int, number: int) -> int:
     return derive(seed, "trial", number)
 
 
-def proposal_seed(seed: int, number: int) -> int:
-    """Return the seed of the sampler that proposes trial ``number``."""
-    return derive(seed, "proposal", number)
+def proposal_seed(seed: int, number: int, retry: int = 0) -> int:
+    """Return the seed of the sampler that proposes trial ``number``; each ``retry`` from 1 on draws anew for the same one."""
+    return derive(seed, "proposal", number, "retry", retry) if retry else derive(seed, "proposal", number)

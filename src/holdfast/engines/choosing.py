@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TypeVar
 
 from holdfast.core.errors import SpecError
 from holdfast.core.space import CategoricalParameter, ConstantParameter, FloatParameter, IntParameter
 from holdfast.core.spec import ExperimentSpec
 from holdfast.engines.guard import configs_of
-
-LIBRARIES = {"sobol": ("scipy",), "halton": ("scipy",), "gp": ("scipy", "torch"), "cmaes": ("cmaes",)}
-"""What engines need beyond holdfast's own requirements."""
-EXTRAS = {"sobol": "quasi", "halton": "quasi", "gp": "gp", "cmaes": "cmaes"}
+from holdfast.engines.options import EXTRAS, absent
 
 FEW = 10
 """With fewer configs than this a model has no time to learn."""
@@ -35,7 +31,7 @@ class Choice:
 
 def is_installed(engine: str) -> bool:
     """Tell whether the libraries of ``engine`` are there; imports none of them."""
-    return all(find_spec(name) is not None for name in LIBRARIES.get(engine, ()))
+    return not absent(engine)
 
 
 def choose(spec: ExperimentSpec, installed: Callable[[str], bool] = is_installed) -> Choice:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from holdfast.core.errors import InvalidConfig, MissingLibrary, SpecError
+from holdfast.core.errors import InvalidConfig, SpecError
 from holdfast.core.ports import Proposer, RetryingProposer
 from holdfast.core.search_section import is_own
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import Config
-from holdfast.engines.choosing import chosen, is_installed
+from holdfast.engines.choosing import chosen
 from holdfast.engines.guard import Conditions, Guard, refuse_impossible
+from holdfast.engines.options import check_libraries, check_objectives, check_options
 from holdfast.engines.proposing import Points, Repeats
 
 QUASI = ("sobol", "halton")
@@ -50,23 +51,12 @@ def check(spec: ExperimentSpec, *, workdir: str = ".") -> None:
         from holdfast.engines.own import make_own
 
         _ = make_own(spec, spec.search.seed or 0, workdir=workdir).size
-    elif engine in ("random", "grid"):
-        _check_names(engine, options, ())
+        return
+    check_options(engine, options)
+    check_objectives(engine, len(spec.objectives))
+    check_libraries(engine)
+    if engine == "grid":
         size_of(spec, 0)  # a grid that its constraints leave empty, or that is too large to be counted
-    elif engine in QUASI:
-        _check_names(engine, options, ("scramble",))
-        if not isinstance(options.get("scramble", True), bool):
-            raise SpecError(f"search.options.scramble is {options['scramble']!r}; it must be true or false")
-        if not is_installed(engine):
-            raise MissingLibrary(
-                f"search.engine {engine} needs SciPy, which is not installed; run: pip install 'holdfast[quasi]'"
-            )
-    else:
-        from holdfast.engines.options import check_libraries, check_objectives, check_options
-
-        check_options(engine, options)
-        check_objectives(engine, len(spec.objectives))
-        check_libraries(engine)
 
 
 def completed_points(spec: ExperimentSpec) -> list[Config]:
@@ -102,14 +92,6 @@ def _lacking(spec: ExperimentSpec, point: dict[str, Any]) -> str:
         else:
             known[name] = parameter.coerce(parameter.default)
     return "a parameter"
-
-
-def _check_names(engine: str, options: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    unknown = sorted(set(options) - set(allowed))
-    if unknown:
-        raise SpecError(
-            f"search.options names {', '.join(map(repr, unknown))}; {engine} has {', '.join(allowed) or 'no options'}"
-        )
 
 
 def _guarded(spec: ExperimentSpec, seed: int, workdir: str) -> Proposer:
