@@ -110,7 +110,7 @@ class Ledger:
 
     def _ends(self, step: int) -> bool:
         """Tell whether a member that waits after ``step`` waits for the others."""
-        return self.population is not None and step >= self.population.end(self.generation)
+        return self.population is not None and self.population.holds(step, self.generation)
 
     def evolved(self) -> None:
         """Note that a generation was evolved: its members go on."""

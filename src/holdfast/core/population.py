@@ -89,6 +89,10 @@ class Population:
         """Return the last step of a generation (from 0)."""
         return (generation + 1) * self.settings.interval - 1
 
+    def holds(self, step: int, generation: int) -> bool:
+        """Tell whether a member that has done ``step`` has come to the end of ``generation``, and has more to do."""
+        return step >= self.end(generation) and (self.last is None or step + 1 < self.last)
+
     def evolved(self, generation: int, members: Sequence[Trial], draw: Draw) -> list[Change]:
         """Return what becomes of ``members``, each at the last step of ``generation``: who changes, in number order.
 
@@ -216,7 +220,9 @@ def parameter_same(left: Scalar, right: Scalar) -> bool:
 def _neighbour(place: int, count: int, *, up: bool) -> int:
     """Return the place beside ``place``: at an end the one that there is."""
     beside = place + 1 if up else place - 1
-    return min(place + (place - beside), count - 1) if not 0 <= beside < count and count > 1 else min(max(beside, 0), count - 1)
+    if not 0 <= beside < count:
+        beside = 2 * place - beside
+    return min(max(beside, 0), count - 1)
 
 
 def _stepped(parameter: FloatParameter | IntParameter, value: Scalar, *, up: bool) -> Scalar:
