@@ -166,7 +166,7 @@ class _Recovery:
 def _own_parent(row: Mapping[str, Any]) -> int | None:
     """Return the attempt of its own trial that an attempt follows; a parent that is a pair is another trial's."""
     parent = row["parent"]
-    return row["number"] - 1 if isinstance(parent, list) else parent
+    return int(row["number"]) - 1 if isinstance(parent, list) else None if parent is None else int(parent)
 
 
 def _rows(metrics: Metrics) -> list[list[Any]]:

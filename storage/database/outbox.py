@@ -30,8 +30,8 @@ _TRIALS = _sql(
 )
 
 _ATTEMPTS = _sql(
-    f"SELECT t.number, a.number, c.body, {OWN_PARENT}, a.parent_step, a.reason, a.note, a.created, a.epoch, a.claimed_by, a.started,"
-    " a.ended, a.outcome, a.error_kind, a.error, a.traceback, a.result, a.flow_run_id, a.task_run_id, a.host, a.pid,"
+    f"SELECT t.number, a.number, c.body, {OWN_PARENT}, a.parent_step, a.reason, a.note, a.created, a.epoch, a.claimed_by,"
+    " a.started, a.ended, a.outcome, a.error_kind, a.error, a.traceback, a.result, a.flow_run_id, a.task_run_id, a.host, a.pid,"
     f" a.pid_started, {DONOR}, p.number FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN config c ON c.id = a.config_id"
     " LEFT JOIN attempt p ON p.id = a.parent_id"
     " WHERE t.experiment_id = :experiment AND t.seq > :since ORDER BY +t.number, a.number"

@@ -148,7 +148,12 @@ attempt = Table(
     _ref("trial_id", "trial.id", "whose"),
     _int("number", "from 1 within the trial"),
     _ref("config_id", "config.id", "what this attempt runs; differs from the trial's first under population based training"),
-    _ref("parent_id", "attempt.id", "the attempt whose checkpoint it continues, in a population maybe another trial's; null: from step 0", nullable=True),
+    _ref(
+        "parent_id",
+        "attempt.id",
+        "the attempt, maybe another trial's, whose checkpoint it continues; null: from step 0",
+        nullable=True,
+    ),
     _int("parent_step", "step of that checkpoint", nullable=True),
     _text("reason", "first, retry, resume, restart or exploit"),
     _text("note", "what a reader should know: rejected checkpoints, adoption", default=""),

@@ -96,6 +96,7 @@ def _print_list(rows: Sequence[dict[str, Any]], storage: str) -> None:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from holdfast.report.lineage import lineage_lines
     from holdfast.report.tables import leaderboard, show_json, summary_json
     from holdfast.storage.leasing import describe
 
@@ -115,6 +116,9 @@ def _show(options: argparse.Namespace) -> int:
         counts = ", ".join(f"{count} {status}" for status, count in shown["trials"].items())
         console.print(f"{'trials:':<8} {counts or 'none'}", markup=False)
         console.print(leaderboard(experiment.trials, experiment.objectives))
+        if experiment.spec.population is not None:
+            for line in lineage_lines(experiment.lineage()):
+                console.print(line, markup=False, soft_wrap=True)
     return 0
 
 
