@@ -86,6 +86,9 @@ class Drive:
     def _loop(self, runner: ThreadPoolTaskRunner[Any]) -> str:
         while True:
             reason = self._until_done(runner)
+            if self._inflight:  # a task whose attempt has ended already is about to end, too
+                self._wait(None)
+                continue
             seen = self._seq
             self._refresh()
             if self._seq == seen:  # nothing was queued since the last look

@@ -269,14 +269,17 @@ class Driver:
     def cancel(self, trial: int) -> None:
         """End a waiting or skipped trial (row id) as a person asked; a running one ends with its attempt."""
         with self.database.write() as tx:
-            self._move(tx, fence(tx, self.experiment, self.epoch), trial, Event.CANCEL)
+            seq = fence(tx, self.experiment, self.epoch)
+            current = self._move(tx, seq, trial, Event.CANCEL)
+            populations.give_back(tx, seq, populations.standing(tx, trial, current)[0])
 
-    def _move(self, tx: Transaction, seq: int, trial: int, event: Event) -> None:
-        status = self._status(tx, trial)[0]
+    def _move(self, tx: Transaction, seq: int, trial: int, event: Event) -> int:
+        status, current, _ = self._status(tx, trial)
         if status is TrialStatus.RUNNING:
             raise Conflict("the trial is RUNNING: end its attempt instead; nothing was written")
         after = transition(status, event)
         tx.run(sql.MOVE_TRIAL, trial=trial, old=status, new=after.value, seq=seq, ended_seq=seq)
+        return current
 
     def _status(self, tx: Transaction, trial: int) -> tuple[TrialStatus, int, int]:
         """Return a trial's status, current attempt and config (row id)."""
