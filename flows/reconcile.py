@@ -61,6 +61,7 @@ class Survey:
         return Standing(
             trial=trial,
             checkpoint=None if found is None else (found.attempt, found.step),
+            donor=None if found is None or found.trial == trial.number else found.trial,
             rejected=tuple(reasons),
             decided=decided,
         )

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_server import S3
 from support import DIED, Lab, MakeLab, executed
+
+pytestmark = pytest.mark.xdist_group("population")  # they compare with one uninterrupted run
 
 MEMBERS, INTERVAL, STEPS = 4, 2, 8
 
@@ -79,8 +82,6 @@ KILLS = [
     "attempt.claimed:3",
     "checkpoint.renamed:3",
     "population.evolved:1",
-    "attempt.claimed:1",
-    "population.gathered:1",
 ]
 """Where it dies, one after the other, each time in the process that restores it."""
 
@@ -113,6 +114,7 @@ def test_a_bad_checkpoint_of_another_member_is_not_gone_on_from(make_lab: MakeLa
     file = next(file for file in (lab.path() / lent.path).iterdir() if file.name != "manifest.json")
     file.write_bytes(b"\0" + file.read_bytes()[1:])
     said = lab.light("restore", lab.path(), "--plan").output
+    assert " waiting; from the checkpoint at step 1" in " ".join(said.split())
     assert f"the checkpoint of trial {donor} at step {step} is not used" in " ".join(said.split())
     lab.run("restore", lab.path())
     assert lab.statuses() == ["COMPLETED"] * MEMBERS
@@ -138,3 +140,18 @@ def test_who_fails_leaves_and_may_come_back(make_lab: MakeLab) -> None:
     assert lab.statuses() == ["COMPLETED"] * MEMBERS
     assert lineage(lab) == before  # what was decided without it stands
     assert [step for step, _ in lab.outcome()[0][3]] == list(range(STEPS))
+
+
+def test_on_an_object_store(whole: Lab, s3: S3, tmp_path: Path, server_environment: dict[str, str]) -> None:
+    folders = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XDG_DATA_HOME": str(tmp_path / "lab" / "data")}
+    environment = {**server_environment, **folders, **s3.environment}
+    lab = Lab(tmp_path / "lab", environment, steps=STEPS, storage=s3.bucket("population") + "/runs", options=s3.options)
+    try:
+        lab.run("run", population(lab, max_concurrent=2), fault="population.evolved:2", code=DIED)
+        lab.run("restore", lab.path())
+        assert lab.outcome() == whole.outcome()
+        assert lineage(lab) == lineage(whole)
+        with lab.open() as experiment:
+            assert {one.status.value for one in experiment.checkpoints()} == {"valid", "deleted"}
+    finally:
+        lab.close()
