@@ -16,12 +16,14 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from holdfast.core import faults
 from holdfast.core.budget import Budget
 from holdfast.core.errors import Conflict, Contention, EngineError, Exhausted, HoldfastError
-from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, actions
+from holdfast.core.loop import Done, Evolve, Ledger, Propose, Submit, Wait, actions
+from holdfast.core.population import Population
 from holdfast.core.ports import Proposer, as_proposal
 from holdfast.core.space import config_digest
 from holdfast.core.trial import ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import dumps
 from holdfast.engines.factory import make_proposer
+from holdfast.engines.random_engine import draw
 from holdfast.flows.session import Session
 from holdfast.report.observer import Observer
 from holdfast.settings import settings
@@ -49,13 +51,16 @@ class Drive:
         self.ledger = Ledger(
             budget=Budget.of(spec, grid_size=self._proposer.size),
             max_concurrent=spec.search.max_concurrent,
+            population=Population.of(spec, session.opened.record.seed),
+            generation=session.reader.generations() if spec.population is not None else 0,
             fail_fast=spec.failure.fail_fast,
             exhausted=not session.new_trials,
         )
         self._trials: dict[int, Trial] = {}
         self._states: dict[int, bytes] = {}
         """what the engine kept with its proposals, by the trial's number"""
-        self._inflight: dict[Any, int] = {}
+        self._inflight: dict[Any, tuple[int, int]] = {}
+        """number of the trial and of its attempt"""
         self._done: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
         self._seq = -1
         self._task = run_trial.with_options()
@@ -82,6 +87,9 @@ class Drive:
     def _loop(self, runner: ThreadPoolTaskRunner[Any]) -> str:
         while True:
             reason = self._until_done(runner)
+            if self._inflight:  # a task whose attempt has ended already is about to end, too
+                self._wait(None)
+                continue
             seen = self._seq
             self._refresh()
             if self._seq == seen:  # nothing was queued since the last look
@@ -95,6 +103,8 @@ class Drive:
                     self._submit(runner, number)
                 case Propose(number=number):
                     self._propose(number)
+                case Evolve(generation=generation):
+                    self._evolve(generation)
                 case Wait(until=until):
                     self._wait(until)
                 case Done(reason=reason):
@@ -123,6 +133,19 @@ class Drive:
             faults.point("proposal.committed")
         self._refresh()
 
+    def _evolve(self, generation: int) -> None:
+        """Decide and commit who goes on from whom, now that every member waits at the end of a generation."""
+        population = self.ledger.population
+        assert population is not None
+        faults.point("population.gathered")
+        changes = population.evolved(generation, [self._trials[number] for number in sorted(self.ledger.held)], draw)
+        self._driver.evolve(generation, changes)
+        faults.point("population.evolved")
+        for change in changes:
+            self._observer.say(f"generation {generation}: trial {change.trial} {change.note}")
+        self.ledger.evolved()
+        self._refresh()
+
     def _submit(self, runner: ThreadPoolTaskRunner[Any], number: int) -> None:
         trial = self._trials[number]
         parameters = {
@@ -135,7 +158,7 @@ class Drive:
         }
         self._session.journal.flush()  # the path knows a trial before its files come
         future: PrefectFuture[Any] = runner.submit(self._task, parameters)
-        self._inflight[future.task_run_id] = number
+        self._inflight[future.task_run_id] = number, trial.attempt.number
         self.ledger.submitted(number)
         future.add_done_callback(self._done.put)
 
@@ -152,7 +175,7 @@ class Drive:
 
     def _finish(self, future: PrefectFuture[Any]) -> None:
         """Commit the end of a trial's task."""
-        number = self._inflight.pop(future.task_run_id)
+        number, attempt = self._inflight.pop(future.task_run_id)
         future.wait()
         trial = self._trials[number]
         state = future.state
@@ -161,7 +184,7 @@ class Drive:
         elif state.is_completed():
             raise self._not_persisted(trial)
         else:
-            self._failed(trial, state)
+            self._failed(trial, attempt, state)
         self._refresh()
 
     def _complete(self, trial: Trial) -> None:
@@ -185,13 +208,13 @@ class Drive:
             "the search is interrupted, so that nothing is lost: mend the storage and restore"
         )
 
-    def _failed(self, trial: Trial, state: Any) -> None:
+    def _failed(self, trial: Trial, attempt: int, state: Any) -> None:
         """See to a task that ended without a result: most often its attempt has its outcome already."""
         if self._runtime.lost is not None:
             raise self._runtime.lost
         self._session.keeper.check()
         stored = self._session.reader.trial(trial.number)
-        if stored is None or stored.attempt.number != trial.attempt.number or stored.attempt.outcome is not None:
+        if stored is None or stored.attempt.number != attempt or stored.attempt.outcome is not None:
             return
         error = state.result(raise_on_failure=False)
         if isinstance(error, Contention) or stored.status is TrialStatus.PENDING:
@@ -211,16 +234,17 @@ class Drive:
             before = self._trials.get(trial.number)
             self._trials[trial.number] = trial
             self.ledger.update(trial, fresh=fresh)
-            if trial.number in inflight and trial.status is TrialStatus.PENDING:
-                # Handed to a runner and not claimed yet. A next attempt that waits after a retry is another matter:
-                # its task has ended, or is about to, and comes through _finish.
+            if (trial.number, trial.attempt.number) in inflight and trial.status is TrialStatus.PENDING:
+                # Handed to a runner and not claimed yet. A next attempt that waits after a retry, or for its population, is
+                # another matter: its task has ended, or is about to.
                 self.ledger.submitted(trial.number)
             state = self._states.get(trial.number)
-            self._proposer.observe(trial if state is None else replace(trial, state=state))
+            seen = trial if trial.first is None else replace(trial, config=trial.first)  # what was proposed
+            self._proposer.observe(seen if state is None else replace(seen, state=state))
             if before is None or before.status is not trial.status or before.attempt.number != trial.attempt.number:
                 self._observer.trial(trial)
         if self.ledger.budget.max_cost is not None:  # reports do not change a trial's row
-            for number in self._inflight.values():
+            for number, _ in self._inflight.values():
                 running = self._session.reader.trial(number)
                 if running is not None:
                     self.ledger.spent(running)
@@ -250,7 +274,7 @@ class Drive:
     def _cancel(self) -> None:
         requests = self._session.reader.cancel_requests()
         self._runtime.cancelled = requests
-        waiting = [number for number in requests if number in self.ledger.waiting]
+        waiting = [number for number in requests if number in self.ledger.waiting or number in self.ledger.held]
         if waiting:
             rows = self._session.reader.trial_ids()
             for number in waiting:

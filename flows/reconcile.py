@@ -35,6 +35,7 @@ class Survey:
         self._checkpoints: dict[int, list[Checkpoint]] = {}
         for checkpoint in reader.checkpoints():
             self._checkpoints.setdefault(checkpoint.trial, []).append(checkpoint)
+        self._borrowed = reader.borrowed()
         self._cancelled = reader.cancel_requests()
         self._decisions = reader.last_decisions()
         self._reader, self._rules = reader, make(spec.stopping, spec.goals)
@@ -70,6 +71,7 @@ class Survey:
         return Standing(
             trial=trial,
             checkpoint=None if found is None else (found.attempt, found.step),
+            donor=None if found is None or found.trial == trial.number else found.trial,
             rejected=tuple(reasons),
             decided=decided,
         )
@@ -96,19 +98,21 @@ class Survey:
         store = checkpoints_in(self._folder)
         check = store.verify if self._folder.is_local else store.fetch  # what is read there is here for the worker, too
         reasons = []
-        candidates = eligible(trial.attempt.number, self.attempts[trial.number], self._checkpoints.get(trial.number, []))
+        known, borrowed = self._checkpoints.get(trial.number, []), self._borrowed.get(trial.number)
+        candidates = eligible(trial.attempt.number, self.attempts[trial.number], known, borrowed)
         for candidate in candidates:
             try:
                 check(
                     candidate.path,
                     digest=candidate.digest,
-                    trial=trial.number,
+                    trial=candidate.trial,
                     attempt=candidate.attempt,
                     step=candidate.step,
                 )
             except (Corrupt, CheckpointNotFound) as error:
                 self.rejected[candidate.id] = str(error)
-                reasons.append(f"the checkpoint at step {candidate.step} is not used: {error}")
+                whose = "" if candidate.trial == trial.number else f" of trial {candidate.trial}"
+                reasons.append(f"the checkpoint{whose} at step {candidate.step} is not used: {error}")
             else:
                 return candidate, reasons
         return None, reasons

@@ -92,11 +92,11 @@ class _Recovery:
 
     def pinned(self, number: int) -> None:
         """Take in the pins that are in the path: who pins while nobody drives cannot write the journal."""
-        rows = [row for row in self._checkpoints.get(number, []) if row["status"] != "deleted" and not row["pinned"]]
+        rows = [row for row in self._checkpoints.get(number, []) if row["status"] != "deleted" and not row["pinned"] & 1]
         marked = pins.pinned(self._folder.root, number) if rows else set()
         for row in rows:
             if row["path"] in marked:
-                self._change(number, row, pinned=1)
+                self._change(number, row, pinned=row["pinned"] | 1)
 
     def pruned(self, number: int, good: Collection[str], present: Collection[str]) -> None:
         """Mark those as deleted that are not ``present``, and that a newer one of the chain, which is there, had outdated.
@@ -107,7 +107,7 @@ class _Recovery:
         if all(path in present for path in rows):
             return
         attempts = {
-            attempt: Attempt(id=attempt, number=attempt, parent=row["parent"], parent_step=row["parent_step"])
+            attempt: Attempt(id=attempt, number=attempt, parent=_own_parent(row), parent_step=row["parent_step"])
             for (trial, attempt), row in self._tables["attempt"].items()
             if trial == number
         }
@@ -164,6 +164,12 @@ class _Recovery:
                 "metrics": _rows(metrics),
             }
             self.added += 1
+
+
+def _own_parent(row: Mapping[str, Any]) -> int | None:
+    """Return the attempt of its own trial that an attempt follows; a parent that is a pair is another trial's."""
+    parent = row["parent"]
+    return int(row["number"]) - 1 if isinstance(parent, list) else None if parent is None else int(parent)
 
 
 def _rows(metrics: Metrics) -> list[list[Any]]:

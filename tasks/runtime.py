@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,9 @@ class Runtime:
     lost: HoldfastError | None = None
     began: float = field(default_factory=time.monotonic)
     """the moment of this process's monotonic clock from which the deadlines of this drive count"""
+    borrowed: Counter[int] = field(default_factory=Counter)
+    """how many attempts here use a local copy of another trial's checkpoint, by that trial's number; under ``borrowing``"""
+    borrowing: threading.Lock = field(default_factory=threading.Lock)
     _order: Decision = Decision.CONTINUE
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _judging: threading.Lock = field(default_factory=threading.Lock)

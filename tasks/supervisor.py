@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, cast
 from holdfast.core import faults, retention
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.errors import CheckpointConflict, CheckpointNotFound, Corrupt, Infrastructure
+from holdfast.core.population import ends_generation
 from holdfast.core.values import Config, Metrics
 from holdfast.storage.checkpoints.local import Published
 from holdfast.storage.checkpoints.manifest import Kind, Manifest
@@ -49,6 +50,9 @@ class Supervisor:
     _told: list[tuple[int, Told]] = field(default_factory=list)
     """seq and content of each report that the journal may lack"""
     _pruner: Pruner | None = None
+    _has_saved: bool = False
+    _borrowed: list[int] = field(default_factory=list)
+    """numbers of other trials whose local copies stay while this attempt runs"""
 
     @property
     def writer(self) -> AttemptWriter:
@@ -68,21 +72,40 @@ class Supervisor:
         That one is here then; newer ones that are missing, torn or altered are rejected. StorageError passes.
         """
         if self.runtime.folder.is_local:
-            return tuple(candidate_of(checkpoint) for checkpoint in self.candidates)
+            return tuple(self._candidate(checkpoint) for checkpoint in self.candidates)
         for checkpoint in self.candidates:
+            self._borrow(checkpoint.trial)
             try:
                 self.runtime.checkpoints.fetch(
                     checkpoint.path,
                     digest=checkpoint.digest,
-                    trial=self.trial,
+                    trial=checkpoint.trial,
                     attempt=checkpoint.attempt,
                     step=checkpoint.step,
                 )
             except (Corrupt, CheckpointNotFound) as error:
-                self._missed.append(Rejected(candidate=candidate_of(checkpoint), reason=str(error)))
+                self._missed.append(Rejected(candidate=self._candidate(checkpoint), reason=str(error)))
             else:
-                return (candidate_of(checkpoint),)
+                return (self._candidate(checkpoint),)
         return ()
+
+    def _candidate(self, checkpoint: Checkpoint) -> Candidate:
+        candidate = candidate_of(checkpoint)
+        return candidate if checkpoint.trial == self.trial else replace(candidate, trial=checkpoint.trial)
+
+    def _borrow(self, trial: int) -> None:
+        if trial != self.trial:
+            with self.runtime.borrowing:
+                self.runtime.borrowed[trial] += 1
+            self._borrowed.append(trial)
+
+    def _release(self) -> None:
+        """Drop the trial's local copies, unless another member of the population uses one."""
+        with self.runtime.borrowing:
+            self.runtime.borrowed.subtract(self._borrowed)
+            self._borrowed.clear()
+            if self.runtime.borrowed[self.trial] <= 0:
+                self.runtime.checkpoints.release(self.trial)
 
     def tidy(self) -> None:
         """Remove what the ended attempt left on this host only, its log first kept with the experiment; failures are logged.
@@ -95,7 +118,7 @@ class Supervisor:
             if Leases(self.runtime.database, self.runtime.experiment).look().epoch != self.runtime.epoch:
                 return
             self.runtime.folder.keep_log(self.trial, self.attempt)
-            self.runtime.checkpoints.release(self.trial)
+            self._release()
         except (OSError, Infrastructure) as error:
             self.logger.warning("the trial's log stays on this host: %s", error)
 
@@ -119,15 +142,28 @@ class Supervisor:
 
     def report(self, report: Report) -> Decision:
         """Make a report, and the checkpoint staged with it, durable; return what the trial is to do."""
-        decision = self.runtime.decision(self.trial)
+        decision = max(self.runtime.decision(self.trial), self._generation(report.step), key=STRENGTH.__getitem__)
         undue = report.staged is not None and self.reported == report.step
         if undue and report.staged is not None:  # saved only because of preemption: its report is committed already
             self.writer.save(report.step, _saved(self.publication(report)()))
         else:
             decision = self._commit(report, decision)
         if report.staged is not None:
+            self._note_saved()
             self._prune()
         return decision
+
+    def _note_saved(self) -> None:
+        """Note a checkpoint that counts; with the first one, what was lent by another trial is given back."""
+        first, self._has_saved = not self._has_saved, True
+        if first and self.resumed is not None and self.resumed.trial != self.trial:
+            self.writer.give_back()
+
+    def _generation(self, step: int) -> Decision:
+        """Return PREEMPT at the end of a generation: the member waits for the others then."""
+        spec = self.runtime.spec
+        ends = ends_generation(spec.population, step, spec.stopping.max_steps)
+        return Decision.PREEMPT if ends else Decision.CONTINUE
 
     def publication(self, report: Report) -> Callable[[], Published]:
         """Return what publishes a checkpoint whose report is committed; its manifest tells what is known now."""
@@ -144,6 +180,7 @@ class Supervisor:
             self.runtime.checkpoints.delete(published.path)
             raise
         faults.point("checkpoint.committed")
+        self._note_saved()
         self._prune()
 
     def _commit(self, report: Report, decision: Decision) -> Decision:
@@ -197,11 +234,15 @@ class Supervisor:
             metrics=report.metrics,
             files=tuple(staged.files),
             beside={
-                "parent": None if self.resumed is None else [self.resumed.attempt, self.resumed.step],
+                "parent": None if self.resumed is None else [self._parent(self.resumed), self.resumed.step],
                 "reported": micros(datetime.now(UTC)),
                 "reports": [list(told) for told in self.unjournaled()],
             },
         )
+
+    def _parent(self, resumed: Checkpoint) -> int | list[int]:
+        """Return an attempt as the journal names it: another trial's with the trial."""
+        return resumed.attempt if resumed.trial == self.trial else [resumed.trial, resumed.attempt]
 
     def _prune(self) -> None:
         """Delete what retention does not keep: rows first, then files; what is cut off here is swept later."""

@@ -121,6 +121,7 @@ def make_job(runtime: Runtime, supervisor: Supervisor) -> Job:
         candidates=supervisor.fetched(),
         save_period=spec.checkpoints.due_period,
         saves=spec.checkpoints.saves,
+        interval=None if spec.population is None else spec.population.interval,
         serializer=spec.checkpoints.serializer,
         asynchronous=spec.checkpoints.asynchronous,
         save_by=None if save_before is None else runtime.began + save_before,

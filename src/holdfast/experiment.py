@@ -21,6 +21,7 @@ from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
 from holdfast.core.values import Config, Json, Scalar
 from holdfast.locate import Opened
 from holdfast.report.frames import groups_df, history_df, results_df, telemetry_df
+from holdfast.report.lineage import LineageRow, lineage_df, lineage_of
 from holdfast.standing import driven_elsewhere
 from holdfast.storage.checkpoints.local import Loaded
 from holdfast.storage.database import merging, queueing, requests
@@ -354,6 +355,14 @@ class Experiment:
     def audit(self) -> list[AuditRow]:
         """Return who did what to the experiment, oldest first."""
         return self._reader.audit()
+
+    def lineage(self) -> list[LineageRow]:
+        """Return who went on from whom in a population, by generation and trial; empty for other searches."""
+        return lineage_of(self.audit())
+
+    def lineage_df(self) -> pd.DataFrame:
+        """Return one row a change of a member: generation, trial, attempt, from_trial, from_step, changes (text)."""
+        return lineage_df(self.lineage())
 
     def results_df(self, *, aggregate: str | None = None) -> pd.DataFrame:
         """Return one row a trial: trial, status, group, repeat, config.<param>, metric.<name>, step, attempts, error.

@@ -271,6 +271,7 @@ def _judge(
     identities = {row.id for row in counting}
     for path in held:
         row, why = by_path.get(path), ""
+        kept = row is not None and (row.pinned or row.lent)
         name = path.rpartition("/")[2]
         if row is None:
             why = (
@@ -282,7 +283,7 @@ def _judge(
             )
         elif row.status is CheckpointStatus.DELETED:
             why = "pruned"
-        elif row.status is CheckpointStatus.CORRUPT and corrupt is not None and not row.pinned:
+        elif row.status is CheckpointStatus.CORRUPT and corrupt is not None and not kept:
             try:
                 if _wrong(corrupt, row) is None:
                     found.good.append(row)
@@ -291,7 +292,7 @@ def _judge(
                     found.rows[path] = row
             except NewerFormat as error:
                 log.warning("%s is left alone: %s", path, error)
-        elif row.status is CheckpointStatus.VALID and counting and row.id not in identities and not row.pinned:
+        elif row.status is CheckpointStatus.VALID and counting and row.id not in identities and not kept:
             why = "superseded"
             found.rows[path] = row
         if why:

@@ -10,11 +10,12 @@ from holdfast.core.checkpoint import Checkpoint, check_step, eligible
 from holdfast.core.errors import AlreadyClaimed, CheckpointConflict, Conflict, Fenced
 from holdfast.core.trial import Event, Outcome, TrialStatus, transition
 from holdfast.core.values import Metrics
+from holdfast.storage.database import populations
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.driver import Ending, end_attempt, fence, forget_checkpoints, mark_checkpoint
 from holdfast.storage.database.engine import Database, Transaction
 from holdfast.storage.database.losses import repeatable
-from holdfast.storage.database.rows import add_metrics, attempts_of, now, storable, to_checkpoint, typed
+from holdfast.storage.database.rows import add_metrics, attempts_of, now, place_of, storable, to_checkpoint, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class AttemptWriter:
             if moved != 1:
                 raise Conflict(f"attempt {attempt} cannot be claimed: its trial does not wait")
             if rejected:
-                _reject(tx, seq, attempt, trial, resumed, rejected, note)
+                _reject(tx, seq, attempt, resumed, rejected, note)
         return cls(
             database=database, experiment=experiment, epoch=epoch, attempt=attempt, trial=trial, number=number, token=token
         )
@@ -182,7 +183,7 @@ class AttemptWriter:
         found = [to_checkpoint(0, row, metrics.get(row[0])) for row in rows]
         on_chain = eligible(self.number, attempts, found)
         identities = {checkpoint.id for checkpoint in on_chain}
-        return on_chain[::-1], [item for item in found if item.id not in identities and not item.pinned]
+        return on_chain[::-1], [item for item in found if item.id not in identities and not (item.pinned or item.lent)]
 
     @repeatable
     def pins(self) -> dict[int, bool]:
@@ -197,6 +198,12 @@ class AttemptWriter:
         """
         with self.database.write() as tx:
             return forget_checkpoints(tx, self._begin(tx), dict.fromkeys(checkpoints, "pruned"))
+
+    @repeatable
+    def give_back(self) -> None:
+        """Leave the other trial's checkpoint that this attempt went on from to that trial's rules: it has its own by now."""
+        with self.database.write() as tx:
+            populations.give_back(tx, self._begin(tx), self.attempt)
 
     @repeatable
     def telemetry(self, rows: Sequence[tuple[int, str, object]]) -> None:
@@ -226,16 +233,14 @@ def _reject(
     tx: Transaction,
     seq: int,
     attempt: int,
-    trial: int,
     resumed: Checkpoint | None,
     rejected: Mapping[int, str],
     note: str,
 ) -> None:
     for checkpoint, reason in rejected.items():
         mark_checkpoint(tx, seq, checkpoint, "corrupt", reason)
-    _, ids = attempts_of(tx, trial)
-    parent = None if resumed is None else ids[resumed.attempt]
-    step = None if resumed is None else resumed.step
+        tx.run(sql.TOUCH_TRIAL, checkpoint=checkpoint, seq=seq)  # it may be another trial's
+    parent, step = (None, None) if resumed is None else place_of(tx, resumed)
     tx.run(sql.SET_PARENT, attempt=attempt, parent=parent, parent_step=step, reason=None, note=storable(note))
 
 

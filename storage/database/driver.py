@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from holdfast.core.errors import AlreadyFinished, Conflict, Fenced
+from holdfast.core.population import Change
 from holdfast.core.seeding import trial_seed
 from holdfast.core.space import config_text
 from holdfast.core.trial import ENDING, ErrorInfo, Event, Outcome, TrialStatus, transition
 from holdfast.core.values import LONGEST_MESSAGE, LONGEST_TRACE, Config, Json, Metrics, digest, dumps, dumps_ordered, shortened
+from holdfast.storage.database import populations
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Transaction
 from holdfast.storage.database.losses import repeatable
-from holdfast.storage.database.rows import FINAL_STEP, add_metrics, attempts_of, micros, newest, now, storable
+from holdfast.storage.database.rows import FINAL_STEP, add_metrics, micros, newest, now, storable
 
 if TYPE_CHECKING:
     from holdfast.storage.database.attempts import AttemptWriter, Process
@@ -135,7 +137,7 @@ def end_attempt(tx: Transaction, experiment: int, seq: int, attempt: int, ending
     rows = tx.run(sql.TRIAL_OF, experiment=experiment, attempt=attempt)
     if not rows:
         raise Conflict(f"attempt row {attempt} is none of this experiment's; nothing was written")
-    trial, status, current, number, config, _ = rows[0]
+    trial, status, current, number, config, _, parent = rows[0]
     if number != current:
         raise Fenced(f"attempt {number} is over: attempt {current} took its trial over; nothing was written")
     error = ending.error
@@ -163,6 +165,8 @@ def end_attempt(tx: Transaction, experiment: int, seq: int, attempt: int, ending
         tx.run(sql.MOVE_TO_ATTEMPT, trial=trial, old=status, new=after.value, seq=seq, number=number + 1)
     else:
         tx.run(sql.MOVE_TRIAL, trial=trial, old=status, new=after.value, seq=seq, ended_seq=seq)
+        if parent is not None:
+            populations.give_back(tx, seq, attempt)
     return after
 
 
@@ -265,14 +269,17 @@ class Driver:
     def cancel(self, trial: int) -> None:
         """End a waiting or skipped trial (row id) as a person asked; a running one ends with its attempt."""
         with self.database.write() as tx:
-            self._move(tx, fence(tx, self.experiment, self.epoch), trial, Event.CANCEL)
+            seq = fence(tx, self.experiment, self.epoch)
+            current = self._move(tx, seq, trial, Event.CANCEL)
+            populations.give_back(tx, seq, populations.standing(tx, trial, current)[0])
 
-    def _move(self, tx: Transaction, seq: int, trial: int, event: Event) -> None:
-        status = self._status(tx, trial)[0]
+    def _move(self, tx: Transaction, seq: int, trial: int, event: Event) -> int:
+        status, current, _ = self._status(tx, trial)
         if status is TrialStatus.RUNNING:
             raise Conflict("the trial is RUNNING: end its attempt instead; nothing was written")
         after = transition(status, event)
         tx.run(sql.MOVE_TRIAL, trial=trial, old=status, new=after.value, seq=seq, ended_seq=seq)
+        return current
 
     def _status(self, tx: Transaction, trial: int) -> tuple[TrialStatus, int, int]:
         """Return a trial's status, current attempt and config (row id)."""
@@ -285,22 +292,23 @@ class Driver:
     def rerun(self, trial: int, *, restart: bool, note: str = "") -> None:
         """Let an ended or waiting trial (row id) run again, from its newest checkpoint or, with ``restart``, from step 0.
 
-        A waiting attempt that was never claimed is used; it begins where the call says.
+        A waiting attempt that was never claimed is used; it begins where the call says. A restarted member of a population has
+        its first config again.
         """
         with self.database.write() as tx:
             seq = fence(tx, self.experiment, self.epoch)
             status, current, config = self._status(tx, trial)
             after = status if status is TrialStatus.PENDING else transition(status, Event.RERUN)
-            attempts, ids = attempts_of(tx, trial)
-            waiting = attempts[current]
+            identity, before, runs = populations.standing(tx, trial, current)
             parent = None if restart else newest(tx, trial, current)
             reason = "restart" if restart else "resume"
             number = current
-            if tx.run(sql.UNCLAIMED, attempt=waiting.id):
-                before = None if waiting.parent is None else (ids[waiting.parent], waiting.parent_step)
+            if tx.run(sql.UNCLAIMED, attempt=identity):
+                if restart and runs != config:
+                    tx.run(populations.SET_CONFIG, attempt=identity, config=config)
                 tx.run(
                     sql.SET_PARENT,
-                    attempt=waiting.id,
+                    attempt=identity,
                     parent=parent and parent[0],
                     parent_step=parent and parent[1],
                     reason=None if before == parent else reason,
@@ -308,8 +316,20 @@ class Driver:
                 )
             else:
                 number = current + 1
-                add_attempt(tx, trial, number, config, reason=reason, parent=parent, note=note)
+                add_attempt(tx, trial, number, config if restart else runs, reason=reason, parent=parent, note=note)
             tx.run(sql.MOVE_TO_ATTEMPT, trial=trial, old=status.value, new=after.value, seq=seq, number=number)
+
+    @repeatable
+    def evolve(self, generation: int, changes: Sequence[Change]) -> None:
+        """Commit what becomes of the members of a population after ``generation`` (from 0), which all of them wait for.
+
+        Each changed member's waiting attempt gets its new config and the donor's checkpoint as its parent, and that checkpoint
+        stays until the member has one of its own. Conflict when the generation was evolved already, or a member does not wait.
+        """
+        with self.database.write() as tx:
+            seq = fence(tx, self.experiment, self.epoch)
+            detail = populations.evolve(tx, self.experiment, seq, generation, changes)
+            add_audit(tx, self.experiment, seq, self.epoch, populations.EVOLVED, detail)
 
     @repeatable
     def reject(self, checkpoints: Mapping[int, str]) -> None:

@@ -58,7 +58,9 @@ def _names(statuses: frozenset[TrialStatus]) -> str:
 
 _LOADED = Statement(
     text(
-        "SELECT t.number, t.status, c.body, t.current_attempt, t.origin FROM trial t JOIN config c ON c.id = t.config_id"
+        "SELECT t.number, t.status, c.body, t.current_attempt, t.origin FROM trial t JOIN config c ON c.id ="
+        " CASE WHEN t.current_attempt = 1 THEN t.config_id ELSE"  # what a later attempt runs may be another one
+        " (SELECT a.config_id FROM attempt a WHERE a.trial_id = t.id AND a.number = t.current_attempt) END"
         f" WHERE t.experiment_id = :experiment AND t.number >= :first AND t.status IN ({_names(SCORED | ERRORED)})"
         " ORDER BY t.number"
     )

@@ -10,7 +10,8 @@ from sqlalchemy import text
 from holdfast.core.errors import Fenced
 from holdfast.storage.database.engine import Database, Statement, Transaction
 from holdfast.storage.database.losses import repeatable
-from holdfast.storage.journal import Batch, Row, Rows
+from holdfast.storage.database.statements import DONOR, OWN_PARENT
+from holdfast.storage.journal import COLUMNS, Batch, Row, Rows
 
 
 def _sql(body: str) -> Statement:
@@ -29,9 +30,9 @@ _TRIALS = _sql(
 )
 
 _ATTEMPTS = _sql(
-    "SELECT t.number, a.number, c.body, p.number, a.parent_step, a.reason, a.note, a.created, a.epoch, a.claimed_by, a.started,"
-    " a.ended, a.outcome, a.error_kind, a.error, a.traceback, a.result, a.flow_run_id, a.task_run_id, a.host, a.pid,"
-    " a.pid_started FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN config c ON c.id = a.config_id"
+    f"SELECT t.number, a.number, c.body, {OWN_PARENT}, a.parent_step, a.reason, a.note, a.created, a.epoch, a.claimed_by,"
+    " a.started, a.ended, a.outcome, a.error_kind, a.error, a.traceback, a.result, a.flow_run_id, a.task_run_id, a.host, a.pid,"
+    f" a.pid_started, {DONOR}, p.number FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN config c ON c.id = a.config_id"
     " LEFT JOIN attempt p ON p.id = a.parent_id"
     " WHERE t.experiment_id = :experiment AND t.seq > :since ORDER BY +t.number, a.number"
 )
@@ -131,7 +132,7 @@ class Outbox:
         changed = {row[0] for row in trials}
         rows: Rows = {
             "trial": trials,
-            "attempt": _lists(state.run(_ATTEMPTS, **scope)),
+            "attempt": [_attempt(row) for row in state.run(_ATTEMPTS, **scope)],
             "report": self._reports(state, since),
             "telemetry": self._telemetry(state, since),
             "checkpoint": self._checkpoints(state, since, changed),
@@ -176,6 +177,17 @@ class Outbox:
             found = state.run(_ALL_TELEMETRY, **scope)
         self._last_telemetry = max((row[-1] for row in found), default=self._last_telemetry)
         return [list(row[:-1]) for row in found]
+
+
+_PARENT = COLUMNS["attempt"].index("parent")
+
+
+def _attempt(row: tuple[Any, ...]) -> Row:
+    """Return an attempt whose parent is a number of its own trial's, or [trial, attempt] of another one's."""
+    *found, donor, attempt = row
+    if donor is not None:
+        found[_PARENT] = [donor, attempt]
+    return found
 
 
 def _lists(rows: list[tuple[Any, ...]]) -> list[Row]:

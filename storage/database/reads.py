@@ -17,6 +17,7 @@ from holdfast.core.values import Config, Metrics, from_row, loads
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Statement, Transaction
 from holdfast.storage.database.losses import repeatable
+from holdfast.storage.database.populations import GENERATIONS
 from holdfast.storage.database.rows import FINAL_STEP, moment, to_checkpoint
 
 
@@ -26,12 +27,14 @@ def _sql(body: str) -> Statement:
 
 # Trials with their config and current attempt, in number order.
 _TRIALS_TEXT = (
-    "SELECT t.number, t.status, c.body, t.config_id, t.seed, t.seq, t.ts_start, t.origin, t.metadata,"
+    "SELECT t.number, t.status, c.body, a.config_id, t.seed, t.seq, t.ts_start, t.origin, t.metadata,"
     " t.source, t.group_number, t.repeat, t.ended_seq,"
-    " a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
-    " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended"
-    " FROM trial t JOIN config c ON c.id = t.config_id"
-    " JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
+    " a.id, a.number, a.epoch, a.outcome, a.claimed_by, " + sql.OWN_PARENT + ", a.parent_step, a.reason, a.note,"
+    " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended, "
+    + sql.DONOR
+    + ", p.number, CASE WHEN a.config_id <> t.config_id THEN (SELECT f.body FROM config f WHERE f.id = t.config_id) END"
+    " FROM trial t JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
+    " JOIN config c ON c.id = a.config_id"
     " LEFT JOIN attempt p ON p.id = a.parent_id"
     " WHERE {scope} ORDER BY {number}"
 )
@@ -48,7 +51,7 @@ _METRICS_TEXT = (
 
 # The reports of trials whose current attempt has none yet: they stand on an earlier attempt of the chain.
 _INHERITED_TEXT = (
-    "SELECT t.number, a.number, p.number, a.parent_step, r.step, m.name, m.kind, m.number, m.text FROM trial t"
+    "SELECT t.number, a.number, " + sql.OWN_PARENT + ", a.parent_step, r.step, m.name, m.kind, m.number, m.text FROM trial t"
     " JOIN attempt a ON a.trial_id = t.id LEFT JOIN attempt p ON p.id = a.parent_id"
     " LEFT JOIN report r ON r.attempt_id = a.id AND r.step >= 0 LEFT JOIN metric m ON m.report_id = r.id"
     " WHERE {scope}"
@@ -68,8 +71,9 @@ _TRIALS, _METRICS, _INHERITED = (_scoped(body, "t.number") for body in (_TRIALS_
 _CHANGED = tuple(_scoped(body, "+t.number") for body in (_TRIALS_TEXT, _METRICS_TEXT, _INHERITED_TEXT))
 
 _ATTEMPTS = _sql(
-    "SELECT t.number, a.id, a.number, a.epoch, a.outcome, a.claimed_by, p.number, a.parent_step, a.reason, a.note,"
-    " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended"
+    f"SELECT t.number, a.id, a.number, a.epoch, a.outcome, a.claimed_by, {sql.OWN_PARENT}, a.parent_step, a.reason, a.note,"
+    " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended,"
+    f" {sql.DONOR}, p.number"
     " FROM attempt a JOIN trial t ON t.id = a.trial_id LEFT JOIN attempt p ON p.id = a.parent_id"
     " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last ORDER BY t.number, a.number"
 )
@@ -78,6 +82,13 @@ _CHECKPOINTS = _sql(
     "SELECT t.number, c.id, a.number, c.step, c.path, c.digest, c.bytes, c.status, c.reason, c.pinned FROM checkpoint c"
     " JOIN attempt a ON a.id = c.attempt_id JOIN trial t ON t.id = a.trial_id"
     " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last ORDER BY t.number, a.number, c.step"
+)
+
+_BORROWED = _sql(
+    "SELECT t.number, a.number, x.number, c.id, p.number, c.step, c.path, c.digest, c.bytes, c.status, c.reason, c.pinned"
+    " FROM attempt a JOIN trial t ON t.id = a.trial_id JOIN attempt p ON p.id = a.parent_id AND p.trial_id <> a.trial_id"
+    " JOIN trial x ON x.id = p.trial_id JOIN checkpoint c ON c.attempt_id = p.id AND c.step = a.parent_step"
+    " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last ORDER BY t.number, a.number"
 )
 
 _CHECKPOINT_METRICS = _sql(
@@ -102,7 +113,7 @@ _MEASURED = _sql(
 
 # Only trials that were tried more than once have reports that do not count.
 _LINKS = _sql(
-    "SELECT t.number, a.number, p.number, a.parent_step FROM trial t JOIN attempt a ON a.trial_id = t.id"
+    "SELECT t.number, a.number, " + sql.OWN_PARENT + ", a.parent_step FROM trial t JOIN attempt a ON a.trial_id = t.id"
     " LEFT JOIN attempt p ON p.id = a.parent_id"
     " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last AND t.current_attempt > 1"
 )
@@ -256,7 +267,23 @@ class Reader:
         with self.database.snapshot() as state:
             rows = state.run(_ATTEMPTS, experiment=self.experiment, first=trial, last=trial)
             checkpoints = self._checkpoints(state, first=trial, last=trial)
-        return eligible(attempt, _by_trial(rows).get(trial, {}), checkpoints)
+            borrowed = self._borrowed(state, first=trial, last=trial)
+        return eligible(attempt, _by_trial(rows).get(trial, {}), checkpoints, borrowed.get(trial))
+
+    def borrowed(self) -> dict[int, dict[int, Checkpoint]]:
+        """Return the checkpoints that attempts go on from though they are other trials', by trial and attempt."""
+        with self.database.snapshot() as state:
+            return self._borrowed(state, first=0, last=ALL)
+
+    def _borrowed(self, state: Transaction, *, first: int, last: int) -> dict[int, dict[int, Checkpoint]]:
+        found: dict[int, dict[int, Checkpoint]] = {}
+        for number, attempt, donor, *row in state.run(_BORROWED, experiment=self.experiment, first=first, last=last):
+            found.setdefault(number, {})[attempt] = to_checkpoint(donor, tuple(row))
+        return found
+
+    def generations(self) -> int:
+        """Return how many generations of the population have been evolved."""
+        return int(self._fetch(GENERATIONS)[0][0])
 
     @repeatable
     def history(self) -> list[ReportRow]:
@@ -380,7 +407,7 @@ def _by_trial(rows: Sequence[tuple[Any, ...]]) -> dict[int, dict[int, Attempt]]:
 
 def _attempt(row: Sequence[Any]) -> Attempt:
     identity, number, epoch, outcome, claimed, parent, parent_step, reason, note, kind, message, trace, *rest = row
-    flow_run, task_run, host, pid, pid_started, started, ended = rest
+    flow_run, task_run, host, pid, pid_started, started, ended, donor, donor_attempt = rest
     return Attempt(
         id=identity,
         number=number,
@@ -389,6 +416,7 @@ def _attempt(row: Sequence[Any]) -> Attempt:
         claimed=claimed is not None,
         parent=parent,
         parent_step=parent_step,
+        donor=None if donor is None else (donor, donor_attempt),
         reason=reason,
         note=note,
         error=ErrorInfo(kind=kind, message=message or "", traceback=trace or "") if kind else None,
@@ -407,7 +435,7 @@ _ATTEMPT_NUMBER = 14
 
 
 def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | None) -> Trial:
-    number, status, _, config_id, seed, seq, ts_start, origin, metadata, source, group, repeat, ended_seq, *attempt = row
+    number, status, _, config_id, seed, seq, ts_start, origin, metadata, source, group, repeat, ended_seq, *attempt, first = row
     current = _attempt(attempt)
     return Trial(
         number=number,
@@ -427,4 +455,5 @@ def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | Non
         attempt=current,
         metrics=metrics,
         step=step,
+        first=None if first is None else loads(first),
     )

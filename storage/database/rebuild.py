@@ -249,7 +249,7 @@ class _Tables:
         self._tx.many(
             _PARENT,
             [
-                {"parent_id": attempts[row["trial"], row["parent"]], "id": attempts[row["trial"], row["number"]]}
+                {"parent_id": attempts[parent_of(row)], "id": attempts[row["trial"], row["number"]]}
                 for row in tables["attempt"]
                 if row["parent"] is not None
             ],
@@ -295,6 +295,12 @@ class _Tables:
         """Return the row id of each config by its text; equal ones are shared with what the database holds."""
         bodies = {row["config"] for name in ("trial", "attempt") for row in self._tables[name]}
         return {body: self._tx.run(sql.CONFIG, digest=digest(body), body=body)[0][0] for body in sorted(bodies)}
+
+
+def parent_of(row: dict[str, Any]) -> tuple[int, int]:
+    """Return (trial, attempt) of what an attempt's row continues: another trial's is a pair there."""
+    parent = row["parent"]
+    return (parent[0], parent[1]) if isinstance(parent, list) else (row["trial"], parent)
 
 
 def _but(row: dict[str, Any], *names: str) -> dict[str, object]:

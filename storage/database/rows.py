@@ -82,13 +82,24 @@ def to_checkpoint(trial: int, row: tuple[Any, ...], metrics: Metrics | None = No
         bytes=row[5],
         status=CheckpointStatus(row[6]),
         reason=row[7],
-        pinned=bool(row[8]),
+        pinned=bool(row[8] & 1),
+        lent=bool(row[8] & 2),
         metrics=metrics or {},
     )
 
 
 def newest(tx: Transaction, trial: int, current: int) -> tuple[int, int] | None:
     """Return (attempt row id, step) of the checkpoint that a successor of attempt ``current`` resumes from."""
-    attempts, ids = attempts_of(tx, trial)
-    found = eligible(current, attempts, checkpoints_of(tx, trial))
-    return (ids[found[0].attempt], found[0].step) if found else None
+    attempts, _ = attempts_of(tx, trial)
+    found = eligible(current, attempts, checkpoints_of(tx, trial), borrowed_of(tx, trial))
+    return place_of(tx, found[0]) if found else None
+
+
+def place_of(tx: Transaction, checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return (attempt row id, step) of a checkpoint, whosever it is."""
+    return int(tx.run(sql.OWNER_OF, checkpoint=checkpoint.id)[0][0]), checkpoint.step
+
+
+def borrowed_of(tx: Transaction, trial: int) -> dict[int, Checkpoint]:
+    """Return the other trials' checkpoints that attempts of a trial (row id) go on from, by the number of the attempt."""
+    return {row[0]: to_checkpoint(row[1], row[2:]) for row in tx.run(sql.BORROWED_OF, trial=trial)}

@@ -11,6 +11,13 @@ def _sql(body: str) -> Statement:
     return Statement(text(body))
 
 
+# The attempt of its own trial that an attempt ``a`` follows. Its parent ``p`` is another trial's where a member of a population
+# goes on from another one's checkpoint: its own reports up to there still count.
+OWN_PARENT = "CASE WHEN p.trial_id <> a.trial_id THEN a.number - 1 ELSE p.number END"
+
+# Number of that other trial, else null; to be read together with p.number.
+DONOR = "CASE WHEN p.trial_id <> a.trial_id THEN (SELECT x.number FROM trial x WHERE x.id = p.trial_id) END"
+
 # Every write of a driver or an attempt begins with this one. No row: a later epoch took over. On PostgreSQL the row lock
 # that it takes orders all writers of the experiment.
 FENCE = _sql("UPDATE experiment SET seq = seq + 1 WHERE id = :experiment AND epoch = :epoch RETURNING seq")
@@ -69,7 +76,7 @@ MOVE_TO_ATTEMPT = _sql(
 HOLDS = _sql("SELECT trial_id FROM attempt WHERE id = :attempt AND claimed_by = :token AND outcome IS NULL")
 
 TRIAL_OF = _sql(
-    "SELECT t.id, t.status, t.current_attempt, a.number, a.config_id, t.cancel_requested FROM attempt a"
+    "SELECT t.id, t.status, t.current_attempt, a.number, a.config_id, t.cancel_requested, a.parent_id FROM attempt a"
     " JOIN trial t ON t.id = a.trial_id WHERE a.id = :attempt AND t.experiment_id = :experiment"
 )
 
@@ -111,7 +118,8 @@ FORGET_CHECKPOINT = _sql(
 
 HAS_CHECKPOINT = _sql("SELECT id FROM checkpoint WHERE id = :checkpoint")
 
-PIN_CHECKPOINT = _sql("UPDATE checkpoint SET pinned = :pinned, seq = :seq WHERE id = :checkpoint")
+# pinned: 1 for a person's pin, 2 while it is lent to another member of a population, 3 for both.
+PIN_CHECKPOINT = _sql("UPDATE checkpoint SET pinned = (pinned & 2) + :pinned, seq = :seq WHERE id = :checkpoint")
 
 # By what a checkpoint is in every database, not by its row's id.
 QUARANTINE = _sql(
@@ -150,7 +158,7 @@ FAILURES = _sql(
 )
 
 ATTEMPTS_OF = _sql(
-    "SELECT a.id, a.number, p.number, a.parent_step FROM attempt a LEFT JOIN attempt p ON p.id = a.parent_id"
+    f"SELECT a.id, a.number, {OWN_PARENT}, a.parent_step FROM attempt a LEFT JOIN attempt p ON p.id = a.parent_id"
     " WHERE a.trial_id = :trial ORDER BY a.number"
 )
 
@@ -158,6 +166,15 @@ CHECKPOINTS_OF = _sql(
     "SELECT c.id, a.number, c.step, c.path, c.digest, c.bytes, c.status, c.reason, c.pinned FROM checkpoint c"
     " JOIN attempt a ON a.id = c.attempt_id WHERE a.trial_id = :trial ORDER BY a.number, c.step"
 )
+
+# Checkpoints of other trials that a trial's attempts go on from.
+BORROWED_OF = _sql(
+    "SELECT a.number, x.number, c.id, p.number, c.step, c.path, c.digest, c.bytes, c.status, c.reason, c.pinned FROM attempt a"
+    " JOIN attempt p ON p.id = a.parent_id AND p.trial_id <> a.trial_id JOIN trial x ON x.id = p.trial_id"
+    " JOIN checkpoint c ON c.attempt_id = p.id AND c.step = a.parent_step WHERE a.trial_id = :trial ORDER BY a.number"
+)
+
+OWNER_OF = _sql("SELECT attempt_id FROM checkpoint WHERE id = :checkpoint")
 
 # A save reads these, so it must not read the thousands that were pruned before.
 VALID_CHECKPOINTS_OF = _sql(

@@ -46,14 +46,15 @@ def choose(job: Job, checkpoints: LocalCheckpoints) -> Resume:
     """
     rejected: list[Rejected] = []
     for place, candidate in enumerate(job.candidates):
+        trial = job.trial if candidate.trial is None else candidate.trial
         try:
             loaded = checkpoints.load(
-                candidate.path, digest=candidate.digest, trial=job.trial, attempt=candidate.attempt, step=candidate.step
+                candidate.path, digest=candidate.digest, trial=trial, attempt=candidate.attempt, step=candidate.step
             )
         except (CheckpointCorrupt, NotACheckpoint, CheckpointNotFound) as error:
             rejected.append(Rejected(candidate=candidate, reason=str(error)))
             continue
-        resumed = ResumedCheckpoint(checkpoints, candidate, loaded, job.trial)
+        resumed = ResumedCheckpoint(checkpoints, candidate, loaded, trial)
         return Resume(place=place, checkpoint=resumed, rejected=tuple(rejected))
     return Resume(place=None, checkpoint=None, rejected=tuple(rejected))
 

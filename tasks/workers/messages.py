@@ -42,6 +42,8 @@ class Candidate:
     path: str
     digest: str
     metrics: Metrics = field(default_factory=dict)
+    trial: int | None = None
+    """the trial that it is of, when that is another one: a member of the same population"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ class Job:
     """newest first"""
     save_period: int = 1
     saves: bool = True
+    interval: int | None = None
+    """of a population: each step that ends such an interval is saved, due or not"""
     serializer: str = "safe"
     asynchronous: bool = False
     """whether checkpoints are written in the background, from a copy of the state"""

@@ -134,7 +134,12 @@ class Trial:
         cannot know is whether the trial is about to be told to stop.
         """
         due = check_step(step) % self._job.save_period == 0
-        return self._job.saves and (due or self._deadline.due(step))
+        return self._job.saves and (due or self._ends_generation(step) or self._deadline.due(step))
+
+    def _ends_generation(self, step: int) -> bool:
+        """Tell whether a population's members wait for each other after ``step``, and go on from what is saved there."""
+        interval, last = self._job.interval, self._job.max_steps
+        return interval is not None and (step + 1) % interval == 0 and (last is None or step + 1 < last)
 
     def stage(self, step: int) -> Path:
         """Return a folder to write large files into, on the checkpoints' own file system.
@@ -174,6 +179,11 @@ class Trial:
             step = self._last + 1 if step is None else self._check_new(step)
             values = plain_metrics(metrics)
             content = self._content(step, state, directory)
+            if content is None and self._ends_generation(step):
+                raise InvalidInput(
+                    f"a generation of the population ends with step {step}, and members go on from what is saved there:"
+                    " report it with state=, directory= or staged files; stopping.max_steps tells which step is the last one"
+                )
             due = content is not None and self.should_checkpoint(step)
             last_in_time = self._deadline.reported(step)
             report = Report(step=step, metrics=values)

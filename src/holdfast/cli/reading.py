@@ -121,6 +121,7 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from holdfast.report.lineage import lineage_lines
     from holdfast.report.ranking import Ranking, show_json
     from holdfast.report.tables import summary_json
     from holdfast.storage.leasing import describe
@@ -148,6 +149,9 @@ def _show(options: argparse.Namespace) -> int:
         console.print(f"{'trials:':<8} {counts or 'none'}", markup=False)
         for part in ranking.parts():
             console.print(part, markup=False, soft_wrap=isinstance(part, str))
+        if experiment.spec.population is not None:
+            for line in lineage_lines(experiment.lineage()):
+                console.print(line, markup=False, soft_wrap=True)
     return 0
 
 

@@ -32,6 +32,8 @@ class Checkpoint:
     status: CheckpointStatus = CheckpointStatus.VALID
     reason: str = ""
     pinned: bool = False
+    lent: bool = False
+    """whether a member of a population goes on from it, and has no checkpoint of its own yet: it stays, like a pinned one"""
     verified: bool = False
     """whether its files were read back and found good; no row says that"""
     metrics: Metrics = field(default_factory=dict)
@@ -61,8 +63,17 @@ def chain(current: int, attempts: Mapping[int, Attempt]) -> list[tuple[int, int 
     return links
 
 
-def eligible(current: int, attempts: Mapping[int, Attempt], checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """Return the valid checkpoints on the chain of attempt ``current``, the one to resume from first."""
+def eligible(
+    current: int,
+    attempts: Mapping[int, Attempt],
+    checkpoints: Iterable[Checkpoint],
+    borrowed: Mapping[int, Checkpoint] | None = None,
+) -> list[Checkpoint]:
+    """Return the valid checkpoints on the chain of attempt ``current``, the one to resume from first.
+
+    ``borrowed`` are other trials' checkpoints, by the number of the attempt that goes on from each: it comes after what that
+    attempt has saved itself, and before what its own trial had before.
+    """
     order = {number: (place, limit) for place, (number, limit) in enumerate(chain(current, attempts))}
     found = [
         checkpoint
@@ -71,4 +82,13 @@ def eligible(current: int, attempts: Mapping[int, Attempt], checkpoints: Iterabl
         and checkpoint.attempt in order
         and ((limit := order[checkpoint.attempt][1]) is None or checkpoint.step <= limit)
     ]
-    return sorted(found, key=lambda checkpoint: (order[checkpoint.attempt][0], -checkpoint.step))
+    found.sort(key=lambda checkpoint: (order[checkpoint.attempt][0], -checkpoint.step))
+    if not borrowed:
+        return found
+    others = {number: checkpoint for number, checkpoint in borrowed.items() if checkpoint.status is CheckpointStatus.VALID}
+    every: dict[int, Checkpoint] = {}
+    for number in order:
+        every |= {checkpoint.id: checkpoint for checkpoint in found if checkpoint.attempt == number}
+        if number in others:  # several attempts may have begun from the same one
+            every.setdefault(others[number].id, others[number])
+    return list(every.values())

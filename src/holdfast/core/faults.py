@@ -13,6 +13,8 @@ POINTS: dict[str, str] = {
     "experiment.rows-made": "the database rows exist, experiment.json does not",
     "lease.database-taken": "the lease is taken in the database, not in the path",
     "proposal.committed": "a proposal, its trial and first attempt are committed, not submitted",
+    "population.gathered": "every member waits at the end of a generation, nothing is decided",
+    "population.evolved": "what becomes of the members of a generation is committed, nobody goes on yet",
     "attempt.claimed": "an attempt is claimed and running, user code has not started",
     "attempt.failed": "a failure is committed, the task has not raised",
     "checkpoint.staged": "files are staged and fsynced, no manifest exists",

@@ -11,6 +11,7 @@ from operator import itemgetter
 
 from holdfast.core.budget import Budget
 from holdfast.core.objective import score
+from holdfast.core.population import Population
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
 
 
@@ -42,7 +43,14 @@ class Done:
     reason: str
 
 
-Action = Submit | Propose | Wait | Done
+@dataclass(frozen=True)
+class Evolve:
+    """Every member of the population waits at the end of a generation: decide who goes on from whom."""
+
+    generation: int
+
+
+Action = Submit | Propose | Evolve | Wait | Done
 
 
 @dataclass
@@ -74,6 +82,11 @@ class Ledger:
     """what each trial has cost so far, where that is limited"""
     values: dict[int, tuple[int, float | None]] = field(default_factory=dict)
     """when each scored trial ended, and the value that it counts with, where a plateau ends the search"""
+    population: Population | None = None
+    generation: int = 0
+    """of a population: how many generations have been evolved"""
+    held: dict[int, int] = field(default_factory=dict)
+    """members that wait at the end of the generation, with their steps"""
 
     def update(self, trial: Trial, *, fresh: bool = True) -> None:
         """Take in a trial's row; ``fresh`` rows changed in this run (an old error does not fail fast again)."""
@@ -90,7 +103,10 @@ class Ledger:
         if self.values.pop(trial.number, None) is not None:
             self._flat = None
         self.spent(trial)
-        if trial.status is TrialStatus.PENDING:
+        self.held.pop(trial.number, None)
+        if trial.status is TrialStatus.PENDING and trial.step is not None and self._ends(trial.step):
+            self.held[trial.number] = trial.step
+        elif trial.status is TrialStatus.PENDING:
             self.waiting[trial.number] = trial.ts_start
         elif trial.status is TrialStatus.RUNNING:
             self.running.add(trial.number)
@@ -122,6 +138,17 @@ class Ledger:
             flat=self._flat,
             cost=math.fsum(self.costs.values()),
         )
+
+    def _ends(self, step: int) -> bool:
+        """Tell whether a member that waits after ``step`` waits for the others."""
+        return self.population is not None and self.population.holds(step, self.generation)
+
+    def evolved(self) -> None:
+        """Note that a generation was evolved: its members go on."""
+        self.generation += 1
+        for number in [number for number, step in self.held.items() if not self._ends(step)]:
+            del self.held[number]
+            self.waiting[number] = None
 
     def _score(self, trial: Trial) -> None:
         raw = score(trial.metrics, self.budget.objective)
@@ -162,6 +189,8 @@ def decide(ledger: Ledger, now: datetime) -> Action:
             return Submit(min(due))
     if closed is None and not ledger.exhausted:
         return Propose(ledger.highest + 1)
+    if ledger.held and not ledger.running and not out_of_time:  # who is due later has not begun
+        return Evolve(ledger.generation)
     starts = [] if out_of_time else [start for start in ledger.waiting.values() if start is not None]
     if ledger.running or starts:
         return Wait(until=min(starts, default=None))

@@ -65,6 +65,8 @@ class Standing:
     trial: Trial
     checkpoint: tuple[int, int] | None = None
     """(attempt, step) of the newest valid checkpoint on the current attempt's chain"""
+    donor: int | None = None
+    """the trial that the checkpoint is of, when that is another one: a member of the same population"""
     rejected: tuple[str, ...] = ()
     """why newer checkpoints than that one do not count"""
     persisted: Outcome | None = None
@@ -118,7 +120,8 @@ def _rerun(standing: Standing, wanted: Rerun, why: str) -> Planned:
     if standing.checkpoint is None:
         return _planned(standing, Action.RESUME, f"{why}; no valid checkpoint: from step 0")
     attempt, step = standing.checkpoint
-    return _planned(standing, Action.RESUME, f"{why}; from the checkpoint at step {step}", parent=(attempt, step))
+    whose = "" if standing.donor is None else f" of trial {standing.donor}"
+    return _planned(standing, Action.RESUME, f"{why}; from the checkpoint{whose} at step {step}", parent=(attempt, step))
 
 
 def _planned(standing: Standing, action: Action, reason: str, parent: tuple[int, int] | None = None) -> Planned:

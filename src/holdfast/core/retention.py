@@ -48,7 +48,7 @@ class KeepBest:
 @dataclass(frozen=True)
 class KeepPinned:
     def keeps(self, checkpoints: Sequence[Checkpoint]) -> set[int]:
-        return {checkpoint.id for checkpoint in checkpoints if checkpoint.pinned}
+        return {checkpoint.id for checkpoint in checkpoints if checkpoint.pinned or checkpoint.lent}
 
 
 @dataclass(frozen=True)

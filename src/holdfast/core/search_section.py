@@ -100,3 +100,10 @@ class PopulationSection(Section):
     higher_is_better: bool | None = Field(
         default=None, description="null: as the objective of that name says, else the first one"
     )
+
+    @field_validator("factors")
+    @classmethod
+    def _above_zero(cls, factors: tuple[float, ...]) -> tuple[float, ...]:
+        if any(factor <= 0 for factor in factors):
+            raise ValueError(f"factors must be above 0, not {list(factors)}; 0.8 and 1.2 are usual")
+        return factors

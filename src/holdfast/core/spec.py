@@ -181,7 +181,27 @@ class ExperimentSpec(Section):
                     raise ValueError(f"space.{name} is continuous; a grid needs step: or type: categorical")
         elif self.search.num_trials is None and self.search.time_budget is None and self.search.target is None:
             raise ValueError("search.num_trials is absent; only a grid, a time_budget or a target can do without")
+        if self.population is not None:
+            self._check_population(self.population)
         return self
+
+    def _check_population(self, population: PopulationSection) -> None:
+        search, last = self.search, self.stopping.max_steps
+        if search.num_trials is None or search.num_trials < 2:
+            raise ValueError(f"search.num_trials is {search.num_trials}; a population has as many members: give 2 or more")
+        if search.repeats > 1 or search.samples > 1:
+            raise ValueError("search.repeats and search.samples make no sense in a population, whose configs change; drop them")
+        if not self.checkpoints.saves:
+            raise ValueError("population needs checkpoints, which members go on from; drop checkpoints.enabled and mode: none")
+        if last is not None and last <= population.interval:
+            raise ValueError(
+                f"population.interval ({population.interval}) is not below stopping.max_steps ({last}): no generation would end"
+            )
+        unknown = sorted(set(population.parameters) - set(self.space.parameters))
+        if unknown:
+            raise ValueError(
+                f"population.parameters names {', '.join(unknown)}; allowed: {', '.join(self.space.parameters) or 'none'}"
+            )
 
     @property
     def goals(self) -> tuple[Objective, ...]:

@@ -136,6 +136,9 @@ class Attempt:
     task_run_id: str | None = None
     host: str | None = None
     pid: int | None = None
+    donor: tuple[int, int] | None = None
+    """(trial, attempt) of the other member of a population whose checkpoint of ``parent_step`` it continues; ``parent`` is then
+    the attempt of its own trial that came before"""
     pid_started: str | None = None
     """identity of the child process, so that a recycled pid is told apart"""
     started: datetime | None = None
@@ -149,6 +152,7 @@ class Trial:
     number: int
     status: TrialStatus
     config: Config
+    """what the current attempt runs: in a population it changes"""
     config_id: int
     seed: int
     seq: int
@@ -175,6 +179,8 @@ class Trial:
     repeat: int = 0
     """place within the group"""
     metadata: dict[str, Json] = field(default_factory=dict)
+    first: Config | None = None
+    """the config that it began with, where that is another one"""
     state: bytes | None = field(default=None, repr=False)
     """what the engine kept with its proposal; given to engines alone"""
 

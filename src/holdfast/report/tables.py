@@ -202,7 +202,8 @@ def checkpoints_table(checkpoints: Sequence[Checkpoint], width: int) -> Table:
 
 
 def _checkpoint_cells(item: Checkpoint) -> list[str]:
-    status = f"{item.status.value}, pinned" if item.pinned else item.status.value
+    words = [item.status.value, *(["pinned"] if item.pinned else []), *(["lent"] if item.lent else [])]
+    status = ", ".join(words)
     return [str(item.trial), str(item.attempt), str(item.step), size(item.bytes), status]
 
 

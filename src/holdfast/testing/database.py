@@ -40,6 +40,7 @@ from holdfast.storage.database.loading import load
 from holdfast.testing import racing
 from holdfast.testing.attempts import AttemptContract
 from holdfast.testing.lab import FAILED, TYPED, Lab, dump, same
+from holdfast.testing.populations import PopulationContract
 from holdfast.testing.queueing import QueueContract
 from holdfast.testing.racing import Racers, url_of
 from holdfast.testing.samples import sample_spec
@@ -52,7 +53,7 @@ def sorted_by_key(metrics: Metrics | None) -> Metrics | None:
     return None if metrics is None else dict(sorted(metrics.items()))
 
 
-class DatabaseContract(AttemptContract, QueueContract, UpkeepContract):
+class DatabaseContract(AttemptContract, PopulationContract, QueueContract, UpkeepContract):
     """What every database keeps. Give the fixture ``database``."""
 
     @pytest.fixture(scope="class")
