@@ -12,10 +12,13 @@ branch_labels = None
 depends_on = None
 
 COMMENT = "the experiment's seq; 0: written under schema 0001"
-TRIAL_COMMENTS = {
-    "number": "dense from 0 within the experiment; below 0: merged from another one",
-    "origin": "NAME#NUMBER@UUID of the trial that it was merged from",
-    "metadata": "JSON values by name",
+COMMENTS = {
+    ("trial", "number"): "dense from 0 within the experiment; below 0: merged from another one",
+    ("trial", "origin"): "NAME#NUMBER@UUID of the trial that it was merged from",
+    ("trial", "metadata"): "JSON values by name",
+    ("attempt", "parent_id"): "the attempt, maybe another trial's, whose checkpoint it continues; null: from step 0",
+    ("attempt", "reason"): "first, retry, resume, restart or exploit",
+    ("checkpoint", "pinned"): "not pruned: 1 by a person, 2 while it is lent to a member of a population, 3 both",
 }
 
 
@@ -29,9 +32,9 @@ def upgrade() -> None:
         ("attempt", "ix_attempt_parent"),
     ):
         op.drop_index(index, table)
-    for column, comment in TRIAL_COMMENTS.items():
+    for (table, column), comment in COMMENTS.items():
         if op.get_bind().dialect.name == "postgresql":  # SQLite keeps no comments
-            op.alter_column("trial", column, comment=comment)
+            op.alter_column(table, column, comment=comment)
     _partial("ix_trial_cancel", "trial", ["experiment_id", "number"], "cancel_requested = 1")
     _partial("ix_attempt_parent", "attempt", ["parent_id"], "parent_id IS NOT NULL")
 
