@@ -297,6 +297,18 @@ def test_optuna_warns_nobody(capfd):
 # Feasibility
 
 
+def test_a_condition_on_a_metric_that_is_missing_is_not_met_even_where_the_rest_would_decide():
+    def found(rest):
+        proposer = make(spec_of("tpe", "numbers", feasible=["memory <= 16 or fast == 1"]), 1)
+        for number in range(20):
+            config = proposer.propose(number).config
+            metrics = {"loss": objective_of(config)} | (rest if number % 2 else {"memory": 1})
+            proposer.observe(sample_trial(number, TrialStatus.COMPLETED, config=config, metrics=metrics))
+        return [proposer.propose(number).config for number in range(20, 24)]
+
+    assert found({"fast": 1}) == found({"fast": 0}) != found({"fast": 1, "memory": 1})
+
+
 @pytest.mark.parametrize("engine", ["tpe", "gp", "nsga2", "nsga3"])
 def test_conditions_on_metrics_reach_the_sampler(engine):
     """The best values lie where the condition is broken: proposals keep away from there, and from where it is unknown."""
