@@ -14,6 +14,7 @@ from typing import Any, cast
 from holdfast.core import faults, retention
 from holdfast.core.checkpoint import Checkpoint
 from holdfast.core.errors import CheckpointConflict, CheckpointNotFound, Corrupt, Infrastructure
+from holdfast.core.objective import goal_of
 from holdfast.core.population import ends_generation
 from holdfast.core.values import Config, Metrics
 from holdfast.storage.checkpoints.local import Published
@@ -249,7 +250,9 @@ class Supervisor:
         if self._pruner is None:
             spec = self.runtime.spec
             verified = None if self.resumed is None else self.resumed.id
-            self._pruner = Pruner(retention.policies(spec.checkpoints, retention.meant(spec.checkpoints, spec.goals)), verified)
+            settings = spec.checkpoints
+            goal = goal_of(settings.metric_name, settings.higher_is_better, spec.goals)
+            self._pruner = Pruner(retention.policies(settings, goal), verified)
         surplus = self._pruner.surplus(self.writer)
         if not surplus:
             return

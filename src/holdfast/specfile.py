@@ -16,7 +16,8 @@ from pydantic import PrivateAttr
 from holdfast.callables import Function, spec_name
 from holdfast.core import spec as core
 from holdfast.core.errors import SpecError
-from holdfast.core.spec import known_keys, nearest
+from holdfast.core.spec import known_keys
+from holdfast.core.spelling import nearest
 
 __all__ = ["ExperimentSpec", "apply_overrides", "without_options"]
 

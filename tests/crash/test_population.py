@@ -81,11 +81,10 @@ KILLS = [
     "population.evolved:1",
     "attempt.claimed:3",
     "checkpoint.renamed:3",
-    "population.evolved:1",
 ]
 """Where it dies, one after the other, each time in the process that restores it."""
 
-ALONE = {2, 5}
+ALONE = {2}
 """After which of these deaths the database is lost, too."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import closing
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from holdfast.locate import Opened
 from holdfast.report.frames import groups_df, results_df
 from holdfast.report.progress import Progress
 from holdfast.report.ranking import FRONT, Ranking
+from holdfast.report.tables import note_lines, trial_lines, trials_table
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.leases import Leases
 from holdfast.testing.lab import FAILED, Lab
@@ -306,6 +308,42 @@ def test_show_says_why_nothing_is_best(tmp_path: Path, capsys: pytest.CaptureFix
     with closing(filled(tmp_path, points[2:], name="lacking", feasible=["memory <= 16"])) as opened:
         assert "trial 0 comes nearest: it has no memory" in shown(capsys, opened)
         assert json.loads(shown(capsys, opened, "--json"))["least_infeasible"]["violation"] == "Infinity"
+
+
+def test_show_says_that_no_trial_has_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(filled(tmp_path, [{"loss": math.nan, "gain": 1.0}, {"loss": 1.0}], objectives=BOTH)) as opened:
+        assert "best:    none, no trial has ended with a finite value of loss and gain" in shown(capsys, opened)
+    with closing(filled(tmp_path, [], name="nothing", objectives=BOTH)) as opened:
+        assert "best:" not in shown(capsys, opened)
+
+
+def test_repeats_whose_sum_exceeds_the_range_of_floats_have_a_mean() -> None:
+    spec = sample_spec(objectives=BOTH, search=search(repeats=2))
+    points = ((1e308, 1.0), (1.7e308, 2.0))
+    trials = [
+        sample_trial(repeat, COMPLETED, metrics={"loss": loss, "gain": gain}, group=0, repeat=repeat)
+        for repeat, (loss, gain) in enumerate(points)
+    ]
+    assert Ranking(trials, spec).json()["pareto"][0]["values"] == {"loss": 1.35e308, "gain": 1.5}
+
+
+@pytest.mark.parametrize(("width", "lacks"), [(80, {"attempts"}), (64, {"attempts", "group"}), (120, set())])
+def test_a_narrow_table_of_trials_leaves_room_for_configs(width: int, lacks: set[str]) -> None:
+    config = {"x": 0.25, "optimizer": "sgd", "optimizer.sgd.momentum": 0.5}
+    note = "stopped by asha after step 1: loss 2 is not among the best 1 of 4 at 2 steps, the last of which is 1"
+    trials = [sample_trial(number, COMPLETED, config=config, metrics={"loss": 1.5}, group=number) for number in range(3)]
+    pruned = sample_trial(3, PRUNED, config=config, metrics={"loss": 2.0}, group=3)
+    trials.append(replace(pruned, attempt=replace(pruned.attempt, note=note)))
+    console = Console(file=StringIO(), width=width, color_system=None, highlight=False)
+    console.print(trials_table(trials, sample_spec().goals, width))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
+    header = ["trial", "status", "group", "repeat", "loss", "step", "attempts", "config"]
+    assert lines[0].split() == [name for name in header if name not in lacks]
+    assert max(map(len, map(str.rstrip, lines))) <= width
+    assert any("optimizer.sgd.momentum=0.5" in line for line in lines)
+    assert "asha" not in "".join(lines)
+    assert [*note_lines(trials)] == [f"trial 3: {note}"]
+    assert note in [*trial_lines(trials, sample_spec().goals)][-1]
 
 
 def test_a_feasible_group_that_is_spoiled_is_not_called_infeasible() -> None:

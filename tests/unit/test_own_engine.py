@@ -1,5 +1,6 @@
 """Engines of the user's own: found, made and held to the protocol."""
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -22,6 +23,13 @@ class TestExample(ProposerContract):
 
     def make(self, spec, seed):
         return make_proposer(spec, seed)
+
+
+class TestAlone(ProposerContract):
+    """As docs/engines.md has it: the class itself, which says nothing of a size."""
+
+    def make(self, spec, seed):
+        return runpy.run_path(str(EXAMPLE / "engine.py"))["Evolution"](spec.space, spec.goals, seed)
 
 
 def test_the_example_gets_better_than_its_first_draws():

@@ -13,7 +13,7 @@ from holdfast.core.budget import Budget
 from holdfast.core.errors import SpecError
 from holdfast.core.loop import Done, Evolve, Ledger, Propose, Submit, Wait, decide
 from holdfast.core.objective import Direction, Objective
-from holdfast.core.population import Population, compared_by, difference, ends_generation, perturbed, ranking
+from holdfast.core.population import Population, difference, ends_generation, perturbed, ranking
 from holdfast.core.search_section import PopulationSection
 from holdfast.core.space import Space
 from holdfast.core.trial import TrialStatus
@@ -115,8 +115,8 @@ class TestExploit:
         ],
     )
     def test_what_members_are_compared_by(self, settings, expected):
-        goals = (Objective(name="loss"), Objective(name="acc", direction=Direction.MAX))
-        found = compared_by(PopulationSection(interval=1, **settings), goals)
+        settings = {"interval": 1, **settings}
+        found = population(objectives={"loss": "min", "acc": "max"}, population=settings).objective
         assert (found.name, found.direction) == expected
 
 

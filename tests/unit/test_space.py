@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from holdfast.core.budget import has_conditions, values_of
+from holdfast.core.budget import has_conditions
+from holdfast.core.counted import values_of
 from holdfast.core.errors import InvalidConfig, SpecError
 from holdfast.core.space import Space, config_digest, config_text
 from holdfast.core.trial import TrialStatus

@@ -1,7 +1,8 @@
 import pytest
 
 from holdfast.core.errors import SpecError
-from holdfast.core.spec import CHANGEABLE, LOCATION_FIELDS, ExperimentSpec, known_keys, nearest
+from holdfast.core.spec import CHANGEABLE, LOCATION_FIELDS, ExperimentSpec, known_keys
+from holdfast.core.spelling import nearest
 from holdfast.testing.samples import sample_spec
 
 DATA = {

@@ -156,7 +156,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _trials(options: argparse.Namespace) -> int:
-    from holdfast.report.tables import trial_json, trial_lines, trials_table
+    from holdfast.report.tables import note_lines, trial_json, trial_lines, trials_table
 
     with open_experiment(options) as experiment:
         trials = experiment.trials
@@ -164,7 +164,10 @@ def _trials(options: argparse.Namespace) -> int:
     if options.json:
         print_json([trial_json(trial) for trial in trials])
     elif drawn:
-        terminal().print(trials_table(trials, experiment.objectives))
+        console = terminal()
+        console.print(trials_table(trials, experiment.objectives, console.width))
+        for line in note_lines(trials):
+            console.print(line, markup=False)
     else:
         sys.stdout.writelines(f"{line}\n" for line in trial_lines(trials, experiment.objectives))
     if left_out and not options.json:

@@ -8,24 +8,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from holdfast.core.objective import Direction, Objective, feasible, score
-from holdfast.core.space import Parameter, Space
+from holdfast.core.space import Space
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import Metrics
-
-
-def values_of(parameter: Parameter) -> int:
-    """Return how many values a grid gives ``parameter``."""
-    match parameter.type:
-        case "categorical":
-            return len(parameter.choices)
-        case "int":
-            return (parameter.high - parameter.low) // (parameter.step or 1) + 1
-        case "float":
-            if parameter.step is None:
-                return 1
-            return math.floor((parameter.high - parameter.low) / parameter.step + 1e-9) + 1
-        case _:
-            return 1
 
 
 def has_conditions(space: Space) -> bool:

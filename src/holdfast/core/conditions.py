@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Iterable, Mapping
 
 from holdfast.core.expression import CONSTANTS, Expression
 from holdfast.core.parameters import CategoricalParameter, ConstantParameter, FloatParameter, IntParameter, Parameter
+from holdfast.core.spelling import hint
 from holdfast.core.values import Scalar
 
 Kinds = frozenset[str]
@@ -21,10 +21,8 @@ def problem_of(expression: Expression, parameters: Mapping[str, Parameter]) -> s
         return f"{expression.text!r} names no parameter, so it is always the same; allowed: {', '.join(parameters) or 'none'}"
     for name in sorted(expression.names):
         if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.5)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
             allowed = ", ".join(parameters) or "none"
-            return f"{expression.text!r} names {name!r}{hint}, which is no parameter; allowed: {allowed}"
+            return f"{expression.text!r} names {name!r}{hint(name, parameters)}, which is no parameter; allowed: {allowed}"
     types = _Types(expression, parameters)
     for node in reversed([*ast.walk(expression.root)]):  # parts before what is made of them
         if reason := types.reason(node):
@@ -106,9 +104,8 @@ class _Types:
         if values is not None:
             if any(value == choice for choice in values):
                 return None
-            near = difflib.get_close_matches(str(value), map(str, values), n=1, cutoff=0.5)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            return f"{name} is never {value!r}{hint}; its values: {', '.join(map(repr, values))}"
+            near = hint(str(value), map(str, values))
+            return f"{name} is never {value!r}{near}; its values: {', '.join(map(repr, values))}"
         assert isinstance(parameter, FloatParameter | IntParameter)
         if isinstance(value, (int, float)) and not parameter.low <= value <= parameter.high:
             return f"{name} is never {value!r}, which is outside [{parameter.low}, {parameter.high}]"

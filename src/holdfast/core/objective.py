@@ -33,6 +33,15 @@ class Objective:
         return value == target or self.better(value, target)
 
 
+def goal_of(metric: str | None, higher_is_better: bool | None, objectives: Sequence[Objective]) -> Objective:
+    """Return what is looked at: null is the first objective, and the direction of the objective of that name, or the first."""
+    name = objectives[0].name if metric is None else metric
+    named = next((objective for objective in objectives if objective.name == name), objectives[0])
+    if higher_is_better is None:
+        return Objective(name=name, direction=named.direction)
+    return Objective(name=name, direction=Direction.MAX if higher_is_better else Direction.MIN)
+
+
 def score(metrics: Mapping[str, Json], objective: Objective) -> float | None:
     """Return the objective's value as a float, or None when it is missing or no number (bool is none)."""
     value = metrics.get(objective.name)
@@ -92,7 +101,12 @@ def feasible(metrics: Mapping[str, Json], conditions: Sequence[str]) -> bool:
 
 def violation(metrics: Mapping[str, Json], conditions: Sequence[str]) -> float:
     """Return by how much ``metrics`` break the conditions, summed up: 0 when they meet all, infinite when that is unknown."""
-    return sum(max(_violation(metrics, _parsed(text)), 0.0) for text in conditions)
+    return sum(max(one, 0.0) for one in violations(metrics, conditions))
+
+
+def violations(metrics: Mapping[str, Json], conditions: Sequence[str]) -> list[float]:
+    """Return how far ``metrics`` are from meeting each condition: 0 or less when they do, infinite when that is unknown."""
+    return [_violation(metrics, _parsed(text)) for text in conditions]
 
 
 def _violation(metrics: Mapping[str, Json], condition: Expression) -> float:

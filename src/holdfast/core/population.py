@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from random import Random
 from typing import Self
 
+from holdfast.core.counted import index_of, nth_value, values_of
 from holdfast.core.expression import Expression
-from holdfast.core.objective import Direction, Objective, score
+from holdfast.core.objective import Direction, Objective, goal_of, score
 from holdfast.core.search_section import PopulationSection
 from holdfast.core.seeding import derive
 from holdfast.core.space import CategoricalParameter, ConstantParameter, FloatParameter, IntParameter, Parameter, Space
@@ -79,8 +79,8 @@ class Population:
         return cls(
             settings=spec.population,
             space=spec.space,
-            constraints=tuple(Expression(text) for text in spec.constraints),
-            objective=compared_by(spec.population, spec.goals),
+            constraints=tuple(Expression(text, spec.space.parameters) for text in spec.constraints),
+            objective=goal_of(spec.population.metric, spec.population.higher_is_better, spec.goals),
             seed=seed,
             last=spec.stopping.max_steps,
         )
@@ -153,15 +153,6 @@ def ends_generation(settings: PopulationSection | None, step: int, last: int | N
     return settings is not None and (step + 1) % settings.interval == 0 and (last is None or step + 1 < last)
 
 
-def compared_by(settings: PopulationSection, goals: Sequence[Objective]) -> Objective:
-    """Return the metric that members are compared by, and which way is better."""
-    name = settings.metric or goals[0].name
-    direction = next((goal.direction for goal in goals if goal.name == name), goals[0].direction)
-    if settings.higher_is_better is not None:
-        direction = Direction.MAX if settings.higher_is_better else Direction.MIN
-    return Objective(name=name, direction=direction)
-
-
 def value_of(trial: Trial, objective: Objective) -> float | None:
     """Return the value that a member is ranked by; None when there is no finite one."""
     value = score(trial.metrics, objective)
@@ -227,10 +218,5 @@ def _neighbour(place: int, count: int, *, up: bool) -> int:
 
 def _stepped(parameter: FloatParameter | IntParameter, value: Scalar, *, up: bool) -> Scalar:
     assert isinstance(value, int | float)
-    assert parameter.step is not None
-    count = math.floor((parameter.high - parameter.low) / parameter.step + 1e-9) + 1
-    place = min(max(round((value - parameter.low) / parameter.step), 0), count - 1)
-    place = _neighbour(place, count, up=up)
-    if isinstance(parameter, IntParameter):
-        return parameter.low + place * (parameter.step or 1)
-    return min(float(Decimal(str(parameter.low)) + place * Decimal(str(parameter.step))), parameter.high)
+    place = _neighbour(index_of(parameter, value), values_of(parameter), up=up)
+    return nth_value(parameter, place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,13 +39,25 @@ def group_of(trial: Trial) -> int:
 
 
 def aggregate(values: Sequence[float], how: str, objective: Objective) -> float:
-    """Return the mean, the median or the worst of one objective's values; NaN beyond the range of floats."""
+    """Return the mean, the median or the worst of one objective's finite values."""
     if how == "worst":
         return max(values) if objective.direction is Direction.MIN else min(values)
+    return median(values) if how == "median" else mean(values)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of finite values, whose sum may exceed the range of floats."""
     try:
-        return statistics.median(values) if how == "median" else statistics.fmean(values)
+        return math.fsum(values) / len(values)
     except OverflowError:
-        return math.nan
+        return math.fsum(value / len(values) for value in values)
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median of finite values; of an even number the mean of the two in the middle."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else mean(ordered[half - 1 : half + 1])
 
 
 def candidates(

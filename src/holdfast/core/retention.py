@@ -90,11 +90,6 @@ def policies(config: CheckpointConfig, objective: Objective | None, *, latest: b
     return [*chosen, KeepVerified(), KeepPinned()]
 
 
-def meant(config: CheckpointConfig, goals: Sequence[Objective]) -> Objective:
-    """Return the objective that ``metric_name`` names, with its direction; else the first one."""
-    return next((goal for goal in goals if goal.name == config.metric_name), goals[0])
-
-
 def ranking(config: CheckpointConfig, objective: Objective | None) -> Objective | None:
     """Return what checkpoints are ranked by: the config's metric and direction, else ``objective``; None without either."""
     name = config.metric_name or (objective.name if objective else None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from holdfast.core.space import Number, Section, Whole
+from holdfast.core.spelling import hint
 from holdfast.core.values import Scalar
 
 ENGINES = ("auto", "random", "grid", "sobol", "halton", "tpe", "gp", "cmaes", "nsga2", "nsga3")
@@ -67,9 +67,8 @@ class SearchSection(Section):
     def _known(cls, engine: str) -> str:
         if engine in ENGINES or _OWN.fullmatch(engine):
             return engine
-        near = difflib.get_close_matches(engine, ENGINES, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{engine!r}{hint} is no engine; allowed: {', '.join(ENGINES)}, file.py:Class, package.module:Class")
+        words = f"{', '.join(ENGINES)}, file.py:Class, package.module:Class"
+        raise ValueError(f"{engine!r}{hint(engine, ENGINES)} is no engine; allowed: {words}")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import types
 import typing
@@ -29,6 +28,7 @@ from holdfast.core.expression import Expression
 from holdfast.core.objective import Direction, Objective
 from holdfast.core.search_section import PopulationSection, SearchSection
 from holdfast.core.space import Number, Section, Space, Whole
+from holdfast.core.spelling import hint, nearest
 from holdfast.core.stopping_section import StoppingSection
 
 LOCATION_FIELDS = {"storage", "storage_options", "database"}
@@ -295,10 +295,10 @@ def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
         case "union_tag_not_found" | "union_tag_invalid":
             found = detail["input"].get("type") if isinstance(detail["input"], Mapping) else detail["input"]
             given = f"{key}.type is {_short(found)}" if found is not None else f"{key} has no type"
-            return f"{given}{_hint(found, _DISCRIMINATORS)}; allowed: {', '.join(_DISCRIMINATORS)}"
+            return f"{given}{hint(found, _DISCRIMINATORS)}; allowed: {', '.join(_DISCRIMINATORS)}"
         case "literal_error" | "enum":
             allowed = re.findall(r"'([^']*)'", str(detail["ctx"]["expected"]))
-            return f"{key} is {_short(detail['input'])}{_hint(detail['input'], allowed)}; allowed: {', '.join(allowed)}"
+            return f"{key} is {_short(detail['input'])}{hint(detail['input'], allowed)}; allowed: {', '.join(allowed)}"
         case kind if kind == "invalid_key" or location[-1:] == ("[key]",):
             return f"key {_short(detail['input'])} is no string; put quotes around it"
         case kind:
@@ -313,26 +313,13 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the word of ``known`` that ``word`` most likely stands for: letters exchanged first, then the closest spelling."""
-    words = sorted(known)
-    letters = sorted(word.lower())
-    swapped = [other for other in words if sorted(other.lower()) == letters]
-    return next(iter(swapped or difflib.get_close_matches(word, words, n=1, cutoff=0.5)), None)
-
-
-def _hint(word: object, known: Iterable[str]) -> str:
-    near = nearest(word, known) if isinstance(word, str) else None
-    return f" (did you mean {near!r}?)" if near else ""
-
-
 def _unknown_key(location: Sequence[int | str], model: type[BaseModel], raw: Sequence[int | str]) -> str:
     known = known_keys(model, raw[:-1])
     parent = ".".join(str(part) for part in location[:-1])
     name = ".".join(str(part) for part in location)
     near = nearest(str(location[-1]), known)
-    hint = f"; did you mean {near!r}?" if near else ""
-    return f"unknown key {name!r}{hint} (allowed{' in ' + parent if parent else ''}: {', '.join(known)})"
+    words = f"; did you mean {near!r}?" if near else ""
+    return f"unknown key {name!r}{words} (allowed{' in ' + parent if parent else ''}: {', '.join(known)})"
 
 
 def known_keys(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from holdfast.core.history import History, Series
-from holdfast.core.objective import Direction, Objective
+from holdfast.core.objective import Direction, Objective, goal_of
 from holdfast.core.stopping_section import RuleSection, StoppingSection
 
 
@@ -36,7 +36,7 @@ class Rule:
 
     def _judge(self, history: History, trial: int, own: Series, before: int, done: int) -> str | None:
         """Decide about the newest value of ``own``: ``done`` steps are done, and ``before`` were at the report before it."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each rule below has its own
 
     def cost(self, value: float) -> float:
         """Return a value such that less is better."""
@@ -264,15 +264,6 @@ def make(stopping: StoppingSection, objectives: Sequence[Objective]) -> Rules:
     """Return the rules of a spec with these objectives."""
     sections: tuple[RuleSection, ...] = () if stopping.rule == "none" else (stopping, *stopping.also)
     return Rules(tuple(_rule(section, objectives, stopping.max_steps) for section in sections))
-
-
-def goal_of(metric: str | None, higher_is_better: bool | None, objectives: Sequence[Objective]) -> Objective:
-    """Return what is looked at: null is the first objective, and the direction of the objective of that name, or the first."""
-    name = objectives[0].name if metric is None else metric
-    named = next((objective for objective in objectives if objective.name == name), objectives[0])
-    if higher_is_better is None:
-        return Objective(name=name, direction=named.direction)
-    return Objective(name=name, direction=Direction.MAX if higher_is_better else Direction.MIN)
 
 
 def _rule(section: RuleSection, objectives: Sequence[Objective], max_steps: int | None) -> Rule:

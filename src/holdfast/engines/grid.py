@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from holdfast.core.budget import values_of
+from holdfast.core.counted import nth_value, values_of
 from holdfast.core.errors import InvalidInput, SpecError
 from holdfast.core.expression import Expression
 from holdfast.core.space import Parameter, Space
 from holdfast.core.trial import Trial
 from holdfast.core.values import Config
-from holdfast.engines.values import nth_value
 
 MOST_STEPS = 1_000_000
 """Values that are tried at most to count the points that conditions and constraints allow."""

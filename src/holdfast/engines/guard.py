@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from enum import Enum
 from functools import cached_property
 
+from holdfast.core.counted import is_counted
 from holdfast.core.errors import EngineError, Exhausted, SpecError
 from holdfast.core.expression import Expression
 from holdfast.core.objective import scores
@@ -18,7 +19,6 @@ from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial
 from holdfast.core.values import Config, Scalar, dumps
 from holdfast.engines.grid import GridProposer
 from holdfast.engines.random_engine import drawn
-from holdfast.engines.values import is_counted
 
 DRAWS = 10_000
 """Independent draws at most, before a config is given up."""

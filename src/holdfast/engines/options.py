@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.core.errors import MissingLibrary, SpecError
 from holdfast.core.search_section import is_own
-from holdfast.core.spec import nearest
+from holdfast.core.spelling import hint
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,9 @@ def check_options(engine: str, options: Mapping[str, Any]) -> None:
     allowed = OPTIONS.get(engine, {})
     for name, value in options.items():
         if name not in allowed:
-            near = nearest(str(name), allowed)
-            hint = f" (did you mean {near!r}?)" if near else ""
             words = ", ".join(allowed) or "none"
-            raise SpecError(f"search.options.{name}{hint} is no option of the engine {engine}; its options: {words}")
+            near = hint(str(name), allowed)
+            raise SpecError(f"search.options.{name}{near} is no option of the engine {engine}; its options: {words}")
         if reason := allowed[name].problem(value):
             raise SpecError(f"search.options.{name} is {value!r}; {reason}")
     for one, other in _EXCLUDED.get(engine, ()):

@@ -27,9 +27,9 @@ from optuna.samplers import BaseSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.trial import FrozenTrial, TrialState
 
-from holdfast.core.budget import has_conditions, values_of
-from holdfast.core.expression import Expression
-from holdfast.core.objective import Direction, scores
+from holdfast.core.budget import has_conditions
+from holdfast.core.counted import index_of, is_counted, nth_value, values_of
+from holdfast.core.objective import Direction, scores, violations
 from holdfast.core.ports import Proposal
 from holdfast.core.seeding import proposal_seed
 from holdfast.core.space import CategoricalParameter, ConstantParameter, FloatParameter, IntParameter, Parameter
@@ -38,7 +38,6 @@ from holdfast.core.trial import ACTIVE, SCORED, Trial
 from holdfast.core.values import Config, Metrics, Scalar
 from holdfast.engines import state
 from holdfast.engines.options import check_libraries, check_objectives, check_options
-from holdfast.engines.values import index_of, is_counted, nth_value
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ class OptunaProposer:
         self._seed = seed
         self._engine = spec.search.engine
         self._options = dict(spec.search.options)
-        self._feasible = [Expression(text) for text in spec.feasible] if self._engine in _CONSTRAINED else []
+        self._feasible = spec.feasible if self._engine in _CONSTRAINED else ()
         finest = FINEST if self._engine in _LISTING else None
         self._distributions = {
             name: distribution
@@ -223,7 +222,7 @@ class OptunaProposer:
 
     def _violations(self, metrics: Metrics) -> tuple[float, ...]:
         """Return how far a result is from meeting each condition; one that cannot be told is broken."""
-        found = [condition.violation(metrics) for condition in self._feasible]
+        found = violations(metrics, self._feasible)
         unknown = 1.0 if self._engine == "gp" else math.inf  # a model of violations takes no infinity
         return tuple(min(max(value, -LARGEST), LARGEST) if math.isfinite(value) else unknown for value in found)
 

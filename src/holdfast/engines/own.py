@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -17,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from holdfast.core.errors import EngineError, Exhausted, InvalidConfig, NotStorable, SpecError
 from holdfast.core.ports import Proposal
 from holdfast.core.spec import ExperimentSpec
+from holdfast.core.spelling import nearest
 from holdfast.core.trial import Trial
 from holdfast.core.values import plain
 from holdfast.engines.guard import Conditions
@@ -114,8 +114,8 @@ def _class(name: str, folders: Sequence[Path], workdir: str) -> type:
     found = getattr(module, attribute, None)
     if found is None:
         known = [key for key, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module.__name__]
-        near = difflib.get_close_matches(attribute, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; its classes: {', '.join(known) or 'none'}"
+        near = nearest(attribute, known)
+        hint = f"; did you mean {near}?" if near else f"; its classes: {', '.join(known) or 'none'}"
         raise SpecError(f"search.engine {name}: {module.__file__ or target} has no {attribute!r}{hint}")
     if not inspect.isclass(found):
         raise SpecError(f"search.engine {name} is a {type(found).__name__}; it must be {PROTOCOL}")

@@ -6,12 +6,13 @@ Outermost are the repeats, so that points are repeated, too: all that is inside 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from holdfast.core.expression import Expression
-from holdfast.core.objective import Direction, Objective, score, scores
+from holdfast.core.objective import Objective, score, scores, violation
 from holdfast.core.ports import Proposal, Proposer, as_proposal
+from holdfast.core.ranking import aggregate
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import ACTIVE, SCORED, UNFINISHED, Trial, TrialStatus
 from holdfast.core.values import Config, Json, Metrics, Scalar
@@ -129,9 +130,9 @@ class Aggregate:
     def __init__(self, spec: ExperimentSpec) -> None:
         self._how = spec.search.aggregate
         self._goals = spec.goals
-        self._conditions = [Expression(text) for text in spec.feasible]
+        self._conditions = spec.feasible
         known = {goal.name for goal in self._goals}
-        self._others = sorted({name for condition in self._conditions for name in condition.names} - known)
+        self._others = sorted({name for text in self._conditions for name in Expression(text).names} - known)
         """metrics in conditions that are no objectives"""
 
     def __call__(self, members: Sequence[Trial]) -> tuple[TrialStatus, Metrics]:
@@ -150,39 +151,19 @@ class Aggregate:
 
     def _of(self, goal: Objective, good: Sequence[Trial]) -> float:
         values = [value for trial in good if (value := score(trial.metrics, goal)) is not None]
-        if self._how == "worst":
-            return max(values) if goal.direction is Direction.MIN else min(values)
-        return _SUMMARIES[self._how](values)
+        return aggregate(values, self._how, goal)
 
     def _conditioned(self, good: Sequence[Trial]) -> Metrics:
         """Return the metrics that conditions of ``feasible`` name; the worst member is furthest from meeting them."""
         if not self._others:
             return {}
-        worst = max(good, key=lambda trial: self._violation(trial.metrics))
+        worst = max(good, key=lambda trial: violation(trial.metrics, self._conditions))
         found: dict[str, Json] = {}
         for name in self._others:
-            values = [value for trial in good if (value := score(trial.metrics, Objective(name=name))) is not None]
+            goal = Objective(name=name)
+            values = [value for trial in good if (value := score(trial.metrics, goal)) is not None]
             if self._how != "worst" and len(values) == len(good) and all(map(math.isfinite, values)):
-                found[name] = _SUMMARIES[self._how](values)
+                found[name] = aggregate(values, self._how, goal)
             elif name in worst.metrics:  # also what is no number: it has no mean
                 found[name] = worst.metrics[name]
         return found
-
-    def _violation(self, metrics: Mapping[str, Json]) -> float:
-        return sum(max(condition.violation(metrics), 0.0) for condition in self._conditions)
-
-
-def _mean(values: Sequence[float]) -> float:
-    try:
-        return math.fsum(values) / len(values)
-    except OverflowError:
-        return math.fsum(value / len(values) for value in values)
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else _mean(ordered[half - 1 : half + 1])
-
-
-_SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {"mean": _mean, "median": _median}

@@ -6,13 +6,13 @@ import importlib
 import inspect
 from typing import Any
 
-from holdfast.core.budget import values_of
-from holdfast.core.errors import MissingLibrary
+from holdfast.core.counted import is_counted, values_of
 from holdfast.core.ports import Proposal
 from holdfast.core.seeding import derive
 from holdfast.core.space import Space
 from holdfast.core.trial import Trial
-from holdfast.engines.values import config_at, is_counted
+from holdfast.engines.options import check_libraries
+from holdfast.engines.values import config_at
 
 BLOCK = 64
 """Points that are computed at once; a power of 2, as Sobol's sequence wants it."""
@@ -50,7 +50,8 @@ class _Sequence:
     """The points of a sequence by their place. Going on costs the same at every place; going back begins anew."""
 
     def __init__(self, kind: str, dimensions: int, seed: int, *, scramble: bool) -> None:
-        self._class: Any = getattr(_qmc(kind), "Sobol" if kind == "sobol" else "Halton")
+        check_libraries(kind)
+        self._class: Any = getattr(importlib.import_module("scipy.stats.qmc"), kind.capitalize())
         self._arguments = {"d": dimensions, "scramble": scramble}
         seeded = "rng" if "rng" in inspect.signature(self._class.__init__).parameters else "seed"  # before SciPy 1.15
         self._arguments[seeded] = seed
@@ -71,12 +72,3 @@ class _Sequence:
             self._first = end + blocks * BLOCK
             self._block = self._engine.random(BLOCK).tolist()
         return self._block[place - self._first]
-
-
-def _qmc(kind: str) -> Any:
-    try:
-        return importlib.import_module("scipy.stats.qmc")
-    except ImportError as error:
-        raise MissingLibrary(
-            f"search.engine {kind} needs SciPy, which is not installed ({error}); run: pip install 'holdfast[quasi]'"
-        ) from error

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from random import Random
 
-from holdfast.core.budget import values_of
+from holdfast.core.counted import is_counted, nth_value, values_of
 from holdfast.core.seeding import derive, proposal_seed
-from holdfast.core.space import FloatParameter, IntParameter, Parameter, Space
+from holdfast.core.space import IntParameter, Parameter, Space
 from holdfast.core.trial import Trial
 from holdfast.core.values import Config, Scalar
-from holdfast.engines.values import is_counted, nth_value
+from holdfast.engines.values import value_at
 
 
 class RandomProposer:
@@ -42,20 +41,7 @@ def drawn(space: Space, seed: int) -> Config:
 
 def draw(parameter: Parameter, random: Random) -> Scalar:
     """Return one value of ``parameter``; only ``random()`` and ``getrandbits()`` are used, which no Python release changes."""
-    if isinstance(parameter, IntParameter) and parameter.log:
-        exact = log_uniform(parameter.low - 0.5, parameter.high + 0.5, random)
-        return min(max(round(exact), parameter.low), parameter.high)
-    if is_counted(parameter):
+    if is_counted(parameter) and not (isinstance(parameter, IntParameter) and parameter.log):
         count = values_of(parameter)
         return nth_value(parameter, random.getrandbits(count.bit_length() + 32) % count)
-    assert isinstance(parameter, FloatParameter)
-    if parameter.log:
-        value = log_uniform(parameter.low, parameter.high, random)
-    else:
-        share = random.random()
-        value = (1.0 - share) * parameter.low + share * parameter.high
-    return min(max(value, parameter.low), parameter.high)
-
-
-def log_uniform(low: float, high: float, random: Random) -> float:
-    return math.exp(math.log(low) + random.random() * (math.log(high) - math.log(low)))
+    return value_at(parameter, random.random())

@@ -1,40 +1,13 @@
-"""The values of a stepped parameter, exact (0.1 plus two steps of 0.1 is 0.3); and any value, by its share of the range."""
+"""Values by their share of a parameter's range: what sequences of numbers from 0 to 1 are as configs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from decimal import Decimal
 
-from holdfast.core.budget import values_of
-from holdfast.core.space import CategoricalParameter, ConstantParameter, FloatParameter, IntParameter, Parameter, Space
+from holdfast.core.counted import is_counted, nth_value, values_of
+from holdfast.core.space import FloatParameter, IntParameter, Parameter, Space
 from holdfast.core.values import Config, Scalar
-
-
-def is_counted(parameter: Parameter) -> bool:
-    """Tell whether ``parameter`` has a known number of values, :func:`~holdfast.core.budget.values_of` of them."""
-    return not isinstance(parameter, FloatParameter) or parameter.step is not None or parameter.low == parameter.high
-
-
-def nth_value(parameter: Parameter, index: int) -> Scalar:
-    """Return value ``index`` (from 0) of a counted parameter, in ascending or declared order."""
-    match parameter:
-        case CategoricalParameter():
-            return parameter.choices[index]
-        case ConstantParameter():
-            return parameter.value
-        case IntParameter():
-            return parameter.low + index * (parameter.step or 1)
-        case FloatParameter(step=None):
-            return parameter.low
-        case FloatParameter(step=step):
-            return min(float(Decimal(str(parameter.low)) + index * Decimal(str(step))), parameter.high)
-
-
-def index_of(parameter: FloatParameter | IntParameter, value: float) -> int:
-    """Return the index of the value of a stepped parameter that is nearest to ``value``."""
-    index = round((value - parameter.low) / (parameter.step or 1))
-    return min(max(index, 0), values_of(parameter) - 1)
 
 
 def config_at(space: Space, shares: Mapping[str, float]) -> Config:

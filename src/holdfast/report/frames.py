@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.core.errors import InvalidInput
 from holdfast.core.hypervolume import hypervolumes
 from holdfast.core.objective import Direction, feasible
-from holdfast.core.ranking import candidates_of, front_of, group_of, reference_point
+from holdfast.core.ranking import candidates_of, front_of, group_of, mean, median, reference_point
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import ERRORED, FINISHED, SCORED, Trial
 from holdfast.core.values import Json
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
-    "mean": statistics.fmean,
-    "median": statistics.median,
+    "mean": mean,
+    "median": median,
     "min": min,
     "max": max,
     "std": lambda values: statistics.stdev(values) if len(values) > 1 else 0.0,

@@ -70,6 +70,8 @@ class Progress(Observer):
             return
         if trial.status in ACTIVE and not (trial.status is TrialStatus.PENDING and trial.attempt.number > 1):
             return
+        if trial.status is TrialStatus.PENDING and trial.attempt.reason == "resume" and self._is_population:
+            return  # each member waits so at each end of a generation
         if before is None and trial.status not in ACTIVE:
             return  # it had ended before this run
         if trial.status not in ACTIVE:
@@ -102,6 +104,10 @@ class Progress(Observer):
 
     def _print(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
+
+    @property
+    def _is_population(self) -> bool:
+        return self._opened is not None and self._opened.spec.population is not None
 
     def _words(self, trial: Trial) -> str:
         if trial.status is TrialStatus.PENDING:

@@ -13,7 +13,7 @@ from holdfast.core.expression import Expression
 from holdfast.core.objective import Direction
 from holdfast.core.ranking import Candidate, candidates_of, front_of, nearest, ranked, reference_point, volume_of
 from holdfast.core.spec import ExperimentSpec
-from holdfast.core.trial import Trial
+from holdfast.core.trial import SCORED, Trial
 from holdfast.core.values import strict
 from holdfast.experiment import Experiment
 from holdfast.report.tables import COLOURS, add_numbers, brief, config_words, summary_json, trial_json
@@ -67,6 +67,8 @@ class Ranking:
             closest = self._closest()
             if closest is not None:
                 yield f"best:    none, {self._why(*closest)}"
+            elif any(trial.status in SCORED for trial in self._trials) and nearest(self._trials, self._spec) is None:
+                yield f"best:    none, no trial has ended with a finite value of {' and '.join(self._spec.objectives)}"
             return
         if self._weights is not None:
             words = ", ".join(f"{name} {weight:g}" for name, weight in self._weights.items())

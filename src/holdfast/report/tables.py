@@ -90,24 +90,46 @@ def planned_json(planned: Planned) -> dict[str, Any]:
     }
 
 
-def trials_table(trials: Sequence[Trial], objectives: Sequence[Objective], *, title: str | None = None) -> Table:
-    """Return trials as a table: number, status, place among repeats if any, objectives, step, attempts, config or error."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("trial", justify="right")
-    table.add_column("status")
+def trials_table(trials: Sequence[Trial], objectives: Sequence[Objective], width: int) -> Table:
+    """Return trials as a table: number, status, place among repeats if any, objectives, step, attempts, config.
+
+    Where the config would be squeezed, attempts and groups are left out: they are in what a pipe gets, and in JSON. Why a
+    trial failed, or was stopped, is for :func:`note_lines`.
+    """
     repeated = any(trial.group is not None for trial in trials)
-    for name in ("group", "repeat") if repeated else ():
-        table.add_column(name, justify="right")
-    for objective in objectives:
-        add_numbers(table, objective.name, [brief(trial.metrics.get(objective.name, "")) for trial in trials])
-    table.add_column("step", justify="right")
-    table.add_column("attempts", justify="right")
-    table.add_column("config", overflow="fold")
-    for trial in trials:
-        colour = COLOURS.get(trial.status, "")
-        number, status, *numbers, words = _cells(trial, objectives, repeated=repeated)
-        table.add_row(number, f"[{colour}]{status}[/]" if colour else status, *numbers, escape(words))
+    header = _header(objectives, repeated=repeated)
+    rows = [[*_cells(trial, objectives, repeated=repeated), config_words(trial)] for trial in trials]
+    columns = [*range(len(header))]
+    needed = [max(len(cells[column]) for cells in [header, *rows]) + 2 for column in columns]
+    least = min(needed[-1], _CONFIG)
+    for dispensable in ("attempts", "group"):
+        if sum(needed[column] for column in columns[:-1]) + least > width and dispensable in header:
+            columns.remove(header.index(dispensable))
+    metrics = range(header.index("step") - len(objectives), header.index("step"))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        if column in metrics:
+            add_numbers(table, header[column], [cells[column] for cells in rows])
+        elif column == columns[-1]:
+            table.add_column("config", overflow="fold")
+        else:
+            table.add_column(header[column], justify="left" if header[column] == "status" else "right", no_wrap=True)
+    for trial, cells in zip(trials, rows, strict=True):
+        shown = [Text(cell) for cell in cells]
+        shown[1].style = COLOURS.get(trial.status, "")
+        table.add_row(*(shown[column] for column in columns))
     return table
+
+
+_CONFIG = 30
+"""Columns that a config needs to be readable."""
+
+
+def note_lines(trials: Sequence[Trial]) -> Iterator[str]:
+    """Yield why trials failed, or were stopped by a rule."""
+    for trial in trials:
+        if words := _note(trial):
+            yield _printable(f"trial {trial.number}: {words}")
 
 
 def add_numbers(table: Table, name: str, cells: Sequence[str]) -> None:
@@ -119,14 +141,21 @@ def add_numbers(table: Table, name: str, cells: Sequence[str]) -> None:
 _NUMBER = len("-1.2346e-300")
 
 
-def _cells(trial: Trial, objectives: Sequence[Objective], *, repeated: bool) -> list[str]:
-    """Return a trial as the columns of a table."""
-    place = [str(group_of(trial)), str(trial.repeat)] if repeated else []
-    words = config_words(trial)
+def _note(trial: Trial) -> str:
+    """Return why a trial failed, or was stopped by a rule, in one line; nothing for others."""
     if trial.error is not None and trial.status not in SCORED:
-        words += f"  {trial.error.kind}: {trial.error.message.splitlines()[0] if trial.error.message else ''}"
-    if trial.status is TrialStatus.PRUNED and trial.attempt.note:
-        words += f"  {trial.attempt.note}"
+        return f"{trial.error.kind}: {trial.error.message.splitlines()[0] if trial.error.message else ''}"
+    return trial.attempt.note if trial.status is TrialStatus.PRUNED else ""
+
+
+def _header(objectives: Sequence[Objective], *, repeated: bool) -> list[str]:
+    place = ["group", "repeat"] if repeated else []
+    return ["trial", "status", *place, *(objective.name for objective in objectives), "step", "attempts", "config"]
+
+
+def _cells(trial: Trial, objectives: Sequence[Objective], *, repeated: bool) -> list[str]:
+    """Return a trial as the columns of a table, but for its config."""
+    place = [str(group_of(trial)), str(trial.repeat)] if repeated else []
     return [
         str(trial.number),
         trial.status.value,
@@ -134,16 +163,15 @@ def _cells(trial: Trial, objectives: Sequence[Objective], *, repeated: bool) -> 
         *(brief(trial.metrics.get(objective.name, "")) for objective in objectives),
         "" if trial.step is None else str(trial.step),
         str(trial.attempts),
-        words,
     ]
 
 
 def trial_lines(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Iterator[str]:
     """Yield trials as the lines of a plain table, one each: what a pipe gets, and a table that is too long to be drawn."""
     repeated = any(trial.group is not None for trial in trials)
-    place = ["group", "repeat"] if repeated else []
-    header = ["trial", "status", *place, *(objective.name for objective in objectives), "step", "attempts", "config"]
-    return _lines([header, *(_cells(trial, objectives, repeated=repeated) for trial in trials)], left=(1,))
+    words = ("  ".join(filter(None, (config_words(trial), _note(trial)))) for trial in trials)
+    rows = ([*_cells(trial, objectives, repeated=repeated), last] for trial, last in zip(trials, words, strict=True))
+    return _lines([_header(objectives, repeated=repeated), *rows], left=(1,))
 
 
 def _lines(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> Iterator[str]:
