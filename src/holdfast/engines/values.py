@@ -16,6 +16,11 @@ def is_counted(parameter: Parameter) -> bool:
     return not isinstance(parameter, FloatParameter) or parameter.step is not None or parameter.low == parameter.high
 
 
+def varied(space: Space) -> list[str]:
+    """Return the parameters of ``space`` that have more than one value, in order."""
+    return [name for name, one in space.parameters.items() if not (is_counted(one) and values_of(one) == 1)]
+
+
 def nth_value(parameter: Parameter, index: int) -> Scalar:
     """Return value ``index`` (from 0) of a counted parameter, in ascending or declared order."""
     match parameter:
