@@ -8,7 +8,7 @@ from typing import Any
 
 from support import DIED, Lab, MakeLab
 
-from holdfast.report.tables import show_json
+from holdfast.report.ranking import show_json
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_engine"
 MIXED = {
