@@ -102,6 +102,26 @@ def test_a_grid_that_cannot_be_counted_is_refused():
             GridProposer(Space.model_validate(space), constraints=constraints)
 
 
+@pytest.mark.parametrize(
+    ("conditions", "constraints", "size"),
+    [
+        ({}, [], 2**1500),
+        (dict.fromkeys(range(1, 1500), "p0 > 0"), [], 1 + 2**1499),
+        ({place: f"p{place - 1} > 0" for place in range(1, 1500)}, [], 1501),
+        ({}, [f"p{place} <= p{place + 1}" for place in range(1499)], 1501),
+    ],
+    ids=["free", "on the first", "one on the other", "constrained"],
+)
+def test_there_may_be_more_parameters_than_levels_of_calls(conditions, constraints, size):
+    parameters = {f"p{place}": {"type": "int", "low": 0, "high": 1} for place in range(1500)}
+    for place, when in conditions.items():
+        parameters[f"p{place}"]["when"] = when
+    grid = GridProposer(Space.model_validate(parameters), constraints=constraints)
+    assert grid.size == size
+    assert grid.propose(0)["p0"] == 0
+    assert grid.propose(size - 1)["p0"] == 1
+
+
 def test_an_empty_grid_is_refused_with_its_constraints():
     with pytest.raises(SpecError, match=r"no point of the grid meets the constraints \(layers > 9\)"):
         GridProposer(Space.model_validate(SPACE), constraints=["layers > 9"])

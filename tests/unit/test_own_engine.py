@@ -1,11 +1,14 @@
 """Engines of the user's own: found, made and held to the protocol."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
+from holdfast.cli import main
 from holdfast.core.errors import EngineError, Exhausted, SpecError
 from holdfast.core.ports import Proposal
 from holdfast.core.trial import TrialStatus
@@ -88,6 +91,52 @@ def offer(what, number):
 """
 
 
+WILD = """
+import collections.abc, sys
+import holdfast
+
+class Silent(Exception):
+    def __str__(self): raise ValueError("nothing to say")
+
+class Shy:
+    def __repr__(self): raise ValueError("nothing to show")
+
+class Torn(collections.abc.Mapping):
+    def __getitem__(self, name): raise RuntimeError("torn")
+    def __iter__(self): return iter(["x"])
+    def __len__(self): return 1
+
+def offer(what):
+    if what == "exit": sys.exit(0)
+    if what == "silent": raise Silent
+    if what == "shy": return {"x": Shy()}
+    if what == "torn": return Torn()
+    if what == "endless":
+        endless = {}
+        endless["x"] = endless
+        return endless
+    return {"x": 0.5}
+
+class Wild:
+    def __init__(self, space, objectives, seed, offers=None, at=None, size=None, changed=()):
+        self.at, self.offers = at, offers
+        if at == "constructor": sys.exit(0)
+        if size is not None: self.size = size
+        if at == "size":
+            type(self).size = property(lambda self: sys.exit(0))
+        if at == "arguments":
+            changed.append(99)
+            space.parameters.pop("x")
+    def observe(self, trial):
+        if self.at == "observe": sys.exit(0)
+        if self.at == "exhausted": raise holdfast.Exhausted("no more")
+        if self.at == "trial":
+            trial.config["x"] = 0.9
+            trial.metrics["more"]["list"].append(3)
+    def propose(self, number): return offer(self.offers)
+"""
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -95,6 +144,8 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "engine.py").write_text(OWN)
     (tmp_path / "helper.py").write_text(HELPER)
+    (tmp_path / "wild.py").write_text(WILD)
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     (tmp_path / "broken.py").write_text("import helper\n\nvalue = 1 / 0\n")
     (tmp_path / "own_package").mkdir()
     (tmp_path / "own_package" / "__init__.py").touch()
@@ -120,7 +171,7 @@ def test_a_class_is_found_from_the_working_folder(folder, engine):
     trial = sample_trial(0, TrialStatus.COMPLETED, config={"x": 1.0}, metrics={"loss": objective_of({"x": 1.0})})
     proposer.observe(trial)
     proposer.propose(1)
-    assert inner.last is trial
+    assert inner.last == trial
 
 
 def test_an_engine_may_say_how_much_it_has_and_that_it_has_no_more(folder):
@@ -183,6 +234,73 @@ def test_an_error_in_observe_names_the_trial(folder):
     proposer.observe(sample_trial(0, config={"x": 0.5}))
     with pytest.raises(EngineError, match="observe, for trial 0 raised KeyError"):
         proposer.propose(1)
+
+
+@pytest.mark.parametrize("offers", ["exit", "silent", "shy", "torn", "endless"])
+def test_whatever_an_engine_does_is_an_error_that_names_it(folder, offers):
+    proposer = make_proposer(spec_of("wild.py:Wild", offers=offers), 1, workdir=str(folder))
+    with pytest.raises(EngineError, match=r"search\.engine wild\.py:Wild: .*propose\(0\)"):
+        proposer.propose(0)
+
+
+@pytest.mark.parametrize("at", ["observe", "exhausted"])
+def test_only_a_proposal_may_end_the_search(folder, at):
+    proposer = make_proposer(spec_of("wild.py:Wild", at=at), 1, workdir=str(folder))
+    proposer.observe(sample_trial(0, config={"x": 0.5}))
+    with pytest.raises(EngineError, match=r"observe, for trial 0 raised (SystemExit|Exhausted)"):
+        proposer.propose(1)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("script.py:Any", {}),
+        ("script:Any", {}),
+        ("wild.py:Wild", {"at": "constructor"}),
+        ("wild.py:Wild", {"at": "size"}),
+        ("wild.py:Wild", {"size": -1}),
+        ("wild.py:Wild", {"size": True}),
+        ("wild.py:Wild", {"size": 2.5}),
+    ],
+)
+def test_an_exit_and_a_wrong_size_are_errors_in_the_spec(folder, engine, options):
+    with pytest.raises(SpecError, match=r"SystemExit: 0|size is"):
+        check(spec_of(engine, **options), workdir=str(folder))
+
+
+def test_a_size_may_be_one_of_numpys(folder):
+    spec = spec_of("wild.py:Wild")
+    options = {"size": numpy.int64(4)}
+    spec = spec.model_copy(update={"search": spec.search.model_copy(update={"options": options})})
+    assert type(size_of(spec, 1, workdir=str(folder))) is int
+    assert size_of(spec, 1, workdir=str(folder)) == 4
+
+
+def test_what_an_engine_does_to_what_it_is_given_stays_with_it(folder):
+    spec = spec_of("wild.py:Wild", at="arguments", changed=[1])
+    check(spec, workdir=str(folder))
+    assert spec.search.options["changed"] == [1]
+    assert list(spec.space.parameters) == ["x"]
+    proposer = make_proposer(spec_of("wild.py:Wild", at="trial"), 1, workdir=str(folder))
+    trial = sample_trial(0, TrialStatus.COMPLETED, config={"x": 0.5}, metrics={"loss": 1.0, "more": {"list": [1]}})
+    proposer.observe(trial)
+    proposer.propose(1)
+    assert trial.config == {"x": 0.5}
+    assert trial.metrics["more"] == {"list": [1]}
+
+
+def test_what_an_engine_prints_is_not_in_the_json(folder, capsys):
+    loud = "print('loading')\nclass Loud:\n    def __init__(self, *arguments): print('made')\n"
+    (folder / "loud.py").write_text(f"{loud}    def observe(self, trial): pass\n    def propose(self, number): return {{}}\n")
+    (folder / "train.py").write_text("def train(trial): pass\n")
+    text = (
+        "name: a\ntrainable: train.py:train\nobjectives: {l: min}\nspace: {}\nsearch: {num_trials: 1, engine: 'loud.py:Loud'}\n"
+    )
+    (folder / "loud.yaml").write_text(text)
+    assert main(["validate", str(folder / "loud.yaml"), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["name"] == "a"
+    assert "loading\nmade\n" in printed.err
 
 
 def test_configs_are_not_asked_for_again(folder):

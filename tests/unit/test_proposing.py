@@ -12,11 +12,12 @@ from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, decide
 from holdfast.core.ports import Proposal, as_proposal
 from holdfast.core.trial import ACTIVE, TrialStatus
 from holdfast.core.values import dumps
+from holdfast.engines import guard as guarding
 from holdfast.engines.factory import check, make_proposer, size_of
 from holdfast.engines.grid import GridProposer
 from holdfast.engines.guard import Guard
 from holdfast.engines.proposing import Points, Repeats
-from holdfast.engines.random_engine import RandomProposer
+from holdfast.engines.random_engine import RandomProposer, drawn
 from holdfast.testing.proposers import changed, config_of, objective_of, proposed, rebuilt
 from holdfast.testing.samples import sample_spec, sample_trial
 
@@ -433,7 +434,26 @@ def test_the_engine_is_asked_again_before_the_dice_are():
         assert engine.asked[: min(retries, 2) + 1] == [0, 1, 2][: retries + 1]
 
 
-def test_constraints_that_nothing_meets_are_refused_and_say_which():
+def test_a_constraint_that_one_config_in_thousands_meets_ends_no_search(monkeypatch):
+    """A search that cannot find a config could not be restored either: it would draw the same ones again."""
+    spec = guarded("random", ["0.5 < x < 0.5003"], space={"x": {"type": "float", "low": 0.0, "high": 1.0}})
+    check(spec)
+    trials, needed = {}, []
+    monkeypatch.setattr(guarding, "drawn", lambda space, seed: needed.append(seed) or drawn(space, seed))
+    proposer = make_proposer(spec, 1)
+    for number in range(8):
+        offered = proposer.propose(number)
+        trials[number] = changed(proposed(number, offered), COMPLETED, {"loss": 1.0})
+        proposer.observe(trials[number])
+        if number == 3:
+            assert rebuilt(lambda: make_proposer(spec, 1), trials).propose(4) == proposer.propose(4)
+    assert len(needed) > 8 * 1000
+    space = {"n": {"type": "int", "low": 1, "high": 20_000}}
+    assert config_of(make_proposer(guarded("random", ["n == 7777"], space=space), 3).propose(0)) == {"n": 7777}
+
+
+def test_constraints_that_nothing_meets_are_refused_and_say_which(monkeypatch):
+    monkeypatch.setattr(guarding, "MOST_DRAWS", 10_000)
     with pytest.raises(SpecError, match=r"constraints: .*'n > 9' was never met by 5 configs; relax it"):
         check(guarded("tpe", ["n < 9", "n > 9"]))
     with pytest.raises(SpecError, match="never met together by 5 configs"):

@@ -129,6 +129,14 @@ def test_shares_are_of_logs_and_of_counts():
     assert math.isclose(config_at(Space.model_validate(PLANE), {"x": 0.25})["x"], 0.25)
 
 
+def test_a_space_of_more_dimensions_than_the_sequence_has_is_refused_beforehand():
+    space = {f"p{place}": {"type": "float", "low": 0.0, "high": 1.0} for place in range(21_202)}
+    with pytest.raises(SpecError, match="sobol has 21,201 dimensions at most, the space needs 21,202; use halton"):
+        check(sample_spec(space=space, search={"engine": "sobol", "num_trials": 2}))
+    space["p0"] = {"type": "constant", "value": 1}
+    check(sample_spec(space=space, search={"engine": "sobol", "num_trials": 2}))
+
+
 def test_options_and_a_missing_library_are_refused_beforehand(monkeypatch):
     check(spec_of("sobol", options={"scramble": False}))
     with pytest.raises(

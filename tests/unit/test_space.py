@@ -71,6 +71,7 @@ def test_a_missing_value_is_named():
         ({"type": "float", "low": 1, "high": 2, "log": True, "step": 0.1}, "exclude each other"),
         ({"type": "int", "low": 1, "high": 9, "log": True, "step": 2}, "exclude each other"),
         ({"type": "int", "low": 1, "high": 9, "step": 0}, "step must be above 0"),
+        ({"type": "float", "low": 0, "high": 1e300, "step": 1e-300}, "is too small for a range of"),
         ({"type": "int", "low": True, "high": 9}, "true is no number"),
         ({"type": "int", "low": 1, "high": 9, "default": 10}, "default 10 is outside"),
         ({"type": "categorical", "choices": []}, "choices is empty"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -80,6 +81,16 @@ def print_json(value: object) -> None:
     """Print strict JSON; what is no Unicode text (an undecodable file name) as an escape, which JSON has for it."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     print(text.encode("utf-8", "backslashreplace").decode())
+
+
+@contextmanager
+def json_alone(options: argparse.Namespace) -> Iterator[None]:
+    """With ``--json`` send to stderr what a user's engine or trainable prints meanwhile: stdout is for JSON alone."""
+    if not options.json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def open_experiment(options: argparse.Namespace, *, readonly: bool = True) -> Any:

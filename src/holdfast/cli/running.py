@@ -11,7 +11,16 @@ from typing import Any
 
 from rich.console import Console
 
-from holdfast.cli.common import Commands, command, database_option, print_json, storage_option, storage_options, terminal
+from holdfast.cli.common import (
+    Commands,
+    command,
+    database_option,
+    json_alone,
+    print_json,
+    storage_option,
+    storage_options,
+    terminal,
+)
 from holdfast.core.trial import ERRORED
 
 
@@ -76,7 +85,9 @@ def _restore(options: argparse.Namespace) -> int:
         "storage_options": storage_options(options),
     }
     if options.plan:
-        return _plan(options, api.plan(api.request_of(options.path, options.trainable, **arguments)))
+        with json_alone(options):
+            planned = api.plan(api.request_of(options.path, options.trainable, **arguments))
+        return _plan(options, planned)
     return _driven(options, lambda observer: api.restore(options.path, options.trainable, observer=observer, **arguments))
 
 
@@ -100,7 +111,8 @@ def _driven(options: argparse.Namespace, call: Any) -> int:
     console = Console(stderr=True, highlight=False) if options.json else terminal()
     progress = Progress(console)
     try:
-        result = call(progress)
+        with json_alone(options):
+            result = call(progress)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
@@ -125,7 +137,8 @@ def _validate(options: argparse.Namespace) -> int:
     if spec.if_exists == "fail":
         check_free(named)
     check_merge(named)
-    pool = check_spec(spec, workdir=str(Path(options.spec).absolute().parent))
+    with json_alone(options):
+        pool = check_spec(spec, workdir=str(Path(options.spec).absolute().parent))
     if pool is not None:
         pool.close()
     if options.json:

@@ -80,6 +80,8 @@ class _Numeric(_Parameter):
                 )
         if step is not None and step <= 0:
             raise ValueError(f"step must be above 0, not {step}")
+        if step is not None and not _is_finite((high - low) / step):
+            raise ValueError(f"step ({step!r:.24}) is too small for a range of {high - low!r:.24}; make it larger, or drop it")
         default = getattr(self, "default", None)
         if default is not None and (reason := self.problem(default)):
             raise ValueError(f"default {default!r} {reason}")

@@ -11,8 +11,9 @@ from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import Config
 from holdfast.engines.choosing import chosen
 from holdfast.engines.guard import Conditions, Guard, refuse_impossible
-from holdfast.engines.options import check_libraries, check_objectives, check_options
+from holdfast.engines.options import check_dimensions, check_libraries, check_objectives, check_options
 from holdfast.engines.proposing import Points, Repeats
+from holdfast.engines.values import varied
 
 QUASI = ("sobol", "halton")
 RETRIES = {"random": 0, "sobol": 1000, "halton": 1000, "gp": 2}
@@ -54,6 +55,7 @@ def check(spec: ExperimentSpec, *, workdir: str = ".") -> None:
         return
     check_options(engine, options)
     check_objectives(engine, len(spec.objectives))
+    check_dimensions(engine, len(varied(spec.space)))
     check_libraries(engine)
     if engine == "grid":
         size_of(spec, 0)  # a grid that its constraints leave empty, or that is too large to be counted

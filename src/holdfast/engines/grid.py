@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from holdfast.core.counted import nth_value, values_of
 from holdfast.core.errors import InvalidInput, SpecError
@@ -45,7 +45,8 @@ class GridProposer:
         for place, name in enumerate(self._names):
             self._use(space.conditional_on(name), place)
         self._needed = [
-            [name for name in self._names[:place] if self._last_use.get(name, -1) >= place] for place in range(len(self._names))
+            [name for name in self._names[:place] if self._last_use.get(name, -1) >= place]
+            for place in range(len(self._names) + 1)
         ]
         """the parameters before each place on whose values the number of combinations from there on depends"""
         self._steps = 0
@@ -91,21 +92,56 @@ class GridProposer:
         return rest
 
     def _count(self, place: int, config: Config) -> int:
-        """Return how many combinations of the parameters from ``place`` on there are under ``config``."""
-        if place == len(self._names):
-            return 1
-        key = (place, *((type(config[name]), config[name]) if name in config else None for name in self._needed[place]))
-        found = self._counts.get(key)
-        if found is None:
-            found = self._counts[key] = self._count_anew(place, config)
-        return found
+        """Return how many combinations of the parameters from ``place`` on there are under ``config``.
 
-    def _count_anew(self, place: int, config: Config) -> int:
+        Nothing calls itself: a space may have more parameters than the interpreter has levels of calls.
+        """
+        stack = [self._counting(place, config)]
+        found: int | None = None
+        while True:
+            try:
+                below = stack[-1].send(found)
+            except StopIteration as done:
+                stack.pop()
+                found = done.value
+                if not stack:
+                    return int(done.value)
+            else:
+                stack.append(self._counting(below, config))
+                found = None
+
+    def _counting(self, place: int, config: Config) -> Generator[int, int | None, int]:
+        """Count from ``place`` on; yields a later place whose count it needs, under ``config`` as it is then."""
+        passed: list[tuple[tuple[object, ...], int]] = []
+        """each place that was gone through, with the combinations before it"""
+        factor, total = 1, None
+        while total is None:
+            key: tuple[object, ...] = (
+                place,
+                *((type(config[name]), config[name]) if name in config else None for name in self._needed[place]),
+            )
+            passed.append((key, factor))
+            if key in self._counts:
+                total = factor * self._counts[key]
+            elif place == len(self._names):
+                total = factor
+            elif self._space.is_active(self._names[place], config):
+                if self._names[place] in self._last_use:
+                    total = factor * (yield from self._branches(place, config))
+                else:
+                    factor *= values_of(self._space.parameters[self._names[place]])
+                    place += 1
+            elif self._is_allowed(place, config):
+                place += 1
+            else:
+                total = 0
+        for key, before in passed:
+            self._counts[key] = total // before
+        return total
+
+    def _branches(self, place: int, config: Config) -> Generator[int, int | None, int]:
+        """Count under each value of a parameter whose value matters later."""
         name, parameter = self._parameter(place)
-        if not self._space.is_active(name, config):
-            return self._count_below(place, config)
-        if name not in self._last_use:
-            return values_of(parameter) * self._count(place + 1, config)
         total, values = 0, values_of(parameter)
         self._steps += values
         if self._is_bounded and self._steps > MOST_STEPS:
@@ -115,16 +151,18 @@ class GridProposer:
             )
         for index in range(values):
             config[name] = nth_value(parameter, index)
-            total += self._count_below(place, config)
+            if self._is_allowed(place, config):
+                total += (yield place + 1) or 0
         config.pop(name)
         return total
 
     def _count_below(self, place: int, config: Config) -> int:
         """Return how many combinations there are after ``place``, whose parameter is decided by ``config``."""
-        for constraint in self._decided.get(place, ()):
-            if constraint.applies(config) and not constraint.holds(config):
-                return 0
-        return self._count(place + 1, config)
+        return self._count(place + 1, config) if self._is_allowed(place, config) else 0
+
+    def _is_allowed(self, place: int, config: Config) -> bool:
+        """Tell whether ``config``, which decides the parameter at ``place``, meets the constraints that end there."""
+        return all(one.holds(config) for one in self._decided.get(place, ()) if one.applies(config))
 
     def _parameter(self, place: int) -> tuple[str, Parameter]:
         name = self._names[place]

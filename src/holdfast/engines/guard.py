@@ -21,7 +21,11 @@ from holdfast.engines.grid import GridProposer
 from holdfast.engines.random_engine import drawn
 
 DRAWS = 10_000
-"""Independent draws at most, before a config is given up."""
+"""Independent draws by which a spec is checked for a config that meets its constraints."""
+MOST_DRAWS = 200_000
+"""Independent draws at most for a config: what the check has found by few of its draws is there to be found again."""
+ENOUGH = 1000
+"""Configs that meet the constraints, and were all tried already, after which no other one is looked for."""
 LISTED = 10_000
 """Configs at most that a space may have to be listed."""
 
@@ -148,9 +152,10 @@ class Guard:
     def _drawn(self, number: int, busy: Proposal | None) -> Proposal:
         """Draw until a config may be tried; else take one that runs already."""
         breaks: Counter[str] = Counter()
-        failed = 0
-        for attempt in range(DRAWS):
-            config = drawn(self._space, derive(self._seed, "guard", number, attempt))
+        failed = met = draws = 0
+        while met < ENOUGH and draws < (MOST_DRAWS if busy is None else DRAWS):
+            config = drawn(self._space, derive(self._seed, "guard", number, draws))
+            draws += 1
             broken = self._conditions.broken(config)
             breaks.update(broken)
             standing = _Verdict.BROKEN if broken else self._standing(dumps(dict(config)))
@@ -159,11 +164,12 @@ class Guard:
             if standing is _Verdict.BUSY and busy is None:
                 busy = Proposal(config=config)
             failed += standing is _Verdict.FAILED
+            met += standing is not _Verdict.BROKEN
         if busy is not None:
             return busy
         if failed:
-            raise Exhausted(f"of {DRAWS:,} configs that were drawn, each one that meets the constraints was tried and failed")
-        raise EngineError(self._conditions.unmet(breaks, DRAWS))
+            raise Exhausted(f"of {draws:,} configs that were drawn, each one that meets the constraints was tried and failed")
+        raise EngineError(self._conditions.unmet(breaks, draws))
 
 
 def configs_of(space: Space) -> int | None:

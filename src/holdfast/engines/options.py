@@ -94,6 +94,9 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 EXTRAS = {"sobol": "quasi", "halton": "quasi", "gp": "gp", "cmaes": "cmaes"}
 """The extra that has it."""
 
+MOST_DIMENSIONS = {"sobol": 21_201}
+"""Parameters of more than one value that an engine can have at most: its table of directions ends there."""
+
 SINGLE_OBJECTIVE = frozenset({"cmaes"})
 """Engines that know one objective only."""
 
@@ -121,6 +124,15 @@ def check_objectives(engine: str, count: int) -> None:
     if count > 1 and engine in SINGLE_OBJECTIVE:
         raise SpecError(
             f"search.engine {engine} pursues one objective, the spec has {count}; use tpe, gp, nsga2, nsga3, or one objective"
+        )
+
+
+def check_dimensions(engine: str, count: int) -> None:
+    """Check that ``engine`` can vary ``count`` parameters at once; SpecError names engines that do."""
+    if count > (most := MOST_DIMENSIONS.get(engine, count)):
+        raise SpecError(
+            f"search.engine {engine} has {most:,} dimensions at most, the space needs {count:,}; use halton, random, or fewer"
+            " parameters"
         )
 
 

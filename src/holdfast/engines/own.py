@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
+import operator
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
@@ -25,6 +28,9 @@ PROTOCOL = "a class with observe(trial) and propose(number), constructed as Clas
 
 T = TypeVar("T")
 
+_RAISED = (Exception, SystemExit)
+"""What counts as an error of the user's: a file that calls sys.exit() must not end the search as if all were well."""
+
 
 class OwnProposer:
     """Passes on to the user's engine; what it raises, or offers and may not, is an EngineError that names it."""
@@ -37,16 +43,26 @@ class OwnProposer:
 
     @property
     def size(self) -> int | None:
-        size = self._called("size", lambda: getattr(self._inner, "size", None))
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-            raise EngineError(f"search.engine {self._name}: size is {size!r:.80}; it must be a whole number from 0, or None")
-        return size
+        size: Any = self._called("size", lambda: getattr(self._inner, "size", None))
+        if size is None:
+            return None
+        try:
+            count = -1 if isinstance(size, bool) else operator.index(size)  # numpy's numbers, too
+        except TypeError:
+            count = -1
+        if count < 0:
+            raise EngineError(
+                f"search.engine {self._name}: size is {_shown(size, 80)}; it must be a whole number from 0, or None"
+            )
+        return count
 
     def observe(self, trial: Trial) -> None:
-        self._called(f"observe, for trial {trial.number}", lambda: self._inner.observe(trial))
+        # The engine may do with it as it likes: what is run and what is ranked is not its own.
+        own = replace(trial, config=dict(trial.config), metrics=copy.deepcopy(trial.metrics))
+        self._called(f"observe, for trial {trial.number}", lambda: self._inner.observe(own))
 
     def propose(self, number: int) -> Proposal:
-        offered: Any = self._called(f"propose({number})", lambda: self._inner.propose(number))
+        offered: Any = self._called(f"propose({number})", lambda: self._inner.propose(number), may_end=True)
         state: Any = None
         if isinstance(offered, Proposal):
             offered, state = offered.config, offered.state
@@ -54,30 +70,32 @@ class OwnProposer:
             self._refuse(number, offered, f"is a {type(offered).__name__}; it must be a mapping of parameters, or a Proposal")
         if state is not None and not isinstance(state, bytes):
             self._refuse(number, offered, f"comes with a state that is a {type(state).__name__}; it must be bytes, or None")
+        given: dict[Any, Any] = self._called(f"reading what propose({number}) returned", lambda: dict(offered.items()))
         try:
-            values = {name: plain(value, f"config[{name!r}]") for name, value in offered.items()}
+            values = {name: plain(value, f"config[{name!r}]") for name, value in given.items()}
             config = self._space.validate_config(values)
+        except RecursionError:
+            self._refuse(number, type(offered).__name__, "is nested too deeply, or holds itself")
         except (InvalidConfig, NotStorable) as error:
-            self._refuse(number, dict(offered), f"is no config of the space: {error}")
+            self._refuse(number, given, f"is no config of the space: {error}")
         if broken := self._conditions.broken(config):
             self._refuse(number, config, f"breaks the constraint {broken[0]!r}")
         return Proposal(config=config, state=state)
 
     def _refuse(self, number: int, offered: object, why: str) -> NoReturn:
         raise EngineError(
-            f"search.engine {self._name}: what propose({number}) returned, {offered!r:.300}, {why}; nothing was written: "
+            f"search.engine {self._name}: what propose({number}) returned, {_shown(offered, 300)}, {why}; nothing was written: "
             "mend the engine, and restore"
         )
 
-    def _called(self, what: str, call: Callable[[], T]) -> T:
+    def _called(self, what: str, call: Callable[[], T], *, may_end: bool = False) -> T:
         try:
             return call()
-        except Exhausted:
-            raise
-        except Exception as error:
+        except _RAISED as error:
+            if may_end and isinstance(error, Exhausted):
+                raise
             raise EngineError(
-                f"search.engine {self._name}: {what} raised {type(error).__name__}: {error}; mend the engine, and restore\n"
-                f"{_traceback(error)}"
+                f"search.engine {self._name}: {what} raised {_words(error)}; mend the engine, and restore\n{_traceback(error)}"
             ) from error
 
 
@@ -86,13 +104,19 @@ def make_own(spec: ExperimentSpec, seed: int, *, workdir: str) -> OwnProposer:
     name = spec.search.engine
     made = _class(name, _folders(spec, workdir), workdir)
     try:
-        inner = made(spec.space, spec.goals, seed, **spec.search.options)
-    except Exception as error:
+        # Copies: what the class does to its arguments is neither stored nor searched.
+        inner = made(spec.space.model_copy(deep=True), spec.goals, seed, **copy.deepcopy(spec.search.options))
+    except _RAISED as error:
         raise SpecError(
             f"search.engine {name}: Class(space, objectives, seed, **options) with the options {spec.search.options} raised "
-            f"{type(error).__name__}: {error}\n{_traceback(error)}"
+            f"{_words(error)}\n{_traceback(error)}"
         ) from error
-    return OwnProposer(inner, spec)
+    proposer = OwnProposer(inner, spec)
+    try:
+        proposer.size  # noqa: B018  # what is wrong with it is wrong from the beginning
+    except EngineError as error:
+        raise SpecError(str(error)) from error
+    return proposer
 
 
 def engine_name(engine: str) -> str:
@@ -140,7 +164,7 @@ def _file(name: str, path: Path, folders: Sequence[Path]) -> ModuleType:
     sys.modules[title] = module  # before it runs: dataclasses look their module up by name
     try:
         found.loader.exec_module(module)
-    except Exception as error:
+    except _RAISED as error:
         sys.modules.pop(title, None)
         raise _not_imported(name, error) from error
     return module
@@ -157,7 +181,7 @@ def _module(name: str, target: str, workdir: str) -> ModuleType:
                 "a file is named with its ending, as in engine.py:Class"
             ) from None
         raise _not_imported(name, error) from error
-    except Exception as error:
+    except _RAISED as error:
         raise _not_imported(name, error) from error
 
 
@@ -168,11 +192,27 @@ def _reach(folder: str) -> None:
     importlib.invalidate_caches()
 
 
-def _not_imported(name: str, error: Exception) -> SpecError:
-    return SpecError(f"search.engine {name} cannot be imported: {type(error).__name__}: {error}\n{_traceback(error)}")
+def _not_imported(name: str, error: BaseException) -> SpecError:
+    return SpecError(f"search.engine {name} cannot be imported: {_words(error)}\n{_traceback(error)}")
 
 
-def _traceback(error: Exception) -> str:
+def _words(error: BaseException) -> str:
+    """Return an error's kind and message; the user's own class may have none to give."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001  # the user's own class
+        return type(error).__name__
+
+
+def _shown(value: object, length: int) -> str:
+    """Return at most ``length`` characters of a user's value, which need not have a text of its own."""
+    try:
+        return repr(value)[:length]
+    except Exception:  # noqa: BLE001  # the user's own class
+        return f"a {type(value).__name__}"
+
+
+def _traceback(error: BaseException) -> str:
     """Return the traceback of the user's own frames."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]

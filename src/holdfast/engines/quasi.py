@@ -6,13 +6,12 @@ import importlib
 import inspect
 from typing import Any
 
-from holdfast.core.counted import is_counted, values_of
 from holdfast.core.ports import Proposal
 from holdfast.core.seeding import derive
 from holdfast.core.space import Space
 from holdfast.core.trial import Trial
 from holdfast.engines.options import check_libraries
-from holdfast.engines.values import config_at
+from holdfast.engines.values import config_at, varied
 
 BLOCK = 64
 """Points that are computed at once; a power of 2, as Sobol's sequence wants it."""
@@ -29,8 +28,7 @@ class QuasiProposer:
 
     def __init__(self, space: Space, seed: int, *, kind: str, scramble: bool = True) -> None:
         self._space = space
-        several = [name for name, one in space.parameters.items() if not (is_counted(one) and values_of(one) == 1)]
-        self._dimensions = {name: place for place, name in enumerate(several)}
+        self._dimensions = {name: place for place, name in enumerate(varied(space))}
         self._sequence = _Sequence(kind, len(self._dimensions), derive(seed, kind), scramble=scramble)
         self._last = -1
         """the highest place that a trial has"""

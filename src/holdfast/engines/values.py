@@ -10,6 +10,11 @@ from holdfast.core.space import FloatParameter, IntParameter, Parameter, Space
 from holdfast.core.values import Config, Scalar
 
 
+def varied(space: Space) -> list[str]:
+    """Return the parameters of ``space`` that have more than one value, in order."""
+    return [name for name, one in space.parameters.items() if not (is_counted(one) and values_of(one) == 1)]
+
+
 def config_at(space: Space, shares: Mapping[str, float]) -> Config:
     """Return the config whose values lie at ``shares`` of their parameters' ranges, from 0 to 1; 0 where one is missing.
 
