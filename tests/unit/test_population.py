@@ -256,7 +256,7 @@ class TestLoop:
         for number in range(3):
             book.update(self.waiting(number, 1))
         book.active_seconds = 6.0
-        assert decide(book, NOW) == Done("every trial of the budget was proposed")
+        assert decide(book, NOW) == Done("the time budget of 5 s is used up")
 
     def test_members_do_not_wait_for_a_trial_that_is_queued_for_later(self):
         book = self.ledger()
