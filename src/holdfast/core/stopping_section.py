@@ -63,7 +63,7 @@ class StoppingSection(RuleSection):
     """What ends a trial early."""
 
     max_steps: Whole | None = Field(
-        default=None, ge=1, description="a class trainable ends after as many steps; hyperband's largest rung"
+        default=None, ge=1, description="a class trainable ends after as many steps; rungs of asha and hyperband are below it"
     )
     also: tuple[RuleSection, ...] = Field(default=(), description="further rules: the first one that ends a trial counts")
 
