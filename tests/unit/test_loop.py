@@ -112,6 +112,7 @@ def test_a_time_budget_starts_nothing_more():
     book.active_seconds = 60.0
     assert decide(book, NOW) == Done("the time budget of 60 s is used up")
 
+
 def test_a_time_budget_that_ends_before_its_last_trials_says_so():
     book = ledger(2, 1, time_budget=60.0)
     book.update(sample_trial(0, TrialStatus.COMPLETED, metrics={"loss": 1.0}))

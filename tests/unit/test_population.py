@@ -102,7 +102,9 @@ class TestExploit:
 
     def test_other_seeds_and_generations_draw_otherwise(self):
         found = [members([1.0, 2.0], generation) for generation in (0, 1)]
-        configs = [population(seed).evolved(generation, found[generation], draw)[0].config for seed in (1, 2) for generation in (0, 1)]
+        configs = [
+            population(seed).evolved(generation, found[generation], draw)[0].config for seed in (1, 2) for generation in (0, 1)
+        ]
         assert all(left != right for place, left in enumerate(configs) for right in configs[:place])
 
     def test_the_note_tells_what_changed(self):

@@ -98,7 +98,9 @@ class PopulationSection(Section):
     )
     factors: tuple[Number, ...] = Field(default=(0.8, 1.2), min_length=1, description="by one of which a number is multiplied")
     parameters: tuple[str, ...] = Field(default=(), description="those that may change; none named: all of them")
-    metric: str | None = Field(default=None, min_length=1, description="what members are compared by; null: the first objective")
+    metric: str | None = Field(
+        default=None, min_length=1, description="what members are compared by; null: the first objective"
+    )
     higher_is_better: bool | None = Field(
         default=None, description="null: as the objective of that name says, else the first one"
     )

@@ -79,7 +79,7 @@ class StoppingSection(RuleSection):
         for rule in rules:
             if rule.rule in ("asha", "hyperband") and self.max_steps is not None and rule.min_steps >= self.max_steps:
                 raise ValueError(
-                    f"min_steps ({rule.min_steps}) of {rule.rule} is not below max_steps ({self.max_steps}): it would have no rung"
-                    " and never end a trial"
+                    f"min_steps ({rule.min_steps}) of {rule.rule} is not below max_steps ({self.max_steps}): it would have"
+                    " no rung and never end a trial"
                 )
         return self
