@@ -141,6 +141,19 @@ class Trial:
         interval, last = self._job.interval, self._job.max_steps
         return interval is not None and (step + 1) % interval == 0 and (last is None or step + 1 < last)
 
+    def _check_generation(self, step: int) -> None:
+        """Refuse a report that passes over the end of a generation: the others would wait, and nobody could go on from it."""
+        interval = self._job.interval
+        if interval is None:
+            return
+        end = ((self._last + 1) // interval + 1) * interval - 1
+        if step > end and self._ends_generation(end):
+            after = "at the start" if self._last < 0 else f"after step {self._last}"
+            raise InvalidInput(
+                f"a generation of the population ends with step {end}, but the report {after} is of step {step};"
+                f" report each step s for which s + 1 is a multiple of population.interval, {interval} (the first step is 0)"
+            )
+
     def stage(self, step: int) -> Path:
         """Return a folder to write large files into, on the checkpoints' own file system.
 
@@ -179,6 +192,7 @@ class Trial:
             step = self._last + 1 if step is None else self._check_new(step)
             values = plain_metrics(metrics)
             content = self._content(step, state, directory)
+            self._check_generation(step)
             if content is None and self._ends_generation(step):
                 raise InvalidInput(
                     f"a generation of the population ends with step {step}, and members go on from what is saved there:"

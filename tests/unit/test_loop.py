@@ -113,6 +113,18 @@ def test_a_time_budget_starts_nothing_more():
     assert decide(book, NOW) == Done("the time budget of 60 s is used up")
 
 
+def test_a_time_budget_that_ends_before_its_last_trials_says_so():
+    book = ledger(2, 1, time_budget=60.0)
+    book.update(sample_trial(0, TrialStatus.COMPLETED, metrics={"loss": 1.0}))
+    book.update(sample_trial(1))  # every trial of the budget was proposed
+    book.active_seconds = 60.0
+    assert decide(book, NOW) == Done("the time budget of 60 s is used up")
+    book.submitted(1)
+    assert decide(book, NOW) == Wait()
+    book.update(sample_trial(1, TrialStatus.COMPLETED, metrics={"loss": 1.0}))
+    assert decide(book, NOW) == Done("every trial of the budget was proposed")
+
+
 def ended(number, loss, seq, status=TrialStatus.COMPLETED, **metrics):
     found = {"loss": loss, **metrics} if loss is not None else metrics
     return replace(sample_trial(number, status, metrics=found), seq=seq, ended_seq=seq)

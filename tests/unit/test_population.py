@@ -54,9 +54,9 @@ def config_of(seed):
     return config
 
 
-def members(losses):
+def members(losses, generation=0):
     return [
-        replace(sample_trial(number, config=config_of(number), metrics={"loss": loss}), step=1)
+        replace(sample_trial(number, config=config_of(number), metrics={"loss": loss}), step=2 * generation + 1)
         for number, loss in enumerate(losses)
     ]
 
@@ -68,7 +68,7 @@ class TestExploit:
     @given(st.lists(values, max_size=12), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 3), st.randoms())
     def test_the_worst_go_on_from_the_best(self, losses, quantile, generation, random):
         rules = population(population={"interval": 2, "quantile": quantile})
-        found = members(losses)
+        found = members(losses, generation)
         changes = rules.evolved(generation, found, draw)
         shuffled = list(found)
         random.shuffle(shuffled)
@@ -93,9 +93,18 @@ class TestExploit:
     def test_a_lone_member_goes_on(self):
         assert population().evolved(0, members([1.0]), draw) == []
 
+    def test_who_has_passed_over_the_last_step_takes_no_part(self):
+        found = members([1.0, 2.0, 3.0])
+        found[0] = replace(found[0], step=2)
+        (change,) = population().evolved(0, found, draw)
+        assert (change.trial, change.donor, change.step) == (2, 1, 1)
+        assert population().evolved(1, found, draw) == []
+
     def test_other_seeds_and_generations_draw_otherwise(self):
-        found = members([1.0, 2.0])
-        configs = [population(seed).evolved(generation, found, draw)[0].config for seed in (1, 2) for generation in (0, 1)]
+        found = [members([1.0, 2.0], generation) for generation in (0, 1)]
+        configs = [
+            population(seed).evolved(generation, found[generation], draw)[0].config for seed in (1, 2) for generation in (0, 1)
+        ]
         assert all(left != right for place, left in enumerate(configs) for right in configs[:place])
 
     def test_the_note_tells_what_changed(self):
@@ -249,7 +258,7 @@ class TestLoop:
         for number in range(3):
             book.update(self.waiting(number, 1))
         book.active_seconds = 6.0
-        assert decide(book, NOW) == Done("every trial of the budget was proposed")
+        assert decide(book, NOW) == Done("the time budget of 5 s is used up")
 
     def test_members_do_not_wait_for_a_trial_that_is_queued_for_later(self):
         book = self.ledger()

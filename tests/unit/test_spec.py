@@ -65,6 +65,21 @@ def test_a_spec_comes_back_from_what_is_stored():
         ({"search": {"num_trials": 3, "target": 0.1}}, "search.target needs exactly one objective"),
         ({"search": {"engine": "grid"}}, "space.lr is continuous; a grid needs step: or type: categorical"),
         ({"checkpoints": {"keep_last": 0}}, "checkpoints.keep_last is 0"),
+        ({"stopping": {"rule": "asha", "metric": ""}}, "stopping.metric is ''; it must not be empty"),
+        ({"search": {"num_trials": 1, "cost_metric": ""}}, "search.cost_metric is ''; it must not be empty"),
+        ({"search": {"num_trials": 4}, "population": {"interval": 2, "metric": ""}}, "population.metric is ''; it must not be"),
+        (
+            {"stopping": {"rule": "asha", "min_steps": 9, "max_steps": 9}},
+            "stopping: min_steps (9) of asha is not below max_steps (9): it would have no rung and never end a trial",
+        ),
+        (
+            {"stopping": {"rule": "patience", "max_steps": 2, "also": [{"rule": "hyperband", "min_steps": 3}]}},
+            "stopping: min_steps (3) of hyperband is not below max_steps (2)",
+        ),
+        (
+            {"stopping": {"rule": "asha", "also": [{"rule": "median", "intervall": 3}]}},
+            "unknown key 'stopping.also.0.intervall'; did you mean 'interval'? (allowed in stopping.also.0: higher_is_better,",
+        ),
         ({"failure": {"trial_timeout": float("inf")}}, "failure.trial_timeout is inf; it must be a finite number"),
     ],
 )

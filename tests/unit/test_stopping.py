@@ -215,8 +215,11 @@ class TestAsha:
 
     def test_max_steps_is_no_rung(self) -> None:
         reports = [(0, 8, 1.0), (1, 8, 2.0)]
-        assert decisions(rules("asha", min_steps=9), reports) == [False, True]
-        assert decisions(rules("asha", min_steps=9, max_steps=9), reports) == [False, False]
+        assert decisions(rules("asha", min_steps=3), reports) == [False, True]
+        assert decisions(rules("asha", min_steps=3, max_steps=9), reports) == [False, True]
+        reports = [(0, 2, 1.0), (1, 2, 1.0), (0, 8, 1.0), (1, 8, 2.0)]
+        assert decisions(rules("asha", min_steps=3), reports) == [False, False, False, True]
+        assert decisions(rules("asha", min_steps=3, max_steps=9), reports) == [False] * 4
 
     def test_nan_and_infinity(self) -> None:
         assert decisions(rules("asha"), [(0, 0, NAN), (1, 0, INF), (2, 0, 1.0), (3, 0, NAN)]) == [True, False, False, True]
@@ -234,7 +237,7 @@ class TestHyperband:
         again = brackets.index(0, first + 1)
         assert decisions(chosen, [(first, 0, 1.0), (second, 0, 9.0), (again, 0, 9.0)]) == [False, False, True]
 
-    @pytest.mark.parametrize(("most", "factor", "count"), [(1, 3, 1), (2, 3, 1), (3, 3, 2), (243, 3, 6), (1000, 10, 4)])
+    @pytest.mark.parametrize(("most", "factor", "count"), [(2, 3, 1), (3, 3, 2), (243, 3, 6), (1000, 10, 4)])
     def test_how_many_brackets(self, most: int, factor: int, count: int) -> None:
         (rule,) = rules("hyperband", max_steps=most, reduction_factor=factor).rules
         assert {rule.bracket(trial) for trial in range(20 * factor**count)} == set(range(count))  # type: ignore[attr-defined]

@@ -191,6 +191,8 @@ def decide(ledger: Ledger, now: datetime) -> Action:
         return Propose(ledger.highest + 1)
     if ledger.held and not ledger.running and not out_of_time:  # who is due later has not begun
         return Evolve(ledger.generation)
+    if out_of_time and not ledger.running and (ledger.waiting or ledger.held):
+        return Done(f"the time budget of {ledger.budget.time_budget:g} s is used up")  # also where every trial was proposed
     starts = [] if out_of_time else [start for start in ledger.waiting.values() if start is not None]
     if ledger.running or starts:
         return Wait(until=min(starts, default=None))

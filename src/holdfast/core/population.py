@@ -94,12 +94,13 @@ class Population:
         return step >= self.end(generation) and (self.last is None or step + 1 < self.last)
 
     def evolved(self, generation: int, members: Sequence[Trial], draw: Draw) -> list[Change]:
-        """Return what becomes of ``members``, each at the last step of ``generation``: who changes, in number order.
+        """Return what becomes of ``members``, who wait at the end of ``generation``: who changes, in number order.
 
         The worst ``quantile`` of them, but at least one of two, go on from members of the best ``quantile``. Ties go by
-        number; NaN, infinite and missing values are worst, and nobody goes on from a member that has none.
+        number; NaN, infinite and missing values are worst, and nobody goes on from a member that has none. A member that has
+        passed over the last step of the generation takes no part: it has neither a value nor a checkpoint there.
         """
-        order = ranking(members, self.objective)
+        order = ranking([trial for trial in members if trial.step == self.end(generation)], self.objective)
         count = max(1, math.floor(self.settings.quantile * len(order))) if len(order) > 1 else 0
         donors = [trial for trial in order[:count] if value_of(trial, self.objective) is not None]
         if not donors:

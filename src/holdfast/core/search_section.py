@@ -57,7 +57,9 @@ class SearchSection(Section):
     max_cost: Number | None = Field(
         default=None, gt=0, description="stop proposing once the trials' last values of cost_metric sum up to it"
     )
-    cost_metric: str = Field(default="cost", description="what max_cost sums up: each trial reports what it has cost so far")
+    cost_metric: str = Field(
+        default="cost", min_length=1, description="what max_cost sums up: each trial reports what it has cost so far"
+    )
     reference_point: dict[str, Number] | None = Field(
         default=None, description="a value per objective, beyond which nothing counts for the hypervolume; null: the worst seen"
     )
@@ -95,7 +97,9 @@ class PopulationSection(Section):
     )
     factors: tuple[Number, ...] = Field(default=(0.8, 1.2), min_length=1, description="by one of which a number is multiplied")
     parameters: tuple[str, ...] = Field(default=(), description="those that may change; none named: all of them")
-    metric: str | None = Field(default=None, description="what members are compared by; null: the first objective")
+    metric: str | None = Field(
+        default=None, min_length=1, description="what members are compared by; null: the first objective"
+    )
     higher_is_better: bool | None = Field(
         default=None, description="null: as the objective of that name says, else the first one"
     )

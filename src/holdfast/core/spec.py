@@ -263,6 +263,7 @@ _REMEDIES = {
     "dict_type": "it must be a mapping of keys",
     "tuple_type": "it must be a list such as [relu, tanh]",
     "string_type": "it must be a string; put quotes around it",
+    "string_too_short": "it must not be empty",
     "int_parsing": "it must be a whole number",
     "int_type": "it must be a whole number",
     "int_from_float": "it must be a whole number",
@@ -346,4 +347,6 @@ def _step_into(annotation: Any, part: str) -> Any:
             kind = getattr(member, "model_fields", {}).get("type")
             if kind is not None and kind.default == part:
                 return member
+    if origin is tuple:
+        return arguments[0]
     return arguments[1] if origin is dict else None

@@ -26,7 +26,7 @@ class RuleSection(Section):
     """One rule."""
 
     rule: Rule = Field(default="none", description="none: trials run to their end")
-    metric: str | None = Field(default=None, description="what the rule looks at; null: the first objective")
+    metric: str | None = Field(default=None, min_length=1, description="what the rule looks at; null: the first objective")
     higher_is_better: bool | None = Field(
         default=None, description="null: as the objective of that name says, else the first one"
     )
@@ -63,7 +63,7 @@ class StoppingSection(RuleSection):
     """What ends a trial early."""
 
     max_steps: Whole | None = Field(
-        default=None, ge=1, description="a class trainable ends after as many steps; hyperband's largest rung"
+        default=None, ge=1, description="a class trainable ends after as many steps; rungs of asha and hyperband are below it"
     )
     also: tuple[RuleSection, ...] = Field(default=(), description="further rules: the first one that ends a trial counts")
 
@@ -76,4 +76,10 @@ class StoppingSection(RuleSection):
         rules: tuple[RuleSection, ...] = (self, *self.also)
         if self.max_steps is None and any(rule.rule == "hyperband" for rule in rules):
             raise ValueError("hyperband needs max_steps, the steps of a trial that is never stopped")
+        for rule in rules:
+            if rule.rule in ("asha", "hyperband") and self.max_steps is not None and rule.min_steps >= self.max_steps:
+                raise ValueError(
+                    f"min_steps ({rule.min_steps}) of {rule.rule} is not below max_steps ({self.max_steps}): it would have"
+                    " no rung and never end a trial"
+                )
         return self
