@@ -45,7 +45,10 @@ def test_a_spec_comes_back_from_what_is_stored():
             "search.engine: 'tep' (did you mean 'tpe'?) is no engine; allowed: auto, random, grid",
         ),
         ({"search": None}, "search is empty; it must be a mapping of keys"),
-        ({"search": {}}, "search.num_trials is absent; only a grid, a time_budget or a target can do without"),
+        (
+            {"search": {}},
+            "search.num_trials is absent; only a grid, or one of time_budget, target, plateau, max_cost, can do without",
+        ),
         ({"objectives": {}}, "objectives is empty; name at least one"),
         ({"objectives": {"loss": "mni"}}, "objectives.loss is 'mni' (did you mean 'min'?); allowed: min, max"),
         ({"objectives": ["loss"]}, "objectives is ['loss']; it must be a mapping of keys"),
@@ -130,3 +133,8 @@ def test_keys_that_users_name_are_free():
 def test_the_trainable_keeps_its_name_wherever_it_lies():
     for trainable in ("train.py:train", "/any/where/train.py:train", "package.train:train"):
         assert sample_spec(trainable=trainable).trainable_name == "train:train"
+
+
+@pytest.mark.parametrize("limit", [{"time_budget": 5}, {"target": 0.1}, {"plateau": 3}, {"max_cost": 10}])
+def test_a_search_needs_one_end_and_any_will_do(limit):
+    assert ExperimentSpec.parse({**DATA, "objectives": {"loss": "min"}, "search": limit}).search.num_trials is None

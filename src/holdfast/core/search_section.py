@@ -64,6 +64,12 @@ class SearchSection(Section):
         default=None, description="a value per objective, beyond which nothing counts for the hypervolume; null: the worst seen"
     )
 
+    @property
+    def ends(self) -> bool:
+        """Whether something is said that ends the search, whatever the engine."""
+        limits = (self.num_trials, self.time_budget, self.target, self.plateau, self.max_cost)
+        return any(limit is not None for limit in limits)
+
     @field_validator("engine")
     @classmethod
     def _known(cls, engine: str) -> str:

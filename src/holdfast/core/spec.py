@@ -179,8 +179,10 @@ class ExperimentSpec(Section):
             for name, parameter in self.space.parameters.items():
                 if parameter.type == "float" and parameter.step is None:
                     raise ValueError(f"space.{name} is continuous; a grid needs step: or type: categorical")
-        elif self.search.num_trials is None and self.search.time_budget is None and self.search.target is None:
-            raise ValueError("search.num_trials is absent; only a grid, a time_budget or a target can do without")
+        elif not self.search.ends:
+            raise ValueError(
+                "search.num_trials is absent; only a grid, or one of time_budget, target, plateau, max_cost, can do without"
+            )
         if self.population is not None:
             self._check_population(self.population)
         return self
