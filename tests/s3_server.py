@@ -141,15 +141,21 @@ class Server:
             if fault["kind"] == "short":
                 return _cut_off(environ, start, list(self._app(environ, start)))
             if fault["kind"] == "broken":
+                _read(environ)
                 return _cut_off(environ, start, [])
             if fault["kind"] == "slow":
                 return _answer(start, "503 Slow Down", _error("SlowDown"))
             if fault["kind"] != "hang":
                 code = {"403": "AccessDenied", "429": "TooManyRequests"}.get(fault["kind"], "InternalError")
                 return _answer(start, f"{fault['kind']} Fault", _error(code))
-        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # who is still sending sees no closed connection
+        _read(environ)
         self._cleared.wait()
         return _cut_off(environ, start, [])
+
+
+def _read(environ: dict[str, Any]) -> None:
+    """Read a request to its end: who is still sending notices no closed connection, for up to a minute."""
+    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
 
 
 def _drop_conditions(environ: dict[str, Any], path: str) -> bool:
