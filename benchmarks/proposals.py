@@ -2,7 +2,8 @@
 
 * *propose*: the next config of each engine after 100, 1,000 and 5,000 finished trials, against ``study.ask()`` and a
   suggestion for each parameter, on a study in memory whose sampler stays the same: limit 1.2 times;
-* *rebuild*: a proposer that observes 10,000 stored trials, against ``study.add_trial`` of them, made before: limit 1.2 times.
+* *rebuild*: a proposer that observes 10,000 stored trials, and its first config, since it takes them in when it is asked;
+  against ``study.add_trial`` of them, made before, and its first ask: limit 1.2 times.
 
 The trials of CMA-ES and NSGA were made by their samplers, by ours in the one arm and by Optuna's loop in the other, so
 that both are in the midst of their generations; those of TPE and GP are the same random ones in both arms. GP is measured
@@ -30,7 +31,7 @@ from typing import Any
 
 import optuna
 
-from holdfast.core.ports import Proposal, Proposer
+from holdfast.core.ports import Proposer, as_proposal
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import Trial, TrialStatus
 from holdfast.engines.factory import make_proposer
@@ -90,8 +91,7 @@ def finished(engine: str, count: int) -> list[Trial]:
     proposer: Proposer = make_proposer(spec_of(engine if engine in ("cmaes", "nsga2", "nsga3") else "random"), 1)
     trials = []
     for number in range(count):
-        offered = proposer.propose(number)
-        found = offered if isinstance(offered, Proposal) else Proposal(config=dict(offered))
+        found = as_proposal(proposer.propose(number))
         config = dict(found.config)
         ended = sample_trial(number, TrialStatus.COMPLETED, config=config, metrics={"loss": value_of(config)})
         trials.append(replace(ended, state=found.state))
@@ -158,9 +158,8 @@ def propose_row(engine: str, size: int, rounds: int) -> dict[str, Any]:
         spent = 0.0
         for number in (next(numbers) for _ in range(asked)):
             began = time.process_time()
-            offered = proposer.propose(number)
+            offered = as_proposal(proposer.propose(number))
             spent += time.process_time() - began
-            assert isinstance(offered, Proposal)
             config = dict(offered.config)
             ended = sample_trial(number, TrialStatus.COMPLETED, config=config, metrics={"loss": value_of(config)})
             proposer.observe(replace(ended, state=offered.state))
@@ -184,12 +183,16 @@ def rebuild_row(engine: str, rounds: int) -> dict[str, Any]:
     trials = finished(engine, REBUILT)
     rows = frozen(trials)
 
-    def add() -> None:
-        study = optuna.create_study()
+    def ours() -> None:
+        observed(engine, trials).propose(REBUILT)
+
+    def theirs() -> None:
+        study = optuna.create_study(sampler=sampler_of(engine, 1))
         for one in rows:
             study.add_trial(one)
+        suggest(study.ask())
 
-    arms = {"holdfast": lambda: timed(lambda: observed(engine, trials)), "optuna": lambda: timed(add)}
+    arms = {"holdfast": lambda: timed(ours), "optuna": lambda: timed(theirs)}
     return row(f"{engine}: rebuild of {REBUILT:,} trials", paired(arms, rounds))
 
 
