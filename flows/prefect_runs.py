@@ -9,21 +9,23 @@ from contextlib import suppress
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.runtime import flow_run
 from prefect.states import Crashed
 
 from holdfast.core.trial import Attempt
 
 
-def close_dead_runs(attempts: Sequence[Attempt]) -> None:
-    """Put the flow and task runs of attempts that a crash left open into a final state.
+def close_dead_runs(attempts: Sequence[Attempt], flow: str | None = None) -> None:
+    """Put the flow and task runs of attempts that a crash left open, and the flow run that drove last, into a final state.
 
-    Runs that this API does not know (the crashed search had another one) are left alone. Prefect's states are a view: a
-    failure here stops nothing.
+    Runs that this API does not know (the crashed search had another one) are left alone, and so is the flow run that this is
+    called in: Prefect's Retry runs the same one again. Prefect's states are a view: a failure here stops nothing.
     """
-    if not attempts:
-        return
     tasks = {attempt.task_run_id for attempt in attempts if attempt.task_run_id}
-    flows = {attempt.flow_run_id for attempt in attempts if attempt.flow_run_id}
+    flows = {attempt.flow_run_id for attempt in attempts if attempt.flow_run_id} | ({flow} if flow else set())
+    flows.discard(str(flow_run.id))
+    if not tasks and not flows:
+        return
     with get_client(sync_client=True) as client:
         for run in sorted(tasks):
             _close_task(client, uuid.UUID(run))

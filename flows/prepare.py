@@ -185,11 +185,12 @@ def _as_it_is(request: RestoreRequest) -> Opened:
 
 def _going_on(spec: ExperimentSpec) -> RestoreRequest:
     """Return the restore that a spec with ``if_exists: restore`` asks for."""
+    stored = spec.stored()
     return RestoreRequest(
         path=experiment_path(spec),
         storage_options=spec.storage_options,
         trainable=None if spec.trainable.startswith("pickle:") else spec.trainable,
-        changes={key: getattr(getattr(spec, key.partition(".")[0]), key.partition(".")[2]) for key in CHANGEABLE},
+        changes={key: stored[key.partition(".")[0]][key.partition(".")[2]] for key in CHANGEABLE},
         space=spec.space,
         objectives=spec.objectives,
         engine=spec.search.engine if is_own(spec.search.engine) else None,
@@ -359,6 +360,7 @@ def _take_over(
         session.keeper.release_quietly(f"interrupted: {type(error).__name__}: {error}")
         raise
     session.plan, session.dead, session.new_trials = plan, dead, request.new_trials
+    session.dead_flow = reader.driving(before=session.runtime.epoch)
     observer.planned(plan)
     return session
 

@@ -25,6 +25,7 @@ from holdfast.report.observer import Observer, RunLog, Together, watching
 from holdfast.specfile import ExperimentSpec
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.reads import DRIVING
 
 
 def _run_name() -> str:
@@ -70,7 +71,8 @@ def watcher_here() -> Observer:
 def drive(session: Session, watcher: Observer) -> State[Any]:
     """Drive a prepared session inside a flow run; return the flow's final state."""
     try:
-        close_dead_runs(session.dead)
+        session.driver.audit(DRIVING, {"flow_run_id": str(flow_run.id)})
+        close_dead_runs(session.dead, session.dead_flow)
         reason = Drive(session, watcher).run()
         session.journal.flush()
         session.keeper.release(_ended(reason))

@@ -43,6 +43,8 @@ class Session:
     plan: Sequence[Planned] = ()
     dead: Sequence[Attempt] = field(default=())
     """attempts that a crash left open, closed by this session: their Prefect runs are to be closed too"""
+    dead_flow: str | None = None
+    """the flow run that drove last: Prefect may believe that it still does"""
 
     error: BaseException | None = None
     """what interrupted it: a flow's final state keeps words only"""

@@ -124,6 +124,12 @@ _TELEMETRY = _sql(
     " ORDER BY t.number, e.ts, e.name"
 )
 
+DRIVING = "driving"
+"""The audit row of a flow run that drives."""
+_DRIVING = _sql(
+    "SELECT detail FROM audit WHERE experiment_id = :experiment AND epoch < :before AND action = 'driving'"
+    " ORDER BY id DESC LIMIT 1"
+)
 _AUDIT = _sql("SELECT seq, epoch, happened, action, detail FROM audit WHERE experiment_id = :experiment ORDER BY id")
 
 # Numbers below 0 are trials merged from other experiments: none of this one's own.
@@ -340,6 +346,11 @@ class Reader:
             AuditRow(seq=row[0], epoch=row[1], happened=moment(row[2]), action=row[3], detail=json.loads(row[4]))  # type: ignore[arg-type]  # never null
             for row in self._fetch(_AUDIT)
         ]
+
+    def driving(self, *, before: int = ALL) -> str | None:
+        """Return the id of the last Prefect flow run that drove in an epoch below ``before``, or None."""
+        rows = self._fetch(_DRIVING, before=before)
+        return str(json.loads(rows[0][0])["flow_run_id"]) if rows else None
 
     def config(self, config: int) -> dict[str, Any] | None:
         """Return the config of an id, or None."""

@@ -25,9 +25,10 @@ from holdfast.core.checkpoint_config import SEARCH_DEFAULTS, CheckpointConfig, f
 from holdfast.core.conditions import problem_of
 from holdfast.core.errors import SpecError
 from holdfast.core.expression import Expression
+from holdfast.core.failure_section import FailureSection, RecoverySection
 from holdfast.core.objective import Direction, Objective
 from holdfast.core.search_section import PopulationSection, SearchSection
-from holdfast.core.space import Number, Section, Space, Whole
+from holdfast.core.space import Section, Space, Whole
 from holdfast.core.spelling import hint, nearest
 from holdfast.core.stopping_section import StoppingSection
 
@@ -41,19 +42,10 @@ CHANGEABLE = (
     "search.target",
     "search.plateau",
     "search.max_cost",
-    "failure.max_failures",
-    "failure.fail_fast",
-    "failure.trial_timeout",
+    *(f"failure.{name}" for name in FailureSection.model_fields),
+    *(f"recovery.{name}" for name in RecoverySection.model_fields),
 )
 """What a restore may change; each change is recorded in the audit."""
-
-
-class FailureSection(Section):
-    """What happens to a trial that fails."""
-
-    max_failures: Whole = Field(default=0, ge=0, description="failures that are retried; 2 allows 3 attempts")
-    fail_fast: bool = Field(default=False, description="the first errored trial ends the search")
-    trial_timeout: Number | None = Field(default=None, gt=0, description="seconds that one attempt may take")
 
 
 class Resources(Section):
@@ -114,6 +106,7 @@ class ExperimentSpec(Section):
     stopping: StoppingSection = StoppingSection()
     checkpoints: Annotated[CheckpointConfig, BeforeValidator(for_search)] = CheckpointConfig(**SEARCH_DEFAULTS)
     failure: FailureSection = FailureSection()
+    recovery: RecoverySection = RecoverySection()
     execution: ExecutionSection = ExecutionSection()
     references: dict[str, Any] = Field(default_factory=dict, description="handed to trials; no part of a config's identity")
 
