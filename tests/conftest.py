@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from s3_server import S3
-from support import Lab, holdfast_environment
+from support import Lab, holdfast_environment, warmed
 from support_postgres import MISSING, Postgres, binaries
 
 from holdfast.flows.server import EmbeddedServer
@@ -44,11 +44,13 @@ def s3() -> Iterator[S3]:
 
 
 @pytest.fixture(scope="session")
-def server_environment(prefect_home: Path, prefect_url: str) -> dict[str, str]:
+def server_environment(prefect_home: Path, prefect_url: str) -> Iterator[dict[str, str]]:
     """The environment of processes that use the tests' Prefect server."""
-    return holdfast_environment(
+    environment = holdfast_environment(
         PREFECT_HOME=str(prefect_home), PREFECT_API_URL=prefect_url, XDG_CACHE_HOME=str(prefect_home / "cache")
     )
+    with warmed(environment):
+        yield environment
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import yaml
 
 import holdfast
 from holdfast.report.tables import trial_json
+from holdfast.testing.warm import AVAILABLE, Process, Warm
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 DIED = 128 + signal.SIGKILL
@@ -91,6 +92,37 @@ sys.exit(code)
 """
 
 
+WARM: dict[frozenset[tuple[str, str]], list[Warm]] = {}
+"""Processes that have imported the program, by what imports read of the environment (see :func:`warmed`)."""
+
+
+def _read_by_imports(environment: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset(pair for pair in environment.items() if not pair[0].startswith(("HOLDFAST_", "AWS_", "XDG_")))
+
+
+@contextmanager
+def warmed(environment: Mapping[str, str]) -> Iterator[None]:
+    """Fork what laboratories start in this environment: most of a short run is the import of Prefect.
+
+    A run and its restore come from two processes in turn, which order sets differently, as two fresh ones would.
+    """
+    key = _read_by_imports(environment)
+    if AVAILABLE and not os.environ.get("HOLDFAST_TEST_FRESH"):
+        early = {**environment, **HUSHED}
+        WARM[key] = [Warm("holdfast.cli:main", imports=IMPORTS, environment=early) for _ in range(2)]
+    try:
+        yield
+    finally:
+        for warm in WARM.pop(key, []):
+            warm.close()
+
+
+HUSHED = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
+"""What the command line sets before it imports Prefect, which reads it then."""
+IMPORTS = ["holdfast.api", "holdfast.flows.search", "holdfast.flows.restore", "holdfast.report.progress"]
+IMPORTS += ["holdfast.engines.optuna_engine", "prefect.flow_engine", "prefect.task_engine", "fastapi", "pandas"]
+
+
 @dataclass(frozen=True)
 class Entry:
     """One line of the execution log."""
@@ -114,7 +146,7 @@ class Ended:
 class Running:
     """A ``holdfast`` process in a group of its own."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
 
     @property
@@ -217,16 +249,24 @@ class Lab:
         self._runs += 1
         log = self.folder / f"output-{self._runs}.txt"
         changes = {**environment, **({} if fault is None else {"HOLDFAST_FAULT": fault})}
+        environment = {**self.environment, **changes}
+        warm = WARM.get(_read_by_imports(environment))
+        process: Process
         with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [str(HOLDFAST), *map(str, arguments)],
-                cwd=self.folder,
-                env={**self.environment, **changes},
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            if warm is not None:
+                process = warm[self._runs % len(warm)].start(
+                    [*map(str, arguments)], folder=self.folder, environment=environment, output=stream
+                )
+            else:
+                process = subprocess.Popen(
+                    [str(HOLDFAST), *map(str, arguments)],
+                    cwd=self.folder,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
         started = Running(process, log)
         self.running.append(started)
         return started
