@@ -1,177 +1,164 @@
 """The long form of the crash tests: searches killed at random moments, restored each time, compared with uninterrupted ones.
 
-Every kill is SIGKILL of the whole process group of the search. The moments are drawn from ``--seed``, uniformly over the time
-that the uninterrupted search takes. Prints one row a search and, at the end, JSON. Exit code 1 when a promise was broken.
+Every kill is SIGKILL of the whole process group of the search, two trials of which run at once. The moments are drawn from
+``--seed``, uniformly over the time that the uninterrupted search takes, starts and restores included. A search that is done is
+followed by the next one of its kind until the kills are used up. ``races`` restores a killed search twice at once, again and again.
+Prints a table and, at the end, JSON. Exit code 1 when a promise was broken.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
-import sqlite3
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from holdfast.flows.server import EmbeddedServer
+from holdfast.settings import environment
+from holdfast.testing import runs
+from holdfast.testing.crashes import Verdict
+from holdfast.testing.ordeals import KINDS
+from holdfast.testing.warm import AVAILABLE, Warm
 
-HOLDFAST = [sys.executable, "-m", "holdfast.cli"]
-DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "digits.yaml"
-
-
-@dataclass
-class Outcome:
-    """What one search went through, and what it ended with."""
-
-    search: str
-    kills: int
-    seconds: float
-    trials: int
-    same: bool
-    rerun: int
-    """finished trials that were executed again"""
-    missing_steps: int
-    """canonical steps that are missing or twice"""
-    lost_steps: int
-    """steps that were executed again, over all kills"""
+SOAKED = ("random", "tpe", "retries", "stopping", "crashing")
+COLUMNS = {
+    "kills": "kills",
+    "searches": "searches",
+    "trials": "trials",
+    "lost": "lost",
+    "duplicated": "duplicated",
+    "renumbered": "renumbered",
+    "rerun": "finished re-run",
+    "different": "ended otherwise",
+    "checkpoints_lost": "checkpoints lost",
+    "reports_lost": "reports lost",
+    "steps_wrong": "steps wrong",
+    "steps_lost": "steps lost",
+    "worst": "worst per trial and kill",
+    "crowded": "too many at once",
+    "left": "left over",
+    "races": "races lost",
+    "seconds": "seconds",
+}
 
 
 class Soak:
     """Runs searches on one Prefect server."""
 
-    def __init__(self, folder: Path, url: str, seed: int) -> None:
+    def __init__(self, folder: Path, url: str, options: argparse.Namespace) -> None:
         self._folder = folder
-        self._environment = {**os.environ, "PREFECT_API_URL": url}
-        self._random = random.Random(seed)
+        self._options = options
+        self._environment = environment(PREFECT_API_URL=url, PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1")
+        self._local = threading.local()
+        self._warm: list[Warm] = []
 
-    def compare(self, label: str, kills: int, *, exact: bool, settings: dict[str, str]) -> Outcome:
-        """Run one search undisturbed and once with ``kills`` kills; compare."""
-        calm, rough = self._folder / f"{label}-calm", self._folder / f"{label}-rough"
+    def _settings(self) -> dict[str, Any]:
+        if not hasattr(self._local, "warm"):
+            self._local.warm = runs.warm(self._environment) if AVAILABLE and not self._options.fresh else []
+            self._warm += self._local.warm
+        return {
+            "environment": self._environment,
+            "warmed": self._local.warm,
+            "database": self._options.database,
+            "trials": self._options.trials,
+            "pause": self._options.pause,
+        }
+
+    def kill(self, name: str, kills: int) -> dict[str, Any]:
+        """Kill searches of one kind, one after the other."""
+        moments = random.Random(f"{self._options.seed}-{name}")
+        calm = KINDS[name].ordeal(self._folder / f"{name}-calm", **self._settings())
+        calm.alone()
+        calm = KINDS[name].ordeal(self._folder / f"{name}-again", **self._settings())  # the first one waited for imports
+        duration = calm.alone()
+        whole, searches = Verdict(), 0
+        whole.problems += calm.verdict.problems
+        while whole.kills < kills:
+            rough = KINDS[name].ordeal(self._folder / f"{name}-{searches}", twin=calm.seen, **self._settings())
+            searches += 1
+            whole.add(rough.endure(kills - whole.kills, moments, duration))
+            print(f"{name}: {whole.kills} of {kills} kills", file=sys.stderr, flush=True)
+        return {"search": name, "searches": searches, "uninterrupted": round(duration, 1), **vars(whole)}
+
+    def race(self, rounds: int) -> dict[str, Any]:
+        """Restore a killed search twice at once, ``rounds`` times; then let it end."""
         began = time.monotonic()
-        self._command("run", DIGITS, calm, settings).wait()
-        duration = time.monotonic() - began
-        began = time.monotonic()
-        finished: dict[int, int] = {}
-        rerun = 0
-        for number in range(kills):
-            self._kill_once(rough, settings, duration / kills, first=number == 0)
-            rerun += self._check_finished(rough, finished)
-        self._command("restore", rough / "digits", rough, {}).wait()
-        rerun += self._check_finished(rough, finished)
-        missing, lost = self._steps(rough)
-        return Outcome(
-            search=label,
-            kills=kills,
-            seconds=round(time.monotonic() - began, 1),
-            trials=len(self._trials(rough)),
-            same=self._same(calm, rough, exact=exact),
-            rerun=rerun,
-            missing_steps=missing,
-            lost_steps=lost,
-        )
+        folder = self._folder / "races"
+        ordeal = KINDS["waiting"].ordeal(folder, **{**self._settings(), "trials": 2})
+        (folder / "wait").touch()
+        ordeal.live(2.0)
+        while not ordeal.place.exists():  # killed before it was there
+            ordeal.live(5.0)
+        for done in range(rounds):
+            ordeal.race()
+            if done % 10 == 9:
+                print(f"races: {done + 1} of {rounds}", file=sys.stderr, flush=True)
+        (folder / "wait").unlink()
+        ordeal.live(None)
+        ordeal.verdict.seconds = time.monotonic() - began
+        return {"search": "races", "searches": 1, **vars(ordeal.verdict)}
 
-    def _command(self, verb: str, target: Path, storage: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
-        command = [*HOLDFAST, verb, str(target)]
-        if verb == "run":
-            command += ["--set", f"storage={storage}"]
-        for key, value in settings.items():
-            command += ["--set", f"{key}={value}"]
-        return subprocess.Popen(command, env=self._environment, start_new_session=True, stdout=subprocess.DEVNULL)
-
-    def _kill_once(self, storage: Path, settings: dict[str, str], within: float, *, first: bool) -> None:
-        """Start or restore, and kill the whole group at a random moment after it has taken the lease."""
-        path = storage / "digits"
-        before = epoch(path)
-        process = self._command("run", DIGITS, storage, settings) if first else self._command("restore", path, storage, {})
-        while epoch(path) == before and process.poll() is None:
-            time.sleep(0.02)
-        delay = self._random.uniform(0.0, within)
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-    def _check_finished(self, storage: Path, finished: dict[int, int]) -> int:
-        """Return how many trials that had finished before have more attempts now; note those that have finished."""
-        again = 0
-        for trial in self._trials(storage):
-            if trial["number"] in finished:
-                again += trial["attempts"] != finished[trial["number"]]
-            elif trial["status"] in ("COMPLETED", "PRUNED"):
-                finished[trial["number"]] = trial["attempts"]
-        return again
-
-    def _trials(self, storage: Path) -> list[dict[str, Any]]:
-        done = subprocess.run([*HOLDFAST, "trials", str(storage / "digits"), "--json"], capture_output=True, check=True)
-        found: list[dict[str, Any]] = json.loads(done.stdout)
-        return found
-
-    def _same(self, calm: Path, rough: Path, *, exact: bool) -> bool:
-        left, right = self._trials(calm), self._trials(rough)
-        keys = ("number", "status", "config", "metrics", "step") if exact else ("number", "status", "step")
-        return [[trial[key] for key in keys] for trial in left] == [[trial[key] for key in keys] for trial in right]
-
-    @staticmethod
-    def _steps(storage: Path) -> tuple[int, int]:
-        """Return (canonical steps that are missing or twice, reports that a resumed attempt made again)."""
-        import holdfast
-
-        with holdfast.open(storage / "digits") as experiment:
-            history = experiment.history()
-            trials = experiment.trials
-        wrong = 0
-        for trial in trials:
-            steps = [row.step for row in history if row.trial == trial.number and row.canonical]
-            wrong += len(set(range(20)) ^ set(steps)) + len(steps) - len(set(steps))
-        return wrong, sum(not row.canonical for row in history)
+    def close(self) -> None:
+        for warm in self._warm:
+            warm.close()
 
 
-def epoch(path: Path) -> int:
-    """Return the epoch of an experiment, 0 while there is none."""
-    database = path.parent / "holdfast.db"
-    if not (path / "experiment.json").exists() or not database.exists():
-        return 0
-    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
-        row = connection.execute("SELECT epoch FROM experiment WHERE name = 'digits'").fetchone()
-    return int(row[0]) if row else 0
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as text, one search a column."""
+    lines = [["", *(row["search"] for row in rows)]]
+    for key, words in COLUMNS.items():
+        lines.append([words, *(f"{row[key]:.0f}" for row in rows)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(rows) + 1)]
+    return "\n".join(
+        line[0].ljust(widths[0] + 2) + "  ".join(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    )
 
 
 def main() -> int:
     """Soak, print the table, return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=5, help="kills of the exact search; the others get four times as many")
+    parser.add_argument("--kills", type=int, default=200, help="random kills, spread over the kinds of searches")
+    parser.add_argument("--races", type=int, default=50, help="rounds of two restores at once")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", choices=["one", "two", "random"], help="one search of the three")
+    parser.add_argument("--only", nargs="+", choices=[*SOAKED, "races"], default=[*SOAKED, "races"], help="these kinds alone")
+    parser.add_argument("--jobs", type=int, default=2, help="searches side by side")
+    parser.add_argument("--trials", type=int, default=10, help="of each search")
+    parser.add_argument("--pause", type=float, default=0.1, help="seconds that a step takes")
+    parser.add_argument("--fresh", action="store_true", help="a fresh process for each run, not a fork of one with its imports")
+    parser.add_argument("--database", metavar="URL", help="of all searches, or postgresql for a server of the package pgserver")
     options = parser.parse_args()
-    server = EmbeddedServer()
-    server.begin()
-    rows = []
-    try:
-        with tempfile.TemporaryDirectory(prefix="holdfast-soak-") as name:
-            soak = Soak(Path(name), server.url(), options.seed)
-            plans = {
-                "one": (options.kills, True, {"search.max_concurrent": "1"}),
-                "two": (options.kills * 4, False, {"search.max_concurrent": "2"}),
-                "random": (options.kills * 4, True, {"search.engine": "random", "search.max_concurrent": "2"}),
-            }
-            for label, (kills, exact, settings) in plans.items():
-                if options.only in (None, label):
-                    row = soak.compare(label, kills, exact=exact, settings=settings)
-                    print(row, flush=True)
-                    rows.append(row)
-    finally:
-        server.stop()
-    print(json.dumps([asdict(row) for row in rows], indent=2))
-    return 0 if all(row.same and not row.rerun and not row.missing_steps for row in rows) else 1
+    soaked = [name for name in SOAKED if name in options.only]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-soak-")))
+        if options.database == "postgresql":
+            import pgserver
+
+            server = pgserver.get_server(folder / "postgresql")
+            stack.callback(server.cleanup)
+            options.database = server.get_uri()
+        prefect = EmbeddedServer()
+        prefect.begin()
+        stack.callback(prefect.stop)
+        soak = Soak(folder, prefect.url(), options)
+        stack.callback(soak.close)
+        pool = stack.enter_context(ThreadPoolExecutor(options.jobs))
+        shares = [options.kills // len(soaked) + (place < options.kills % len(soaked)) for place in range(len(soaked))]
+        waiting = [pool.submit(soak.kill, name, share) for name, share in zip(soaked, shares, strict=True)]
+        if "races" in options.only and options.races:
+            waiting.append(pool.submit(soak.race, options.races))
+        rows = [future.result() for future in waiting]
+    print(table(rows))
+    print(json.dumps(rows, indent=2))
+    return 1 if any(row["problems"] for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,9 @@ import yaml
 
 import holdfast
 from holdfast.report.tables import trial_json
-from holdfast.testing.warm import AVAILABLE, Process, Warm
-
-HOLDFAST = Path(sys.executable).with_name("holdfast")
-DIED = 128 + signal.SIGKILL
-"""The exit code of a process that died at a crash point."""
-PATIENCE = 90.0
-"""Seconds after which something that should happen counts as not happening."""
+from holdfast.testing.executed import Entry, executed, starts  # noqa: F401  # for the tests, as everything here
+from holdfast.testing.runs import DIED, PATIENCE, Ended, Running, Runs, warm  # noqa: F401
+from holdfast.testing.warm import AVAILABLE, Warm
 
 TRAINABLE = '''\
 """Does STEPS steps, one report and checkpoint each. A file orders/ACTION-TRIAL-STEP says what goes wrong there."""
@@ -102,74 +97,15 @@ def _read_by_imports(environment: Mapping[str, str]) -> frozenset[tuple[str, str
 
 @contextmanager
 def warmed(environment: Mapping[str, str]) -> Iterator[None]:
-    """Fork what laboratories start in this environment: most of a short run is the import of Prefect.
-
-    A run and its restore come from two processes in turn, which order sets differently, as two fresh ones would.
-    """
+    """Fork what laboratories start in this environment, unless HOLDFAST_TEST_FRESH is set: imports are most of a short run."""
     key = _read_by_imports(environment)
     if AVAILABLE and not os.environ.get("HOLDFAST_TEST_FRESH"):
-        early = {**environment, **HUSHED}
-        WARM[key] = [Warm("holdfast.cli:main", imports=IMPORTS, environment=early) for _ in range(2)]
+        WARM[key] = warm(environment)
     try:
         yield
     finally:
-        for warm in WARM.pop(key, []):
-            warm.close()
-
-
-HUSHED = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
-"""What the command line sets before it imports Prefect, which reads it then."""
-IMPORTS = ["holdfast.api", "holdfast.flows.search", "holdfast.flows.restore", "holdfast.report.progress"]
-IMPORTS += ["holdfast.engines.optuna_engine", "prefect.flow_engine", "prefect.task_engine", "fastapi", "pandas"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the execution log."""
-
-    event: str
-    trial: int
-    attempt: int
-    step: int
-    pid: int
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A process that has ended: 128 + the signal's number when a signal ended it, as in a shell."""
-
-    code: int
-    output: str
-
-
-@dataclass
-class Running:
-    """A ``holdfast`` process in a group of its own."""
-
-    process: Process
-    log: Path
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def kill(self) -> Ended:
-        """End the whole group by SIGKILL."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        return self.wait()
-
-    def wait(self, timeout: float = PATIENCE) -> Ended:
-        """Wait for its end; one that does not come is killed, with what it said in the error."""
-        try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            raise AssertionError(f"still running after {timeout:g} s:\n{self.output}") from None
-        return Ended(code if code >= 0 else 128 - code, self.output)
+        for one in WARM.pop(key, []):
+            one.close()
 
 
 @dataclass
@@ -182,10 +118,9 @@ class Lab:
     storage: str | None = None
     """an object store's URL, or None for a local folder"""
     options: Mapping[str, Any] | None = None
-    running: list[Running] = field(default_factory=list)
-    _runs: int = 0
 
     def __post_init__(self) -> None:
+        self._runs = Runs(self.folder, self.environment)
         (self.folder / "orders").mkdir(parents=True)
         (self.folder / "train.py").write_text(TRAINABLE.format(steps=self.steps))
 
@@ -246,30 +181,9 @@ class Lab:
 
     def start(self, *arguments: object, fault: str | None = None, **environment: str) -> Running:
         """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies."""
-        self._runs += 1
-        log = self.folder / f"output-{self._runs}.txt"
-        changes = {**environment, **({} if fault is None else {"HOLDFAST_FAULT": fault})}
-        environment = {**self.environment, **changes}
-        warm = WARM.get(_read_by_imports(environment))
-        process: Process
-        with log.open("wb") as stream:
-            if warm is not None:
-                process = warm[self._runs % len(warm)].start(
-                    [*map(str, arguments)], folder=self.folder, environment=environment, output=stream
-                )
-            else:
-                process = subprocess.Popen(
-                    [str(HOLDFAST), *map(str, arguments)],
-                    cwd=self.folder,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-        started = Running(process, log)
-        self.running.append(started)
-        return started
+        environment = {**self.environment, **environment}
+        self._runs.warmed = WARM.get(_read_by_imports(environment), ())
+        return self._runs.start(*arguments, fault=fault, **environment)
 
     def run(self, *arguments: object, code: int | None = 0, fault: str | None = None, **environment: str) -> Ended:
         """Run ``holdfast`` to its end, which must have the exit code ``code`` (None: any)."""
@@ -297,10 +211,12 @@ class Lab:
 
     def close(self) -> None:
         """End every process that is left."""
-        for started in self.running:
-            if started.process.poll() is None:
-                os.killpg(started.process.pid, signal.SIGKILL)
-                started.process.wait()
+        self._runs.close()
+
+    @property
+    def running(self) -> list[Running]:
+        """Every process that was started, for those that are started in other ways to be added."""
+        return self._runs.all
 
     def python(self, code: str, *arguments: object) -> Ended:
         """Run Python code in the environment of the laboratory."""
@@ -386,16 +302,6 @@ MakeLab = Callable[..., Lab]
 def steps_of(lab: Lab, number: int) -> list[int]:
     """Return the canonical steps of a trial."""
     return [step for step, _ in lab.outcome()[number][3]]
-
-
-def executed(log: Sequence[Entry], trial: int) -> list[int]:
-    """Return the steps that the trainable executed of a trial, in order, repetitions included."""
-    return [entry.step for entry in log if entry.event == "step" and entry.trial == trial]
-
-
-def starts(log: Sequence[Entry], trial: int) -> list[tuple[int, int]]:
-    """Return (attempt, first step) of each start of a trial."""
-    return [(entry.attempt, entry.step) for entry in log if entry.event == "start" and entry.trial == trial]
 
 
 def holdfast_environment(**changes: str) -> dict[str, str]:

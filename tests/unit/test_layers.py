@@ -96,7 +96,7 @@ def test_a_module_keeps_to_its_layer(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_environment_variables_are_read_in_one_place(name):
-    """A parent may hand its environment on to a child (``os.environ`` as a whole, in the workers' pool); a fork is given one."""
+    """A parent may hand its environment on to a child (``os.environ`` as a whole, in the workers' pool); a fork gets one."""
     allowed = {"holdfast.settings", "holdfast.tasks.workers.pool", "holdfast.tasks.workers.child", "holdfast.testing.warm"}
     found = [
         node.lineno
