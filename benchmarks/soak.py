@@ -2,7 +2,7 @@
 
 Every kill is SIGKILL of the whole process group of the search, two trials of which run at once. The moments are drawn from
 ``--seed``, uniformly over the time that the uninterrupted search takes, starts and restores included. A search that is done is
-followed by the next one of its kind until the kills are used up. ``races`` restores a killed search twice at once, again and again.
+followed by the next one of its kind until the kills are used up. ``races`` restores a killed search twice at once, many times.
 Prints a table and, at the end, JSON. Exit code 1 when a promise was broken.
 """
 
@@ -85,7 +85,8 @@ class Soak:
             rough = KINDS[name].ordeal(self._folder / f"{name}-{searches}", twin=calm.seen, **self._settings())
             searches += 1
             whole.add(rough.endure(kills - whole.kills, moments, duration))
-            print(f"{name}: {whole.kills} of {kills} kills", file=sys.stderr, flush=True)
+            words = f"{whole.kills} of {kills} kills, {whole.steps_lost} steps lost, {len(whole.problems)} promises broken"
+            print(f"{name}: {words}", file=sys.stderr, flush=True)
         return {"search": name, "searches": searches, "uninterrupted": round(duration, 1), **vars(whole)}
 
     def race(self, rounds: int) -> dict[str, Any]:

@@ -217,7 +217,8 @@ class Ordeal:
         winner = _last_running(runs)
         if winner is None:
             codes = [run.wait().code for run in runs]
-            return self.verdict.problem("races", f"of {racers} restores none drives: they ended with {codes}")
+            self.verdict.problem("races", f"of {racers} restores none drives: they ended with {codes}")
+            return
         words = (f"process {winner.process.pid} on", "unless renewed")
         for run in runs:
             if run is not winner and (run.wait().code != 3 or any(word not in run.output for word in words)):

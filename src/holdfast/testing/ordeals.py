@@ -132,7 +132,9 @@ class Kind:
         from holdfast.testing.crashes import Ordeal, Place
         from holdfast.testing.runs import Runs
 
-        spec = self.write(folder, **settings, **({} if database is None else {"database": database}))
+        if database is not None:
+            settings = {**settings, "database": database}
+        spec = self.write(folder, **settings)
         location = folder / "runs" / folder.name
         place = Place(str(location), f"sqlite:///{folder / 'runs' / 'holdfast.db'}")
         if database is not None:
