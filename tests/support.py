@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import yaml
 import holdfast
 from holdfast.report.tables import trial_json
 from holdfast.testing.executed import Entry, executed, starts  # noqa: F401  # for the tests, as everything here
-from holdfast.testing.runs import DIED, PATIENCE, Ended, Running, Runs, warm  # noqa: F401
+from holdfast.testing.runs import DIED, HOLDFAST, PATIENCE, Ended, Running, Runs, warm  # noqa: F401
 from holdfast.testing.warm import AVAILABLE, Warm
 
 TRAINABLE = '''\
@@ -93,6 +93,11 @@ WARM: dict[frozenset[tuple[str, str]], list[Warm]] = {}
 
 def _read_by_imports(environment: Mapping[str, str]) -> frozenset[tuple[str, str]]:
     return frozenset(pair for pair in environment.items() if not pair[0].startswith(("HOLDFAST_", "AWS_", "XDG_")))
+
+
+def warm_of(environment: Mapping[str, str]) -> Sequence[Warm]:
+    """Return what runs in an environment may be forked from; nothing when they have to be fresh processes."""
+    return WARM.get(_read_by_imports(environment), ())
 
 
 @contextmanager
@@ -182,7 +187,7 @@ class Lab:
     def start(self, *arguments: object, fault: str | None = None, **environment: str) -> Running:
         """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies."""
         environment = {**self.environment, **environment}
-        self._runs.warmed = WARM.get(_read_by_imports(environment), ())
+        self._runs.warmed = warm_of(environment)
         return self._runs.start(*arguments, fault=fault, **environment)
 
     def run(self, *arguments: object, code: int | None = 0, fault: str | None = None, **environment: str) -> Ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import Lab, Running, starts
+from support import HOLDFAST, Lab, MakeLab, Running, starts, tree
 
 from holdfast.tasks.workers import processes
 
@@ -28,12 +29,16 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def suspended(lab: Lab) -> Running:
-    """Start a search that stops itself within the transaction of its second report, and wait until it has."""
-    log = lab.folder / "suspended.txt"
+ELSEWHERE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"]
+"""Runs what follows among other processes, none of ours; its host may have a name of its own."""
+
+
+def begin(lab: Lab, *command: str) -> Running:
+    """Start a command in the laboratory."""
+    log = lab.folder / f"begun-{len(lab.running)}.txt"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-c", SUSPENDED, "run", str(lab.spec(search={"num_trials": 2}))],
+            command,
             cwd=lab.folder,
             env=dict(lab.environment),
             stdin=subprocess.DEVNULL,
@@ -43,8 +48,19 @@ def suspended(lab: Lab) -> Running:
         )
     run = Running(process, log)
     lab.running.append(run)
-    started = processes.identity(process.pid)
-    lab.until(lambda: processes.is_suspended(processes.same_host(), process.pid, str(started)), run)
+    return run
+
+
+def until_suspended(lab: Lab, run: Running) -> None:
+    pid = run.process.pid
+    started = str(processes.identity(pid))
+    lab.until(lambda: processes.is_suspended(processes.same_host(), pid, started), run)
+
+
+def suspended(lab: Lab) -> Running:
+    """Start a search that stops itself within the transaction of its second report, and wait until it has."""
+    run = begin(lab, sys.executable, "-c", SUSPENDED, "run", str(lab.spec(search={"num_trials": 2})))
+    until_suspended(lab, run)
     return run
 
 
@@ -58,6 +74,52 @@ def test_a_driver_that_is_suspended_within_a_transaction_is_ended_by_force_alone
     assert run.process.wait(20) == -signal.SIGKILL
     assert lab.statuses() == ["COMPLETED"] * 2
     assert starts(lab.log(), 0) == [(1, 0), (2, 1)]  # its second report was never acknowledged
+
+
+def elsewhere(lab: Lab, *arguments: object) -> Running:
+    """Start ``holdfast`` as on another host that shares the disk: it sees none of our processes."""
+    return begin(lab, *ELSEWHERE, "sh", "-c", 'hostname elsewhere && exec "$0" "$@"', str(HOLDFAST), *map(str, arguments))
+
+
+def test_suspended_for_longer_than_the_lease_and_restored_elsewhere(make_lab: MakeLab) -> None:
+    """The zombies end themselves and have written nothing: one suspended between transactions, and one within.
+
+    The first is restored with its own database, the second one, which keeps that locked, with another one from the path alone.
+    """
+    namespaces = [*ELSEWHERE, "hostname", "elsewhere"]
+    if shutil.which("unshare") is None or subprocess.run(namespaces, capture_output=True).returncode:
+        pytest.skip("another host is played by new pid and UTS namespaces, which need unshare and root")
+    between, within = make_lab("between"), make_lab("within")
+    holds = [between.order("hold", number, 1) for number in (0, 1)]
+    outside = between.start("run", between.spec(search={"num_trials": 3, "max_concurrent": 2}))
+    for number in (0, 1):
+        between.until_logged("hold", number, 1, outside)
+    outside.signal(signal.SIGSTOP)  # its trials have nothing to say, so it is in a transaction for a renewal at most
+    until_suspended(between, outside)
+    inside = suspended(within)
+    for hold in holds:
+        hold.unlink()
+    other = within.folder / "other"
+    other.mkdir()
+    restores = [
+        elsewhere(between, "restore", between.path()),
+        elsewhere(within, "restore", within.path(), "--database", f"sqlite:///{other / 'holdfast.db'}"),
+    ]
+    for restore in restores:
+        ended = restore.wait(180)
+        assert ended.code == 0, ended.output
+        assert "wait" in ended.output
+    assert between.statuses() == ["COMPLETED"] * 3
+    assert starts(within.log(), 0)[-1] == (2, 2)  # what was published counts, although its row never did
+    before = between.dump(), between.tree(), between.log()
+    path, rows = within.tree(), tree(other)
+    for zombie in (outside, inside):
+        zombie.signal(signal.SIGCONT)
+    for zombie in (outside, inside):
+        ended = zombie.wait()
+        assert ended.code == 3, ended.output
+    assert (between.dump(), between.tree(), between.log()) == before
+    assert (within.tree(), tree(other)) == (path, rows)
 
 
 def test_only_the_very_process_is_ended() -> None:

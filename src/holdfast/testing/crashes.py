@@ -250,11 +250,10 @@ class Ordeal:
             self.finished = True
         if seen is None:
             return
-        problems = [*_history(self._seen, seen, log[known:]), *_kept(self._seen, seen, log), *_crowded(seen, log[known:])]
+        problems = [*broken(self._seen, seen, log, known, done=not killed)]
         if not killed:
-            problems += [*_complete(seen, log), *_leftovers(seen)]
             if self.twin is not None:
-                problems += _compared(self.twin.outcome(exact=self.exact), seen.outcome(exact=self.exact))
+                problems += compared(self.twin.outcome(exact=self.exact), seen.outcome(exact=self.exact))
             self.finished = True
             self.verdict.trials = len(seen.trials)
         for count, words in problems:
@@ -279,6 +278,21 @@ class Ordeal:
 
 
 Problems = Iterator[tuple[str | None, str]]
+"""Broken promises: which of :class:`Verdict`'s counts each belongs to, and what is wrong."""
+
+
+def broken(before: Seen | None, now: Seen, log: Sequence[Entry], known: int, *, done: bool) -> Problems:
+    """Return which promises one life broke: from ``before`` to ``now``, with ``log[known:]`` as what it executed.
+
+    With ``done`` the search must be complete.
+    """
+    life = log[known:]
+    yield from _history(before, now, life)
+    yield from _kept(before, now, log)
+    yield from _crowded(now, life)
+    if done:
+        yield from _complete(now, log)
+        yield from _leftovers(now)
 
 
 def _history(before: Seen | None, now: Seen, life: Sequence[Entry]) -> Problems:
@@ -343,8 +357,9 @@ def _crowded(now: Seen, life: Sequence[Entry]) -> Problems:
         if entry.event != "start":
             continue
         for number, other in list(active.items()):  # one that crashed says no word: its row does, or its process is reused
-            closed = now.attempts[number][other.attempt].ended
-            if number == entry.trial or other.pid == entry.pid or (closed and closed.timestamp() <= entry.time + CLOCKS):
+            row = now.attempts.get(number, {}).get(other.attempt)
+            closed = row is not None and row.ended is not None and row.ended.timestamp() <= entry.time + CLOCKS
+            if number == entry.trial or other.pid == entry.pid or closed:
                 del active[number]
         active[entry.trial] = entry
         if len(active) > now.spec.search.max_concurrent:
@@ -368,7 +383,8 @@ def _leftovers(now: Seen) -> Problems:
             yield "left", f"{path} is left"
 
 
-def _compared(twin: Mapping[int, Any], outcome: Mapping[int, Any]) -> Problems:
+def compared(twin: Mapping[int, Any], outcome: Mapping[int, Any]) -> Problems:
+    """Return in what an outcome differs from that of the uninterrupted search."""
     for number in twin.keys() - outcome.keys():
         yield "lost", f"the uninterrupted search has a trial {number}"
     for number in outcome.keys() - twin.keys():
