@@ -53,6 +53,8 @@ class Drive:
             max_concurrent=spec.search.max_concurrent,
             population=Population.of(spec, session.opened.record.seed),
             generation=session.reader.generations() if spec.population is not None else 0,
+            delay=spec.failure.delay,
+            clock=time.monotonic,
             fail_fast=spec.failure.fail_fast,
             exhausted=not session.new_trials,
         )
