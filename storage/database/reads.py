@@ -32,7 +32,8 @@ _TRIALS_TEXT = (
     " a.id, a.number, a.epoch, a.outcome, a.claimed_by, " + sql.OWN_PARENT + ", a.parent_step, a.reason, a.note,"
     " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended, "
     + sql.DONOR
-    + ", p.number, a.created, CASE WHEN a.config_id <> t.config_id THEN (SELECT f.body FROM config f WHERE f.id = t.config_id) END"
+    + ", p.number, a.created"
+    ", CASE WHEN a.config_id <> t.config_id THEN (SELECT f.body FROM config f WHERE f.id = t.config_id) END"
     ", CASE WHEN a.reason = 'retry' AND t.status = 'PENDING' THEN (SELECT COUNT(*) FROM attempt f"
     " JOIN attempt l ON l.trial_id = f.trial_id AND l.epoch = f.epoch WHERE l.trial_id = t.id AND l.number = a.number - 1"
     " AND f.outcome IN ('failed', 'timed_out', 'crashed')) ELSE 0 END"
