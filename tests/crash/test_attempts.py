@@ -8,7 +8,7 @@ import signal
 from typing import Any
 from urllib.request import Request, urlopen
 
-from support import Lab, MakeLab, executed, starts, steps_of
+from support import PATIENCE, Lab, MakeLab, executed, starts, steps_of
 
 
 def states(lab: Lab, what: str, name: str) -> list[str]:
@@ -103,6 +103,38 @@ def train(trial):
         assert (after.started - before.ended).total_seconds() >= failure["retry_delay"]
 
 
+def test_a_search_that_waits_for_a_retry_can_be_killed_told_to_stop_and_restored(lab: Lab) -> None:
+    """What has been waited for counts, whoever waits; a shorter delay given to a restore counts at once."""
+    fail = lab.order("fail", 0, 1)
+    rule = {"max_failures": 1, "retry_delay": 3600.0, "max_retry_delay": 3600.0}
+    run = lab.start("run", lab.spec(search={"num_trials": 2}, failure=rule))
+    lab.until(lambda: "trial 0 waits 3600 s for attempt 2 (retry)" in run.output, run)
+    lab.until(lambda: "trial 1 COMPLETED" in run.output, run)
+    created = attempts(lab, 0)[1].created
+    run.kill()
+    fail.unlink()
+
+    run = lab.start("restore", lab.path())
+    lab.until(lambda: "trial 0 waits 3" in run.output, run)  # the rest of it
+    with lab.open() as experiment:
+        assert experiment.stop(wait=PATIENCE)
+    ended = run.wait()
+    assert ended.code == 0, ended.output
+    assert "stopped on request" in ended.output
+    assert lab.statuses() == ["PENDING", "COMPLETED"]
+
+    run = lab.start("restore", lab.path())
+    lab.until(lambda: "trial 0 waits 3" in run.output, run)
+    run.signal(signal.SIGTERM)
+    assert run.wait().code == 128 + signal.SIGTERM
+    waiting = attempts(lab, 0)[1]
+    assert (waiting.created, waiting.reason, waiting.claimed) == (created, "retry", False)
+
+    lab.run("restore", lab.path(), "--set", "failure.retry_delay=0.1")
+    assert lab.statuses() == ["COMPLETED", "COMPLETED"]
+    assert starts(lab.log(), 0) == [(1, 0), (2, 1)]
+
+
 class TestInline:
     """Code in a thread of the search cannot be interrupted; the search ends all the same."""
 
@@ -116,7 +148,8 @@ class TestInline:
         ended = run.wait()
         assert ended.code == 128 + signal.SIGTERM, ended.output
         assert f"restore: holdfast restore {lab.path('deaf')}" in ended.output
-        assert lab.json("show", lab.path("deaf"))["status"] == "interrupted"
+        with lab.open("deaf") as experiment:
+            assert experiment.status == "interrupted"
         assert [each.outcome and each.outcome.value for each in attempts(lab, 0, "deaf")] == ["preempted", None]
         assert states(lab, "flow_runs", "deaf") == ["CRASHED"]
         lab.until(lambda: states(lab, "task_runs", "deaf") == ["CRASHED"])
@@ -137,5 +170,6 @@ class TestInline:
         run.signal(signal.SIGINT)
         ended = run.wait()
         assert ended.code == 128 + signal.SIGINT, ended.output
-        assert lab.json("show", lab.path())["status"] == "interrupted"
+        with lab.open() as experiment:
+            assert experiment.status == "interrupted"
         assert [each.outcome and each.outcome.value for each in attempts(lab, 0)] == ["preempted", None]
