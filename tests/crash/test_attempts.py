@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from typing import Any
 from urllib.request import Request, urlopen
@@ -81,26 +82,23 @@ def train(trial):
     start = 0 if trial.checkpoint is None else trial.checkpoint.step + 1
     print("start", trial.number, trial.attempt, start, flush=True)
     for step in range(start, 3):
-        if trial.number == 0 and trial.attempt < 3 and step == trial.attempt:
+        if trial.number == 0 and trial.attempt == 1 and step == 1:
             time.sleep(3600)
         if trial.number == 1:
             raise KeyError("never again")
         trial.report({"loss": 1.0}, step=step, state={"step": step})
 """
     (lab.folder / "slow.py").write_text(code)
-    failure = {"max_failures": 2, "trial_timeout": 4.0, "retry_on": ["timed_out"], "retry_delay": 0.5}
-    ended = lab.run("run", lab.spec(trainable="slow.py:train", search={"num_trials": 3}, failure=failure), code=1)
+    failure = {"max_failures": 1, "trial_timeout": 10.0, "retry_on": ["timed_out"], "retry_delay": 0.5}
+    lab.run("run", lab.spec(trainable="slow.py:train", search={"num_trials": 3}, failure=failure), code=1)
     assert lab.statuses() == ["COMPLETED", "FAILED", "COMPLETED"]
     assert [(each.outcome.value, each.parent_step) for each in attempts(lab, 0)] == [
         ("timed_out", None),
-        ("timed_out", 0),
-        ("completed", 1),
+        ("completed", 0),
     ]
     assert len(attempts(lab, 1)) == 1
-    assert "trial 0 waits 0.5 s for attempt 2 (retry)" in ended.output
-    assert "trial 0 waits 1 s for attempt 3 (retry)" in ended.output
-    for before, after in zip(attempts(lab, 0), attempts(lab, 0)[1:], strict=False):
-        assert (after.started - before.ended).total_seconds() >= failure["retry_delay"]
+    before, after = attempts(lab, 0)
+    assert (after.started - before.ended).total_seconds() >= failure["retry_delay"]
 
 
 def test_a_search_that_waits_for_a_retry_can_be_killed_told_to_stop_and_restored(lab: Lab) -> None:
@@ -108,7 +106,7 @@ def test_a_search_that_waits_for_a_retry_can_be_killed_told_to_stop_and_restored
     fail = lab.order("fail", 0, 1)
     rule = {"max_failures": 1, "retry_delay": 3600.0, "max_retry_delay": 3600.0}
     run = lab.start("run", lab.spec(search={"num_trials": 2}, failure=rule))
-    lab.until(lambda: "trial 0 waits 3600 s for attempt 2 (retry)" in run.output, run)
+    lab.until(lambda: re.search(r"trial 0 waits 3[56]\d\d s for attempt 2 \(retry\)", run.output), run)
     lab.until(lambda: "trial 1 COMPLETED" in run.output, run)
     created = attempts(lab, 0)[1].created
     run.kill()
