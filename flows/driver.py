@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -34,6 +35,8 @@ from holdfast.tasks.results import results_in
 from holdfast.tasks.trial import run_trial
 from holdfast.tasks.workers.messages import Decision
 
+INLINE_SECONDS = 1.0
+"""How long code in threads of this process is waited for that has to end now."""
 TICK_SECONDS = 1.0
 """How often requests from outside are looked for while nothing ends."""
 
@@ -53,6 +56,8 @@ class Drive:
             max_concurrent=spec.search.max_concurrent,
             population=Population.of(spec, session.opened.record.seed),
             generation=session.reader.generations() if spec.population is not None else 0,
+            delay=spec.failure.delay,
+            clock=time.monotonic,
             fail_fast=spec.failure.fail_fast,
             exhausted=not session.new_trials,
         )
@@ -75,11 +80,16 @@ class Drive:
             self._runtime.learn()
             self._refresh(fresh=False)
             pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=self._session.spec.search.max_concurrent)
-            with pool as runner:
+            with ExitStack() as stack:
+                runner = stack.enter_context(pool)
                 try:
                     return self._loop(runner)
                 except BaseException:
-                    self._wind_down()
+                    try:
+                        self._wind_down()
+                    finally:
+                        if self._session.stuck:
+                            stack.pop_all()  # the pool's end would wait for its threads for ever
                     raise
         finally:
             runtimes.unregister(self._runtime)
@@ -293,8 +303,31 @@ class Drive:
             self._drain(lambda: time.monotonic() > deadline)
         finally:
             self._runtime.order(Decision.KILL)
-            with suppress(KeyboardInterrupt):
-                self._drain(lambda: False)
+            inline = self._runtime.pool is None  # the code runs in our threads, which cannot be ended
+            deadline = time.monotonic() + (INLINE_SECONDS if inline else math.inf)
+            try:
+                with suppress(KeyboardInterrupt):
+                    self._drain(lambda: time.monotonic() > deadline)
+            finally:
+                if inline and self._inflight:
+                    self._abandon(fenced=fenced)
+
+    def _abandon(self, *, fenced: bool) -> None:
+        """Close the attempts whose code does not stop: what it still reports before this process ends counts no more."""
+        self._session.stuck = [str(run) for run in self._inflight]
+        self._observer.say("the code of running trials does not stop (isolation: inline): this process ends by force")
+        decisions: dict[int, str] = {}
+        with suppress(HoldfastError):
+            decisions = {} if fenced else self._session.reader.last_decisions()
+        for number, attempt in () if fenced else self._inflight.values():
+            trial = self._trials[number]
+            if trial.attempt.number != attempt:
+                continue
+            outcome = Outcome.CANCELLED if number in self._runtime.cancelled else Outcome.PREEMPTED
+            if decisions.get(trial.attempt.id) == Decision.PRUNE:
+                outcome = Outcome.PRUNED
+            with suppress(HoldfastError):  # it has ended meanwhile, or was not claimed yet
+                self._driver.end(trial.attempt.id, Ending(outcome=outcome, note="it did not stop when it was told to"))
 
     def _drain(self, expired: Callable[[], bool]) -> None:
         while self._inflight and not expired():

@@ -18,6 +18,7 @@ from holdfast.core.errors import Contention, Fenced, HoldfastError, Infrastructu
 from holdfast.core.trial import ERRORED
 from holdfast.experiment import SearchResult, result_of
 from holdfast.flows.driver import Drive
+from holdfast.flows.leaving import hurry, leave
 from holdfast.flows.prefect_runs import close_dead_runs
 from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared
@@ -78,8 +79,14 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
         session.keeper.release(_ended(reason))
         _last_words(session)
     except BaseException as error:
+        if session.stuck:
+            hurry(error)
         session.error = cause_of(error, session.opened.database, session.opened.record.id, session.runtime.epoch)
-        _interrupted(session, session.error, watcher)
+        try:
+            _interrupted(session, session.error, watcher)
+        finally:
+            if session.stuck:
+                leave(session.error, session.stuck)
         if session.error is error:
             raise
         raise session.error from error

@@ -48,6 +48,8 @@ class Session:
 
     error: BaseException | None = None
     """what interrupted it: a flow's final state keeps words only"""
+    stuck: Sequence[str] = ()
+    """task runs whose code goes on in threads of this process, though it was told to stop: only the process can end"""
 
     @property
     def spec(self) -> ExperimentSpec:

@@ -163,10 +163,10 @@ def _result(runtime: Runtime, supervisor: Supervisor, ended: Ended) -> dict[str,
 def _commit_failure(runtime: Runtime, supervisor: Supervisor, failure: TrialFailure) -> NoReturn:
     """Commit the original failure with its traceback, and then raise it for Prefect."""
     outcome, kind = Outcome.FAILED, type(failure).__name__
-    trace = ""
+    trace, names = "", list[str]()
     match failure:
         case TrialFailed():
-            kind, trace = failure.kind, failure.traceback
+            kind, trace, names = failure.kind, failure.traceback, list(failure.names)
         case TrialTimedOut():
             outcome = Outcome.TIMED_OUT
         case TrialCrashed():
@@ -174,8 +174,10 @@ def _commit_failure(runtime: Runtime, supervisor: Supervisor, failure: TrialFail
         case _:
             pass
     error = ErrorInfo(kind=kind, message=str(failure), traceback=trace)
+    rule = runtime.spec.failure
+    budget = rule.max_failures if rule.retries(outcome, names) else 0
     with runtime.changing(supervisor.trial):
-        supervisor.writer.fail(Ending(outcome=outcome, error=error), max_failures=runtime.spec.failure.max_failures)
+        supervisor.writer.fail(Ending(outcome=outcome, error=error), max_failures=budget)
     faults.point("attempt.failed")
     # Prefect sends the message on as UTF-8, which an undecodable file name in it would break.
     failure.args = (str(failure).encode("utf-8", "backslashreplace").decode(),)

@@ -32,7 +32,11 @@ _TRIALS_TEXT = (
     " a.id, a.number, a.epoch, a.outcome, a.claimed_by, " + sql.OWN_PARENT + ", a.parent_step, a.reason, a.note,"
     " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended, "
     + sql.DONOR
-    + ", p.number, CASE WHEN a.config_id <> t.config_id THEN (SELECT f.body FROM config f WHERE f.id = t.config_id) END"
+    + ", p.number, a.created"
+    ", CASE WHEN a.config_id <> t.config_id THEN (SELECT f.body FROM config f WHERE f.id = t.config_id) END"
+    ", CASE WHEN a.reason = 'retry' AND t.status = 'PENDING' THEN (SELECT COUNT(*) FROM attempt f"
+    " JOIN attempt l ON l.trial_id = f.trial_id AND l.epoch = f.epoch WHERE l.trial_id = t.id AND l.number = a.number - 1"
+    " AND f.outcome IN ('failed', 'timed_out', 'crashed')) ELSE 0 END"
     " FROM trial t JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
     " JOIN config c ON c.id = a.config_id"
     " LEFT JOIN attempt p ON p.id = a.parent_id"
@@ -73,7 +77,7 @@ _CHANGED = tuple(_scoped(body, "+t.number") for body in (_TRIALS_TEXT, _METRICS_
 _ATTEMPTS = _sql(
     f"SELECT t.number, a.id, a.number, a.epoch, a.outcome, a.claimed_by, {sql.OWN_PARENT}, a.parent_step, a.reason, a.note,"
     " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended,"
-    f" {sql.DONOR}, p.number"
+    f" {sql.DONOR}, p.number, a.created"
     " FROM attempt a JOIN trial t ON t.id = a.trial_id LEFT JOIN attempt p ON p.id = a.parent_id"
     " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last ORDER BY t.number, a.number"
 )
@@ -418,7 +422,7 @@ def _by_trial(rows: Sequence[tuple[Any, ...]]) -> dict[int, dict[int, Attempt]]:
 
 def _attempt(row: Sequence[Any]) -> Attempt:
     identity, number, epoch, outcome, claimed, parent, parent_step, reason, note, kind, message, trace, *rest = row
-    flow_run, task_run, host, pid, pid_started, started, ended, donor, donor_attempt = rest
+    flow_run, task_run, host, pid, pid_started, started, ended, donor, donor_attempt, created = rest
     return Attempt(
         id=identity,
         number=number,
@@ -438,6 +442,7 @@ def _attempt(row: Sequence[Any]) -> Attempt:
         pid_started=pid_started,
         started=moment(started),
         ended=moment(ended),
+        created=moment(created),
     )
 
 
@@ -446,7 +451,8 @@ _ATTEMPT_NUMBER = 14
 
 
 def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | None) -> Trial:
-    number, status, _, config_id, seed, seq, ts_start, origin, metadata, source, group, repeat, ended_seq, *attempt, first = row
+    number, status, _, config_id, seed, seq, ts_start, origin, metadata, source, group, repeat, ended_seq, *rest = row
+    *attempt, first, failures = rest
     current = _attempt(attempt)
     return Trial(
         number=number,
@@ -464,6 +470,7 @@ def _trial(row: Sequence[Any], config: Config, metrics: Metrics, step: int | Non
         metadata={} if metadata == "{}" else loads(metadata),
         attempts=current.number if current.claimed else current.number - 1,  # only the current one can be unclaimed
         attempt=current,
+        failures=failures,
         metrics=metrics,
         step=step,
         first=None if first is None else loads(first),

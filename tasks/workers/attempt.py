@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from holdfast.core.errors import CheckpointCorrupt, CheckpointNotFound, Infrastructure, NotACheckpoint
+from holdfast.core.errors import (
+    CheckpointCorrupt,
+    CheckpointNotFound,
+    Infrastructure,
+    InvalidInput,
+    NotACheckpoint,
+    TrainableError,
+)
 from holdfast.core.values import LONGEST_MESSAGE, LONGEST_TRACE, Metrics, shortened
 from holdfast.storage.checkpoints.local import LocalCheckpoints
 from holdfast.tasks.workers.messages import Decision, Job, Rejected
 from holdfast.tasks.workers.randomness import seed_everything
-from holdfast.tasks.workers.trainables import Trainable, run
+from holdfast.tasks.workers.trainables import ALIAS, Trainable, run
 from holdfast.tasks.workers.trial_api import Link, ResumedCheckpoint, Trial, TrialStopped
 
 
@@ -37,6 +44,8 @@ class Failure:
     traceback: str
     infrastructure: bool
     """the storage failed, not the user's code"""
+    names: tuple[str, ...]
+    """of its class and the base classes, plain and qualified: what ``failure.retry_on`` may hold"""
 
 
 def choose(job: Job, checkpoints: LocalCheckpoints) -> Resume:
@@ -76,18 +85,25 @@ def perform(
     seed_everything(job.seed)
     trial = Trial(job, link, checkpoints, checkpoint, clock=clock)
     try:
-        metrics = _run(trainable, trial, job.max_steps)
+        metrics = _run(trainable, trial, link, job.max_steps)
         trial.flush()
     finally:
         trial.finish()
     return (trial.stopped, None) if trial.stopped is not None else (None, metrics)
 
 
-def _run(trainable: Trainable, trial: Trial, max_steps: int | None) -> Metrics | None:
+def _run(trainable: Trainable, trial: Trial, link: Link, max_steps: int | None) -> Metrics | None:
     try:
-        return run(trainable, trial, max_steps=max_steps)
-    except TrialStopped:
-        return None
+        try:
+            return run(trainable, trial, max_steps=max_steps)
+        except TrialStopped as error:
+            link.check()
+            if trial.stopped is None:  # it is no wish of ours, and must not look like one
+                raise InvalidInput(
+                    "the trial's code raised TrialStopped itself, but nothing told the trial to stop; return to end it, or"
+                    " raise an error of your own"
+                ) from error
+            return None
     except BaseException as error:
         try:
             trial.flush()
@@ -98,14 +114,43 @@ def _run(trainable: Trainable, trial: Trial, max_steps: int | None) -> Metrics |
 
 def describe(error: BaseException) -> Failure:
     """Put ``error`` into words, without holdfast's own frames above the user's."""
-    kind = type(error).__name__
-    message, trace = f"(its {kind} cannot be shown)", ""
-    with contextlib.suppress(Exception):  # __str__ and __repr__ are the user's code
-        message = str(error)
-    with contextlib.suppress(Exception):
+    kind = shortened(type(error).__name__, LONGEST_NAME)
+    message, trace, names = f"(its {kind} cannot be shown)", "", {kind}
+    with contextlib.suppress(BaseException):
+        names = names_of(error)
+    with contextlib.suppress(BaseException):  # __str__ and __repr__ are the user's code
+        message = "".join(str(error))
+    with contextlib.suppress(BaseException):
         trace = "".join(traceback.format_exception(type(error), error, _users_frames(error)))
     message, trace = shortened(message, LONGEST_MESSAGE), shortened(trace, LONGEST_TRACE)
-    return Failure(kind=kind, message=message or kind, traceback=trace, infrastructure=isinstance(error, Infrastructure))
+    return Failure(
+        kind=kind,
+        message=message or kind,
+        traceback=trace,
+        infrastructure=isinstance(error, Infrastructure),
+        names=tuple(sorted(names)),
+    )
+
+
+LONGEST_NAME = 200
+"""Bytes that are kept of the name of an exception."""
+
+
+def names_of(error: BaseException) -> set[str]:
+    """Return the names of an exception's class and base classes, plain and qualified.
+
+    A group has those that all of its exceptions have in common, too, and a trainable that cannot be imported those of what
+    its import raised.
+    """
+    found: set[str] = set()
+    for base in type(error).__mro__[:-1]:  # without object
+        module = str(base.__module__).removeprefix(ALIAS)
+        found |= {base.__name__, f"{module}.{base.__qualname__}"}
+    if isinstance(error, BaseExceptionGroup):
+        found |= set.intersection(*(names_of(each) for each in error.exceptions))
+    if isinstance(error, TrainableError) and error.__cause__ is not None:
+        found |= names_of(error.__cause__)
+    return {shortened(name, LONGEST_NAME) for name in found}
 
 
 _HERE = str(Path(__file__).parent)

@@ -23,7 +23,7 @@ from holdfast.tasks.workers.attempt import Resume, choose, describe, perform
 from holdfast.tasks.workers.messages import Decision, Frame, Job, Report, TelemetryRow, job_from, report_frame
 from holdfast.tasks.workers.output import Output
 from holdfast.tasks.workers.trainables import Trainable, load
-from holdfast.tasks.workers.wire import Channel
+from holdfast.tasks.workers.wire import Channel, SupervisorGone
 
 TELEMETRY_ROWS = 200
 TELEMETRY_SECONDS = 1.0
@@ -43,7 +43,7 @@ def main() -> None:
     try:
         channel.send({"t": "ready"})
         Server(channel, Output()).serve()
-    except EOFError:
+    except SupervisorGone:
         pass
     os._exit(0)  # neither threads nor atexit functions of user code may keep a child alive
 
@@ -205,7 +205,7 @@ class Server:
         link = _PipeLink(self._channel)
         try:
             end = self._attempt(job, link)
-        except EOFError:
+        except SupervisorGone:
             raise
         except BaseException as error:  # noqa: BLE001  # user code may raise anything
             end = {"t": "failed", **vars(describe(error))}

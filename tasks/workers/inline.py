@@ -72,12 +72,12 @@ def _load(name: str, workdir: str) -> Trainable:
 
 
 def _failure(error: BaseException) -> BaseException:
-    if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
-        return error  # this process's own
+    if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+        return error  # this process's own; in any other thread the user's code raised it
     failure = describe(error)
     if failure.infrastructure:
         return error if isinstance(error, StorageError) else StorageError(failure.message)
-    return TrialFailed(failure.message, kind=failure.kind, traceback=failure.traceback)
+    return TrialFailed(failure.message, kind=failure.kind, traceback=failure.traceback, names=failure.names)
 
 
 class _DirectLink:

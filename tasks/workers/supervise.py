@@ -183,7 +183,7 @@ class Attempt:
             raise StorageError(frame["message"])
         if self._told is not None or self._wish is Decision.CANCEL:
             return self._stopped(self._told or self._wish)
-        raise TrialFailed(frame["message"], kind=frame["kind"], traceback=frame["traceback"])
+        raise TrialFailed(frame["message"], kind=frame["kind"], traceback=frame["traceback"], names=frame["names"])
 
     def _look(self, now: float) -> Verdict | None:
         """Poll when it is time to, and end what has to be ended."""

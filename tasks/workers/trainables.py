@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -20,6 +21,8 @@ from holdfast.core.values import Metrics, plain_metrics
 from holdfast.tasks.workers.trial_api import Trial
 
 Kind = Literal["function", "class", "callable"]
+ALIAS = "holdfast_trainable_"
+"""Begins the name of a module whose own name is taken."""
 KINDS = "a function f(trial), a callable object, or a class with step()"
 
 
@@ -80,9 +83,9 @@ def _free_name(path: Path) -> str:
     """Return the name to import ``path`` under: its own, which pickles and subprocesses need, unless that is taken."""
     taken = sys.modules.get(path.stem)
     if path.stem in sys.stdlib_module_names or path.stem in ("holdfast", "__main__"):
-        return f"holdfast_trainable_{path.stem}"
+        return f"{ALIAS}{path.stem}"
     if taken is not None and getattr(taken, "__file__", None) != str(path):
-        return f"holdfast_trainable_{path.stem}"
+        return f"{ALIAS}{path.stem}"
     return path.stem
 
 
@@ -116,7 +119,10 @@ def _import_error(error: BaseException, trainable: str) -> TrainableError:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
     where = f'; File "{own[-1].filename}", line {own[-1].lineno}: {own[-1].line}' if own else ""
-    return TrainableError(f"{trainable} cannot be imported: {type(error).__name__}: {error}{where}")
+    message = "(it cannot be shown)"
+    with contextlib.suppress(BaseException):  # __str__ is the user's code
+        message = str(error)
+    return TrainableError(f"{trainable} cannot be imported: {type(error).__name__}: {message}{where}")
 
 
 def _attribute(module: ModuleType, name: str, trainable: str) -> Any:

@@ -17,8 +17,12 @@ class WrongProcess(HoldfastError):
     """A process that user code forked speaks in the name of its attempt."""
 
 
+class SupervisorGone(EOFError):
+    """Nobody listens any more; a class of its own, because user code may raise EOFError."""
+
+
 class Channel:
-    """Send and receive frames, blocking. EOFError once the supervisor is gone; WrongProcess in a forked process."""
+    """Send and receive frames, blocking. SupervisorGone once the supervisor is gone; WrongProcess in a forked process."""
 
     def __init__(self, receive_fd: int, send_fd: int) -> None:
         self._receive_fd = receive_fd
@@ -52,12 +56,12 @@ class Channel:
                 while view:
                     view = view[os.write(self._send_fd, view) :]
             except BrokenPipeError:
-                raise EOFError from None
+                raise SupervisorGone from None
 
     def receive(self) -> Frame:
         while (frame := self._inbox.next()) is None:
             data = os.read(self._receive_fd, READ)
             if not data:
-                raise EOFError
+                raise SupervisorGone
             self._inbox.feed(data)
         return frame

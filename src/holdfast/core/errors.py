@@ -38,6 +38,8 @@ HoldfastError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class HoldfastError(Exception):
     """Root of every error that holdfast raises on purpose."""
@@ -173,10 +175,12 @@ class TrialFailure(HoldfastError):
 class TrialFailed(TrialFailure):
     """User code raised, or returned no value of an objective."""
 
-    def __init__(self, message: str, *, kind: str = "TrialFailed", traceback: str = "") -> None:
+    def __init__(self, message: str, *, kind: str = "TrialFailed", traceback: str = "", names: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.kind = kind
         self.traceback = traceback
+        self.names = names or (kind,)
+        """what ``failure.retry_on`` may call it"""
 
 
 class TrialTimedOut(TrialFailure, TimeoutError):

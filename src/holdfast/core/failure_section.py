@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from holdfast.core.resume import Rerun, ResumePolicy
 from holdfast.core.space import Number, Section, Whole
+from holdfast.core.trial import Outcome
 
 Cause = Literal["lost", "terminated", "failed"]
 """How a drive was cut off: its process died without a word; SIGTERM ended it; storage, database or Prefect failed."""
@@ -36,6 +38,16 @@ class FailureSection(Section):
                     f"retry_on holds {name!r}; name exceptions, such as OSError or package.module.Error, or crashed, timed_out"
                 )
         return names
+
+    def retries(self, outcome: Outcome, names: Collection[str]) -> bool:
+        """Tell whether an attempt that failed so is one to be retried, as long as the budget lasts.
+
+        ``names`` are those of its exception: plain and qualified ones, its base classes' included.
+        """
+        if self.retry_on is None:
+            return True
+        known = {outcome.value} if outcome in (Outcome.CRASHED, Outcome.TIMED_OUT) else set(names)
+        return not known.isdisjoint(self.retry_on)
 
     def delay(self, failures: int) -> float:
         """Return how many seconds the next attempt waits after ``failures`` (from 1) that used up the retry budget."""

@@ -6,13 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from operator import itemgetter
 
 from holdfast.core.budget import Budget
 from holdfast.core.objective import score
 from holdfast.core.population import Population
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
+
+LONGEST_DELAY = 1e9
+"""Seconds; a date can hold them."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ class Ledger:
 
     budget: Budget
     max_concurrent: int
+    delay: Callable[[int], float] = lambda failures: 0.0
+    """seconds that a trial waits for its next attempt after so many failures"""
+    clock: Callable[[], float] = lambda: 0.0
+    """seconds of a clock that is never set: what retries wait for at most is counted by it"""
     fail_fast: bool = False
     exhausted: bool = False
     """the proposer has nothing more, or no new trials are wanted"""
@@ -70,6 +77,9 @@ class Ledger:
     best: float | None = None
     statuses: dict[int, TrialStatus] = field(default_factory=dict)
     waiting: dict[int, datetime | None] = field(default_factory=dict)
+    """when each waiting trial is due"""
+    retries: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """waiting trials that have failed: the attempt that waits, and when it is due by ``clock`` at the latest"""
     running: set[int] = field(default_factory=set)
     counts: Counter[TrialStatus] = field(default_factory=Counter)
     _flat: int | None = 0
@@ -100,6 +110,7 @@ class Ledger:
         self.highest = max(self.highest, trial.number)
         self.running.discard(trial.number)
         self.waiting.pop(trial.number, None)
+        retry = self.retries.pop(trial.number, None)
         if self.values.pop(trial.number, None) is not None:
             self._flat = None
         self.spent(trial)
@@ -107,7 +118,7 @@ class Ledger:
         if trial.status is TrialStatus.PENDING and trial.step is not None and self._ends(trial.step):
             self.held[trial.number] = trial.step
         elif trial.status is TrialStatus.PENDING:
-            self.waiting[trial.number] = trial.ts_start
+            self._wait(trial, retry)
         elif trial.status is TrialStatus.RUNNING:
             self.running.add(trial.number)
         elif trial.status in SCORED:
@@ -118,7 +129,33 @@ class Ledger:
     def submitted(self, number: int) -> None:
         """Note that a waiting trial was handed to a runner; its claim follows."""
         self.waiting.pop(number, None)
+        self.retries.pop(number, None)
         self.running.add(number)
+
+    def _wait(self, trial: Trial, known: tuple[int, float] | None) -> None:
+        """Note when a waiting trial is due; a retry that is ``known`` does not begin to wait anew when its row changes."""
+        attempt = trial.attempt
+        if attempt.reason != "retry" or attempt.created is None:
+            self.waiting[trial.number] = trial.ts_start
+            return
+        delay = min(self.delay(trial.failures), LONGEST_DELAY) if trial.failures else 0.0
+        self.waiting[trial.number] = attempt.created + timedelta(seconds=delay)
+        latest = self.clock() + delay
+        self.retries[trial.number] = known if known is not None and known[0] == attempt.number else (attempt.number, latest)
+
+    def due(self, number: int, now: datetime) -> datetime | None:
+        """Return when a waiting trial is due, or None when it is.
+
+        A retry is due by the clock on the wall, but never later than its delay after it was first seen: that clock may have
+        been set back.
+        """
+        start = self.waiting[number]
+        if start is None or start <= now:
+            return None
+        if number not in self.retries:
+            return start
+        left = self.retries[number][1] - self.clock()
+        return None if left <= 0 else min(start, now + timedelta(seconds=left))
 
     def spent(self, trial: Trial) -> None:
         """Note what a trial has cost so far."""
@@ -173,8 +210,8 @@ class Ledger:
 def decide(ledger: Ledger, now: datetime) -> Action:
     """Return the next action: waiting trials by number first, then proposals, never more than ``max_concurrent`` at once.
 
-    A queued trial runs once it is due, also when the number of trials is used up; the search waits for one that is due
-    later before it is done. Only a halt, and a time budget that is used up, leave waiting trials as they are.
+    A queued trial or a retry runs once it is due, also when the number of trials is used up; the search waits for one that
+    is due later before it is done. Only a halt, and a time budget that is used up, leave waiting trials as they are.
     """
     if ledger.halt is not None:
         return Wait() if ledger.running else Done(ledger.halt)
@@ -183,19 +220,18 @@ def decide(ledger: Ledger, now: datetime) -> Action:
     out_of_time = out_of_time and ledger.active_seconds >= (ledger.budget.time_budget or 0.0)
     if len(ledger.running) >= ledger.max_concurrent:
         return Wait()
-    if not out_of_time:
-        due = [number for number, start in ledger.waiting.items() if start is None or start <= now]
-        if due:
-            return Submit(min(due))
+    starts = {} if out_of_time else {number: ledger.due(number, now) for number in ledger.waiting}
+    due = [number for number, start in starts.items() if start is None]
+    if due:
+        return Submit(min(due))
     if closed is None and not ledger.exhausted:
         return Propose(ledger.highest + 1)
-    if ledger.held and not ledger.running and not out_of_time:  # who is due later has not begun
+    if ledger.held and not (ledger.running or ledger.retries or out_of_time):  # who else is due later has not begun
         return Evolve(ledger.generation)
     if out_of_time and not ledger.running and (ledger.waiting or ledger.held):
         return Done(f"the time budget of {ledger.budget.time_budget:g} s is used up")  # also where every trial was proposed
-    starts = [] if out_of_time else [start for start in ledger.waiting.values() if start is not None]
     if ledger.running or starts:
-        return Wait(until=min(starts, default=None))
+        return Wait(until=min((start for start in starts.values() if start is not None), default=None))
     return Done(closed or ledger.exhaustion)
 
 

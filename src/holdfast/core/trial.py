@@ -143,6 +143,8 @@ class Attempt:
     """identity of the child process, so that a recycled pid is told apart"""
     started: datetime | None = None
     ended: datetime | None = None
+    created: datetime | None = None
+    """when it began to wait"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,7 @@ class Trial:
     attempts: int = 0
     """how many were started"""
     failures: int = 0
-    """attempts of the current epoch that used up the retry budget"""
+    """of a trial that waits for a retry: attempts of the epoch that made it wait that used up the retry budget"""
     metrics: Metrics = field(default_factory=dict)
     """the last canonical report, overlaid by the final record"""
     step: int | None = None

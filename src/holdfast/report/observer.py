@@ -6,8 +6,10 @@ import logging
 import shlex
 from collections.abc import Sequence
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from typing import Any
 
+from holdfast.core.failure_section import FailureSection
 from holdfast.core.resume import Action, Planned
 from holdfast.core.trial import ACTIVE, Trial, TrialStatus
 from holdfast.experiment import SearchResult
@@ -81,11 +83,13 @@ class RunLog(Observer):
     def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
         self._logger = logger
         self._open: set[int] = set()
+        self._failure = FailureSection()
 
     def say(self, text: str) -> None:
         self._logger.info("%s", text)
 
     def opened(self, opened: Opened, *, restored: bool) -> None:
+        self._failure = opened.spec.failure
         self._logger.info("experiment %s: %s", opened.record.name, opened.folder.location)
         self._logger.info("after a crash: %s", restore_command(opened))
         if opened.spec.search.chosen:
@@ -100,6 +104,8 @@ class RunLog(Observer):
         seen = trial.number in self._open
         if trial.status in ACTIVE:
             self._open.add(trial.number)
+            if is_retry(trial):
+                self._logger.info("%s", waiting_words(trial, self._failure, datetime.now(UTC)))
         elif seen:  # else it had ended before this run
             self._open.remove(trial.number)
             pruned = trial.status is TrialStatus.PRUNED and trial.attempt.note
@@ -114,6 +120,22 @@ class RunLog(Observer):
 
     def ended(self, result: SearchResult) -> None:
         self._logger.info("%s: %d trials, %d errored", result.reason, len(result.trials), len(result.errors))
+
+
+def is_retry(trial: Trial) -> bool:
+    """Tell whether a trial waits because it has failed."""
+    return trial.status is TrialStatus.PENDING and trial.attempt.reason == "retry"
+
+
+def waiting_words(trial: Trial, failure: FailureSection, now: datetime) -> str:
+    """Return what a trial waits for, and how long if it failed: that is no longer than its delay, whatever the clock says."""
+    what = f"for attempt {trial.attempt.number} ({trial.attempt.reason})"
+    if is_retry(trial) and trial.attempt.created is not None and trial.failures:
+        delay = failure.delay(trial.failures)
+        left = min(delay - (now - trial.attempt.created).total_seconds(), delay)
+        if left >= 0.05:
+            what = f"{left:.{0 if left >= 9.95 else 1}f}".removesuffix(".0") + f" s {what}"
+    return f"trial {trial.number} waits {what}"
 
 
 def restore_command(opened: Opened) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from holdfast.core.failure_section import FailureSection
 from holdfast.core.ranking import Candidate, candidates_of, group_of, ranked
 from holdfast.core.resume import Planned
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
 from holdfast.experiment import SearchResult
 from holdfast.locate import Opened
-from holdfast.report.observer import Observer, restore_command
+from holdfast.report.observer import Observer, is_retry, restore_command, waiting_words
 from holdfast.report.ranking import Ranking
 from holdfast.report.tables import brief, config_words, plan_words
 
@@ -64,7 +66,7 @@ class Progress(Observer):
         before = self._trials.get(trial.number)
         self._trials[trial.number] = trial
         self._lead(trial, before)
-        if self._live is not None and trial.error is None:
+        if self._live is not None and trial.error is None and not is_retry(trial):
             if trial.status not in ACTIVE and before is not None:
                 self._ended_here += 1
             return
@@ -111,7 +113,8 @@ class Progress(Observer):
 
     def _words(self, trial: Trial) -> str:
         if trial.status is TrialStatus.PENDING:
-            return f"trial {trial.number} waits for attempt {trial.attempt.number} ({trial.attempt.reason})"
+            failure = FailureSection() if self._opened is None else self._opened.spec.failure
+            return waiting_words(trial, failure, datetime.now(UTC))
         words = f"trial {trial.number} {trial.status.value}"
         if self._opened is not None and trial.status in SCORED:
             values = (f"{goal.name}={brief(trial.metrics.get(goal.name))}" for goal in self._opened.spec.goals)

@@ -159,6 +159,28 @@ class AttemptContract:
         assert sorted(lab.attempts(0)) == [1, 2, 3]
         assert lab.trial(0).attempts == 3
 
+    def test_a_waiting_retry_tells_how_often_its_trial_has_failed(self, lab: Lab) -> None:
+        """Failures of the epoch that made it wait, also after another one has begun; lost and preempted ones are none."""
+        lab.started().fail(FAILED, max_failures=9)
+        assert lab.claim(0, token="a").end(Ending(outcome=Outcome.PREEMPTED)) is TrialStatus.PENDING
+        assert (lab.trial(0).failures, lab.trial(0).attempt.reason) == (0, "resume")
+        lab.claim(0, token="b").fail(FAILED, max_failures=9)
+        waiting = lab.trial(0)
+        assert (waiting.failures, waiting.attempt.reason, waiting.attempt.number) == (2, "retry", 4)
+        assert waiting.attempt.created is not None
+        before = lab.attempts(0)[3]
+        assert before.ended is not None
+        assert waiting.attempt.created >= before.ended
+        lab.take_over()
+        lab.epoch = 2
+        lab.driver.rerun(lab.row(0), restart=False)
+        assert lab.trial(0).attempt == waiting.attempt
+        assert lab.trial(0).failures == 2
+        lab.claim(0, token="c").fail(FAILED, max_failures=9)
+        assert lab.trial(0).failures == 1
+        assert lab.claim(0, token="d").end(Ending(outcome=Outcome.COMPLETED)) is TrialStatus.COMPLETED
+        assert lab.trial(0).failures == 0
+
     def test_a_takeover_gives_a_fresh_budget_and_lost_attempts_do_not_count(self, lab: Lab) -> None:
         writer = lab.started()
         assert writer.fail(FAILED, max_failures=1) is TrialStatus.PENDING
