@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -26,6 +26,7 @@ from prefect.client.schemas.filters import (
     TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import TERMINAL_STATES, State, StateType, TaskRun
+from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.context import SettingsContext, get_settings_context
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError, TerminationSignal
@@ -47,6 +48,7 @@ LAST_SECONDS = 3.0
 CLOSING_SECONDS = 60.0
 """How long the runs of dead processes are looked for; what the server was not told of by then never comes."""
 RETRY_SECONDS = 1.0
+BUSY_TRIES = 3
 PAGE = 200
 """Runs that the API returns at once, at most."""
 
@@ -55,6 +57,7 @@ SUSPENDED = "stopped: suspended in Prefect"
 
 SUSPENDED_STATE = "Suspended"
 
+_TASKS: dict[str, Any] = {"sort": TaskRunSort.ID_DESC, "limit": PAGE}
 _AWAY = (ObjectNotFound, PrefectHTTPStatusError, httpx.HTTPError, OSError)
 _OPEN = [kind for kind in StateType if kind not in TERMINAL_STATES]
 
@@ -78,8 +81,24 @@ def this_run() -> uuid.UUID | None:
 def times_run() -> int | None:
     """Return how many times this flow run has been run (Prefect's Retry runs it again); None when the API is away."""
     own = this_run()
-    with suppress(*_AWAY), impatient_client() as client:
-        return None if own is None else int(client.read_flow_run(own).run_count)
+    return None if own is None else _answer(lambda client: int(client.read_flow_run(own).run_count))
+
+
+T = TypeVar("T")
+
+
+def _answer(ask: Callable[[SyncPrefectClient], T]) -> T | None:
+    """Return what the API answers: a busy one is asked a few times, one that is away once; None when it does not answer."""
+    for _ in range(BUSY_TRIES):
+        with suppress(httpx.HTTPError, OSError), impatient_client() as client:
+            try:
+                return ask(client)
+            except PrefectHTTPStatusError:
+                time.sleep(RETRY_SECONDS)
+                continue
+            except ObjectNotFound:
+                return None
+        return None
     return None
 
 
@@ -144,8 +163,8 @@ class Wishes:
                 try:
                     self._look(client)
                     self.is_away = False
-                except _AWAY:
-                    self.is_away = True
+                except _AWAY as error:  # a busy server still answers
+                    self.is_away = not isinstance(error, PrefectHTTPStatusError | ObjectNotFound)
                 with self._looks:
                     self._done = self._begun
                     self._looks.notify_all()
@@ -156,7 +175,7 @@ class Wishes:
         for start in range(0, len(tasks), PAGE):
             state = TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.CANCELLED, StateType.CANCELLING]))
             wanted = TaskRunFilter(id=TaskRunFilterId(any_=tasks[start : start + PAGE]), state=state)
-            found += client.read_task_runs(task_run_filter=wanted)
+            found += client.read_task_runs(task_run_filter=wanted, **_TASKS)
         now = client.read_flow_run(self._run).state
         if now is not None and (now.is_cancelling() or now.is_cancelled()):
             self.state, self.stop = now, CANCELLED
@@ -238,8 +257,8 @@ class Closing:
             return
         if self.own in flows:
             del flows[self.own]
-            with suppress(*_AWAY), impatient_client() as client:
-                self._close_open(client, [self.own])
+            own = self.own
+            _answer(lambda client: self._close_open(client, [own]))
         if flows or tasks:
             run = contextvars.copy_context().run
             self._thread = threading.Thread(target=run, args=(self._work, flows, tasks), name="holdfast-closing", daemon=True)
@@ -268,7 +287,7 @@ class Closing:
         dead, ids = [], list(flows)
         for start in range(0, len(ids), PAGE):
             wanted = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + PAGE]))
-            for run in client.read_flow_runs(flow_run_filter=wanted):
+            for run in client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.ID_DESC, limit=PAGE):
                 times = flows[run.id]
                 if times is not None and run.run_count != times:
                     continue
@@ -289,7 +308,7 @@ class Closing:
             flow_run_id=TaskRunFilterFlowRunId(any_=list(flows)),
             state=TaskRunFilterState(type=TaskRunFilterStateType(any_=_OPEN)),
         )
-        while page := client.read_task_runs(task_run_filter=wanted, limit=PAGE):
+        while page := client.read_task_runs(task_run_filter=wanted, **_TASKS):
             for run in page:
                 if self._ended.is_set():
                     return
@@ -302,7 +321,7 @@ class Closing:
         ids = list(tasks)
         for start in range(0, len(ids), PAGE):
             wanted = TaskRunFilter(id=TaskRunFilterId(any_=ids[start : start + PAGE]))
-            for run in client.read_task_runs(task_run_filter=wanted):
+            for run in client.read_task_runs(task_run_filter=wanted, **_TASKS):
                 state = self._final(run, tasks[run.id].outcome)
                 if state is not None:
                     client.set_task_run_state(run.id, state, force=True)

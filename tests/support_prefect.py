@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from support import Lab
+from support import TRAINABLE, Lab
+
+ENDLESS = TRAINABLE.format(steps=5).replace(
+    "for step in range(start, STEPS):",
+    "for step in itertools.takewhile(lambda step: step < STEPS or ordered('slow', trial.number, 0), itertools.count(start)):",
+)
+
+
+def make_endless(lab: Lab) -> None:
+    """Let a trial that is ordered to be slow take step after step for as long as the order stands."""
+    assert "itertools.count" in ENDLESS
+    (lab.folder / "train.py").write_text(f"import itertools\n{ENDLESS}")
 
 
 @dataclass
@@ -23,9 +36,17 @@ class View:
         data = None if body is None else json.dumps(body).encode()
         address = f"{self.lab.environment['PREFECT_API_URL']}{path}"
         request = Request(address, data, {"Content-Type": "application/json"}, method=method)
-        with urlopen(request, timeout=30) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        for attempt in range(30):
+            try:
+                with urlopen(request, timeout=30) as answer:
+                    text = answer.read()
+            except HTTPError as error:
+                if error.code != 503 or attempt == 29:  # its database is busy
+                    raise
+                time.sleep(1)
+            else:
+                return json.loads(text) if text else None
+        raise AssertionError("the last attempt returns or raises")
 
     def _runs(self, kind: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -51,7 +72,7 @@ class View:
         return {str(run["name"]).rpartition("/")[2]: run for run in self._runs("task_runs")}
 
     def tasks(self) -> dict[str, str]:
-        """Return the names of the states of the task runs; of a cancelled one that was not cancelled by a person, with its type."""
+        """Return the type and the name of the state of each task run."""
         return {name: f"{run['state_type']} {run['state_name']}" for name, run in self.task_runs().items()}
 
     def set_flow(self, kind: str, *, force: bool = False, **state: Any) -> Any:
