@@ -25,7 +25,7 @@ from holdfast.core.trial import ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import dumps
 from holdfast.engines.factory import make_proposer
 from holdfast.engines.random_engine import draw
-from holdfast.flows.prefect_runs import Wishes
+from holdfast.flows.prefect_runs import Wishes, wish_behind
 from holdfast.flows.session import Session
 from holdfast.report.observer import Observer
 from holdfast.settings import settings
@@ -92,6 +92,12 @@ class Drive:
                 except Unwanted as unwanted:
                     self._wind_down(wanted=False)
                     return str(unwanted)
+                except TerminationSignal as error:
+                    self._wind_down()
+                    wish = wish_behind(error, self._wishes)
+                    if wish is None:
+                        raise
+                    return wish
                 except BaseException:
                     self._wind_down()
                     raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,7 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
             _last_words(session)
         except BaseException as error:
             session.error = cause_of(error, session.opened.database, session.opened.record.id, session.runtime.epoch)
-            with explained(partial(wish_behind, wishes=wishes)):
-                _interrupted(session, session.error, watcher)
+            _interrupted(session, session.error, watcher)
             hasten(wishes)
             if session.error is error:
                 raise
