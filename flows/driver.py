@@ -11,7 +11,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from prefect.futures import PrefectFuture
+from prefect.exceptions import Pause, TerminationSignal
+from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from holdfast.core import faults
@@ -25,9 +26,11 @@ from holdfast.core.trial import ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import dumps
 from holdfast.engines.factory import make_proposer
 from holdfast.engines.random_engine import draw
+from holdfast.flows.prefect_runs import Wishes, wish_behind
 from holdfast.flows.session import Session
 from holdfast.report.observer import Observer
 from holdfast.settings import settings
+from holdfast.storage.database import requests
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.reads import ALL
 from holdfast.tasks import runtime as runtimes
@@ -41,12 +44,17 @@ TICK_SECONDS = 1.0
 """How often requests from outside are looked for while nothing ends."""
 
 
+class Unwanted(BaseException):
+    """A person ended the flow run in Prefect."""
+
+
 class Drive:
     """One run of the loop over a session."""
 
-    def __init__(self, session: Session, observer: Observer) -> None:
+    def __init__(self, session: Session, observer: Observer, wishes: Wishes) -> None:
         self._session = session
         self._observer = observer
+        self._wishes = wishes
         self._driver = session.driver
         self._runtime = session.runtime
         spec = session.spec
@@ -66,7 +74,9 @@ class Drive:
         """what the engine kept with its proposals, by the trial's number"""
         self._inflight: dict[Any, tuple[int, int]] = {}
         """number of the trial and of its attempt"""
-        self._done: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
+        self._heeded: set[Any] = set()
+        """task runs whose cancellation was passed on"""
+        self._done: queue.SimpleQueue[PrefectConcurrentFuture[Any]] = queue.SimpleQueue()
         self._seq = -1
         self._task = run_trial.with_options()
         self._task.result_storage = results_in(session.opened.folder)
@@ -79,18 +89,22 @@ class Drive:
             self._states = self._session.reader.states()
             self._runtime.learn()
             self._refresh(fresh=False)
+            self._wishes.start(lambda: list(self._inflight))
             pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=self._session.spec.search.max_concurrent)
             with ExitStack() as stack:
                 runner = stack.enter_context(pool)
                 try:
                     return self._loop(runner)
-                except BaseException:
+                except BaseException as error:
                     try:
-                        self._wind_down()
+                        self._wind_down(wanted=not isinstance(error, Unwanted))
                     finally:
                         if self._session.stuck:
                             stack.pop_all()  # the pool's end would wait for its threads for ever
-                    raise
+                    wish = str(error) if isinstance(error, Unwanted) else wish_behind(error, self._wishes)
+                    if wish is None:
+                        raise
+                    return wish
         finally:
             runtimes.unregister(self._runtime)
 
@@ -108,6 +122,8 @@ class Drive:
 
     def _until_done(self, runner: ThreadPoolTaskRunner[Any]) -> str:
         for action in actions(self.ledger, lambda: datetime.now(UTC)):
+            if self._wishes.stop is not None:
+                raise Unwanted(self._wishes.stop)
             match action:
                 case Submit(trial=number):
                     self._submit(runner, number)
@@ -167,10 +183,10 @@ class Drive:
             "row": trial.attempt.id,
         }
         self._session.journal.flush()  # the path knows a trial before its files come
-        future: PrefectFuture[Any] = runner.submit(self._task, parameters)
+        future: PrefectConcurrentFuture[Any] = runner.submit(self._task, parameters)
         self._inflight[future.task_run_id] = number, trial.attempt.number
         self.ledger.submitted(number)
-        future.add_done_callback(self._done.put)
+        future.add_done_callback(lambda _: self._done.put(future))
 
     def _wait(self, until: datetime | None) -> None:
         seconds = TICK_SECONDS
@@ -183,10 +199,15 @@ class Drive:
         else:
             self._finish(future)
 
-    def _finish(self, future: PrefectFuture[Any]) -> None:
+    def _finish(self, future: PrefectConcurrentFuture[Any]) -> None:
         """Commit the end of a trial's task."""
         number, attempt = self._inflight.pop(future.task_run_id)
-        future.wait()
+        try:
+            future.wait()
+        except Pause:  # raised here, and where a task begins, once somebody has suspended the flow run
+            self._wishes.suspended()
+            if isinstance(future.wrapped_future.exception(), Pause):
+                return  # the task did not begin
         trial = self._trials[number]
         state = future.state
         if state.is_completed() and getattr(state.data, "is_persisted", True):
@@ -276,31 +297,52 @@ class Drive:
         if (keeper.stop_requested or self._session.reader.stop_requested()) and self.ledger.halt is None:
             self.ledger.halt = "stopped on request"
         self._refresh()
+        self._heed()
         self._cancel()
         self._session.journal.try_flush()
         if self.ledger.halt is not None:
             self._runtime.order(Decision.PREEMPT)
 
+    def _heed(self) -> None:
+        """Pass on what people ask Prefect for: the end of the search, or of single trials."""
+        if self._wishes.stop is not None:
+            raise Unwanted(self._wishes.stop)
+        for run in self._wishes.cancelled & self._inflight.keys() - self._heeded:
+            number, _ = self._inflight[run]
+            self._heeded.add(run)
+            with suppress(Conflict):  # it has just ended
+                requests.request_cancel(self._session.opened.database, self._session.opened.record.id, number)
+                self._observer.say(f"trial {number}: its task run was cancelled in Prefect")
+
     def _cancel(self) -> None:
-        requests = self._session.reader.cancel_requests()
-        self._runtime.cancelled = requests
-        waiting = [number for number in requests if number in self.ledger.waiting or number in self.ledger.held]
+        asked = self._session.reader.cancel_requests()
+        self._runtime.cancelled = asked
+        waiting = [number for number in asked if number in self.ledger.waiting or number in self.ledger.held]
         if waiting:
             rows = self._session.reader.trial_ids()
             for number in waiting:
                 self._driver.cancel(rows[number])
             self._refresh()
 
-    def _wind_down(self) -> None:
-        """Let running trials save and stop within the grace period, and end those that do not."""
+    def _wind_down(self, *, wanted: bool = True) -> None:
+        """Let running trials save and stop within the grace period, and end those that do not.
+
+        When the flow run is not ``wanted`` in Prefect any more, SIGTERM says the same again: a worker sends it.
+        """
         fenced = self._session.keeper.is_lost
         grace = settings().grace_seconds
         deadline = time.monotonic() + grace
         self._runtime.order(Decision.KILL if fenced else Decision.PREEMPT)
         if self._inflight and not fenced:
-            self._observer.say(f"interrupted: running trials have {grace:g} s to save and stop; Ctrl-C ends them at once")
+            with suppress(OSError):  # the terminal may be gone
+                self._observer.say(f"interrupted: running trials have {grace:g} s to save and stop; Ctrl-C ends them at once")
         try:
-            self._drain(lambda: time.monotonic() > deadline)
+            try:
+                self._drain(lambda: time.monotonic() > deadline)
+            except TerminationSignal:
+                if wanted:
+                    raise
+                self._drain(lambda: time.monotonic() > deadline)
         finally:
             self._runtime.order(Decision.KILL)
             inline = self._runtime.pool is None  # the code runs in our threads, which cannot be ended

@@ -15,7 +15,7 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import State
 from prefect.events.worker import EventsWorker
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError, TerminationSignal
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.logging.handlers import APILogWorker
 from prefect.runtime import flow_run
 from prefect.states import Crashed, Failed
@@ -29,34 +29,40 @@ _DRAIN_SECONDS = 2
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a process that ``error`` ends."""
-    if isinstance(error, TerminationSignal):
-        return 128 + int(error.signal)
+    number = getattr(error, "signal", None)  # of Terminated, and of Prefect's TerminationSignal
+    if isinstance(number, int):
+        return 128 + number
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
     return error.exit_code if isinstance(error, HoldfastError) else 1
 
 
-def hurry(error: BaseException) -> None:
+def ending_of(error: BaseException) -> State[Any]:
+    """Return the final state of a flow run that ``error`` ends."""
+    make = Failed if isinstance(error, Exception) else Crashed
+    return make(message=f"{type(error).__name__}: {error}".removesuffix(": "))
+
+
+def hurry(code: int) -> None:
     """See to it that this process ends soon, whatever its last words run into; further signals change nothing."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-    timer = threading.Timer(LAST_SECONDS, os._exit, [exit_code(error)])
+    timer = threading.Timer(LAST_SECONDS, os._exit, [code])
     timer.daemon = True
     timer.start()
 
 
-def leave(error: BaseException, tasks: Sequence[str]) -> NoReturn:
-    """Put the flow run and its task runs ``tasks`` into a final state in Prefect, and end this process."""
+def leave(state: State[Any], code: int, tasks: Sequence[str]) -> NoReturn:
+    """Put the flow run into ``state`` and its task runs ``tasks`` into a final one in Prefect, and end this process."""
     try:
         words = "its code runs in a thread of the search (isolation: inline) and did not stop; the process ended by force"
-        make = Failed if isinstance(error, Exception) else Crashed
-        _tell(make(message=f"{type(error).__name__}: {error}".removesuffix(": ")), Crashed(message=words), tasks)
+        _tell(state, Crashed(message=words), tasks)
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):  # closed, or somebody else's
                 stream.flush()
     finally:
-        os._exit(exit_code(error))
+        os._exit(code)
 
 
 def _tell(flow: State[Any], task: State[Any], tasks: Sequence[str]) -> None:

@@ -1,48 +1,345 @@
-"""Prefect never closes the task runs of a crashed flow; who restores the experiment does."""
+"""Prefect's view of runs: what people ask of it is heeded, and the runs of dead processes are ended in it.
+
+Prefect's states are a view: whatever fails here stops nothing, and nothing here makes a search wait for an API that is away.
+"""
 
 from __future__ import annotations
 
+import contextvars
+import threading
+import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterFlowRunId,
+    TaskRunFilterId,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import TERMINAL_STATES, State, StateType, TaskRun
+from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
+from prefect.context import SettingsContext, get_settings_context
+from prefect.events.worker import EventsWorker
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError, TerminationSignal
+from prefect.logging.handlers import APILogWorker
 from prefect.runtime import flow_run
-from prefect.states import Crashed
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Cancelled, Completed, Crashed
 
-from holdfast.core.trial import Attempt
+from holdfast.core.trial import Attempt, Outcome
+from holdfast.storage.database.reads import Drove
+from holdfast.tasks.trial import PREEMPTED
+
+POLL_SECONDS = 3.0
+"""How often Prefect is asked what people want of this run."""
+ANSWER_SECONDS = 5.0
+"""What the API gets to answer one request."""
+LAST_SECONDS = 3.0
+"""How long the end of a search waits for Prefect at each of its steps."""
+CLOSING_SECONDS = 60.0
+"""How long the runs of dead processes are looked for; what the server was not told of by then never comes."""
+RETRY_SECONDS = 1.0
+BUSY_TRIES = 3
+PAGE = 200
+"""Runs that the API returns at once, at most."""
+
+CANCELLED = "stopped: cancelled in Prefect"
+SUSPENDED = "stopped: suspended in Prefect"
+
+SUSPENDED_STATE = "Suspended"
+
+_TASKS: dict[str, Any] = {"sort": TaskRunSort.ID_DESC, "limit": PAGE}
+_AWAY = (ObjectNotFound, PrefectHTTPStatusError, httpx.HTTPError, OSError)
+_OPEN = [kind for kind in StateType if kind not in TERMINAL_STATES]
 
 
-def close_dead_runs(attempts: Sequence[Attempt], flow: str | None = None) -> None:
-    """Put the flow and task runs of attempts that a crash left open, and the flow run that drove last, into a final state.
+@contextmanager
+def impatient_client() -> Iterator[SyncPrefectClient]:
+    """Return a client that answers or raises within seconds: Prefect's own repeats a request for a minute."""
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(httpx_settings={"timeout": ANSWER_SECONDS}, sync_client=True) as client,
+    ):
+        yield client
 
-    Runs that this API does not know (the crashed search had another one) are left alone, and so is the flow run that this is
-    called in: Prefect's Retry runs the same one again. Prefect's states are a view: a failure here stops nothing.
+
+def this_run() -> uuid.UUID | None:
+    """Return the id of the flow run that this is called in."""
+    found = flow_run.id
+    return None if found is None else uuid.UUID(str(found))
+
+
+def times_run() -> int | None:
+    """Return how many times this flow run has been run (Prefect's Retry runs it again); None when the API is away."""
+    own = this_run()
+    return None if own is None else _answer(lambda client: int(client.read_flow_run(own).run_count))
+
+
+T = TypeVar("T")
+
+
+def _answer(ask: Callable[[SyncPrefectClient], T]) -> T | None:
+    """Return what the API answers: a busy one is asked a few times, one that is away once; None when it does not answer."""
+    for _ in range(BUSY_TRIES):
+        with suppress(httpx.HTTPError, OSError), impatient_client() as client:
+            try:
+                return ask(client)
+            except PrefectHTTPStatusError:
+                time.sleep(RETRY_SECONDS)
+                continue
+            except ObjectNotFound:
+                return None
+        return None
+    return None
+
+
+class Wishes:
+    """What people ask Prefect for while a search runs, looked for by a thread of its own.
+
+    The tasks are asked about before the flow run: when the flow run is cancelled, Prefect marks every task of it as
+    cancelled, too, and that must not end a single trial for good.
     """
-    tasks = {attempt.task_run_id for attempt in attempts if attempt.task_run_id}
-    flows = {attempt.flow_run_id for attempt in attempts if attempt.flow_run_id} | ({flow} if flow else set())
-    flows.discard(str(flow_run.id))
-    if not tasks and not flows:
-        return
-    with get_client(sync_client=True) as client:
-        for run in sorted(tasks):
-            _close_task(client, uuid.UUID(run))
-        for run in sorted(flows):
-            _close_flow(client, uuid.UUID(run))
+
+    def __init__(self) -> None:
+        self.stop: str | None = None
+        """why the search is to stop: CANCELLED or SUSPENDED"""
+        self.state: State[Any] | None = None
+        """the flow run's state that says so"""
+        self.cancelled: frozenset[uuid.UUID] = frozenset()
+        """task runs whose trials are to be cancelled"""
+        self.is_away = False
+        """whether the last question was not answered"""
+        self._run = this_run()
+        self._inflight: Callable[[], Collection[uuid.UUID]] = tuple
+        self._wake, self._ended = threading.Event(), threading.Event()
+        self._looks = threading.Condition()
+        self._begun = self._done = 0
+        context = contextvars.copy_context()  # which API it is
+        self._thread = threading.Thread(target=context.run, args=(self._watch,), name="holdfast-prefect", daemon=True)
+
+    def start(self, inflight: Callable[[], Collection[uuid.UUID]]) -> None:
+        """Begin to look; ``inflight`` returns the task runs that are under way."""
+        self._inflight = inflight
+        if self._run is not None:
+            self._thread.start()
+
+    def ask(self, seconds: float = LAST_SECONDS) -> None:
+        """Look once more, now, and wait for the answer; not for long."""
+        if not self._thread.is_alive():
+            return
+        with self._looks:
+            wanted = self._begun + 1
+            self._wake.set()
+            self._looks.wait_for(lambda: self._done >= wanted, seconds)
+            self.is_away = self.is_away or self._done < wanted
+
+    def end(self) -> None:
+        """Stop looking."""
+        self._ended.set()
+        self._wake.set()
+
+    def suspended(self) -> None:
+        """Note that Prefect itself said that the flow run is suspended."""
+        self.stop = self.stop or SUSPENDED
+
+    def _watch(self) -> None:
+        with impatient_client() as client:
+            while not self._ended.is_set():
+                self._wake.wait(POLL_SECONDS)
+                self._wake.clear()
+                if self._ended.is_set():
+                    return
+                with self._looks:
+                    self._begun += 1
+                try:
+                    self._look(client)
+                    self.is_away = False
+                except _AWAY as error:  # a busy server still answers
+                    self.is_away = not isinstance(error, PrefectHTTPStatusError | ObjectNotFound)
+                with self._looks:
+                    self._done = self._begun
+                    self._looks.notify_all()
+
+    def _look(self, client: SyncPrefectClient) -> None:
+        assert self._run is not None
+        tasks, found = list(self._inflight()), []
+        for start in range(0, len(tasks), PAGE):
+            state = TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.CANCELLED, StateType.CANCELLING]))
+            wanted = TaskRunFilter(id=TaskRunFilterId(any_=tasks[start : start + PAGE]), state=state)
+            found += client.read_task_runs(task_run_filter=wanted, **_TASKS)
+        now = client.read_flow_run(self._run).state
+        if now is not None and (now.is_cancelling() or now.is_cancelled()):
+            self.state, self.stop = now, CANCELLED
+        elif now is not None and now.is_paused() and now.name == SUSPENDED_STATE:
+            self.state, self.stop = now, SUSPENDED
+        else:  # what a stopped attempt's own task says of itself is nobody's wish
+            self.cancelled |= {run.id for run in found if run.state_name != PREEMPTED}
 
 
-_IGNORED = (ObjectNotFound, PrefectHTTPStatusError, httpx.HTTPError)
+def wish_behind(error: BaseException, wishes: Wishes | None = None) -> str | None:
+    """Say which wish SIGTERM is the messenger of, or None: a worker sends it to a run that is cancelled in Prefect.
+
+    ``wishes`` are those that are being looked for, if any are.
+    """
+    if not isinstance(error, TerminationSignal):
+        return None
+    looking = wishes or Wishes()
+    if wishes is None:
+        looking.start(tuple)
+    if looking.stop is None:
+        looking.ask()
+    if wishes is None:
+        looking.end()
+    return CANCELLED if looking.stop == CANCELLED else None
 
 
-def _close_task(client: SyncPrefectClient, run: uuid.UUID) -> None:
-    with suppress(*_IGNORED):
-        client.set_task_run_state(run, Crashed(message="its process died; the experiment was restored"), force=True)
+def hasten(wishes: Wishes) -> None:
+    """See to it that the end of the flow run does not wait for an API that is away."""
+    wishes.ask()
+    for worker in (EventsWorker, APILogWorker):
+        with suppress(Exception):  # words about a run; SIGTERM ends this process before Prefect sends them by itself
+            worker.drain_all(timeout=0.1 if wishes.is_away else LAST_SECONDS)
+    if wishes.is_away:
+        # Until the end of this flow run, which sets its final state; whoever called the flow has a context of their own.
+        context = get_settings_context()
+        hasty = context.settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 0})
+        SettingsContext(profile=context.profile, settings=hasty).__enter__()
 
 
-def _close_flow(client: SyncPrefectClient, run: uuid.UUID) -> None:
-    with suppress(*_IGNORED):
-        state = client.read_flow_run(run).state
-        if state is None or not state.is_final():
-            client.set_flow_run_state(run, Crashed(message="its process died; the experiment was restored"), force=True)
+@dataclass(frozen=True)
+class DeadRuns:
+    """What a crash left open in Prefect."""
+
+    drives: Sequence[Drove] = ()
+    """the flow runs that drove in epochs that are over"""
+    attempts: Sequence[Attempt] = ()
+    """as they were closed"""
+    message: str = "its process died; the experiment was restored"
+
+    def flows(self) -> dict[uuid.UUID, int | None]:
+        """Return the flow runs, each with the last of its own runs that drove."""
+        found: dict[uuid.UUID, int | None] = {}
+        for drive in self.drives:
+            found.setdefault(uuid.UUID(drive.flow_run), drive.times)
+        return found
+
+    def tasks(self) -> dict[uuid.UUID, Attempt]:
+        """Return the attempts by their task runs: only those that a drive of this very experiment began.
+
+        The rows of a copy name the original's runs, too, and the original may be alive.
+        """
+        known = {drive.flow_run for drive in self.drives}
+        return {uuid.UUID(a.task_run_id): a for a in self.attempts if a.task_run_id and a.flow_run_id in known}
+
+
+@dataclass
+class Closing:
+    """Puts dead runs into a final state, in a thread of its own; events that the server has not recorded yet are waited for."""
+
+    dead: DeadRuns
+    own: uuid.UUID | None = field(default_factory=this_run)
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin; what this very flow run left when it was run before is closed at once, before it begins anything itself."""
+        flows, tasks = self.dead.flows(), self.dead.tasks()
+        if not flows:
+            return
+        if self.own in flows:
+            del flows[self.own]
+            own = self.own
+            _answer(lambda client: self._close_open(client, [own]))
+        if flows or tasks:
+            run = contextvars.copy_context().run
+            self._thread = threading.Thread(target=run, args=(self._work, flows, tasks), name="holdfast-closing", daemon=True)
+            self._thread.start()
+
+    def finish(self, seconds: float = ANSWER_SECONDS) -> None:
+        """Wait for it, not for long, and end it."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        self._ended.set()
+
+    def _work(self, flows: Mapping[uuid.UUID, int | None], tasks: dict[uuid.UUID, Attempt]) -> None:
+        deadline = time.monotonic() + CLOSING_SECONDS
+        with impatient_client() as client:
+            while time.monotonic() < deadline:
+                with suppress(*_AWAY):
+                    self._close_tasks(client, tasks)
+                    self._close_open(client, self._close_flows(client, flows))
+                    if not tasks:
+                        return
+                if self._ended.wait(RETRY_SECONDS):
+                    return
+
+    def _close_flows(self, client: SyncPrefectClient, flows: Mapping[uuid.UUID, int | None]) -> list[uuid.UUID]:
+        """Close flow runs; return those that are dead for certain: none that was begun again since."""
+        dead, ids = [], list(flows)
+        for start in range(0, len(ids), PAGE):
+            wanted = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + PAGE]))
+            for run in client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.ID_DESC, limit=PAGE):
+                times = flows[run.id]
+                if times is not None and run.run_count != times:
+                    continue
+                if run.state is not None and run.state.is_scheduled():
+                    continue  # about to be begun again
+                dead.append(run.id)
+                if run.state is None or not (run.state.is_final() or run.state.name == SUSPENDED_STATE):
+                    cancelled = run.state is not None and run.state.is_cancelling()
+                    state = Cancelled if cancelled else Crashed
+                    client.set_flow_run_state(run.id, state(message=self.dead.message), force=True)
+        return dead
+
+    def _close_open(self, client: SyncPrefectClient, flows: Sequence[uuid.UUID]) -> None:
+        """Close every task run of dead flow runs that has no final state: also of attempts that nobody had claimed."""
+        if not flows:
+            return
+        wanted = TaskRunFilter(
+            flow_run_id=TaskRunFilterFlowRunId(any_=list(flows)),
+            state=TaskRunFilterState(type=TaskRunFilterStateType(any_=_OPEN)),
+        )
+        while page := client.read_task_runs(task_run_filter=wanted, **_TASKS):
+            for run in page:
+                if self._ended.is_set():
+                    return
+                client.set_task_run_state(run.id, Crashed(message=self.dead.message), force=True)
+            if len(page) < PAGE:
+                return
+
+    def _close_tasks(self, client: SyncPrefectClient, tasks: dict[uuid.UUID, Attempt]) -> None:
+        """Close the task runs of attempts, each as its attempt ended; forget those that the server knows."""
+        ids = list(tasks)
+        for start in range(0, len(ids), PAGE):
+            wanted = TaskRunFilter(id=TaskRunFilterId(any_=ids[start : start + PAGE]))
+            for run in client.read_task_runs(task_run_filter=wanted, **_TASKS):
+                state = self._final(run, tasks[run.id].outcome)
+                if state is not None:
+                    client.set_task_run_state(run.id, state, force=True)
+                del tasks[run.id]
+
+    def _final(self, run: TaskRun, outcome: Outcome | None) -> State[Any] | None:
+        """Return the state that a task run has to have, or None when it may stay as it is."""
+        is_final = run.state is not None and run.state.is_final()
+        is_completed = run.state is not None and run.state.is_completed()
+        if outcome in (Outcome.COMPLETED, Outcome.PRUNED):
+            return None if is_final else Completed(message="its result was persisted; its process died before Prefect knew")
+        if is_final and not is_completed:  # completed, and the result was not persisted any more: the trial runs again
+            return None
+        return Cancelled(message=self.dead.message) if outcome is Outcome.CANCELLED else Crashed(message=self.dead.message)
+
+
+def close_dead_runs(dead: DeadRuns) -> None:
+    """Put dead runs into a final state now; what the server does not know yet is waited for a little."""
+    closing = Closing(dead)
+    closing.start()
+    closing.finish()

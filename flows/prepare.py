@@ -29,6 +29,7 @@ from holdfast.engines.choosing import chosen
 from holdfast.engines.own import engine_name
 from holdfast.flows import reconcile
 from holdfast.flows.session import Session, begin, make_pool, runnable
+from holdfast.flows.signals import why
 from holdfast.holding import WentOn, end_children, liveness
 from holdfast.locate import (
     Opened,
@@ -357,10 +358,9 @@ def _take_over(
         reconcile.apply(session, plan)
         faults.point("restore.planned")
     except BaseException as error:
-        session.keeper.release_quietly(f"interrupted: {type(error).__name__}: {error}")
+        session.keeper.release_quietly(why(error))
         raise
     session.plan, session.dead, session.new_trials = plan, dead, request.new_trials
-    session.dead_flow = reader.driving(before=session.runtime.epoch)
     observer.planned(plan)
     return session
 

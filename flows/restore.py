@@ -10,9 +10,11 @@ from prefect.client.schemas import State
 from prefect.runtime import flow_run
 
 from holdfast.core.resume import ResumePolicy
+from holdfast.flows.prefect_runs import wish_behind
 from holdfast.flows.prepare import RestoreRequest, prepare_restore
 from holdfast.flows.search import drive, nothing_left, watcher_here
 from holdfast.flows.session import prepared
+from holdfast.flows.signals import explained
 
 
 def _run_name() -> str:
@@ -47,7 +49,8 @@ def restore(
             resume_unfinished=resume_unfinished, resume_errored=resume_errored, restart_errored=restart_errored
         )
         request = RestoreRequest(path=path, policy=policy, new_trials=new_trials, force=force, storage_options=storage_options)
-        restored = prepare_restore(request, watcher)
+        with explained(wish_behind):
+            restored = prepare_restore(request, watcher)
         if restored.session is None:
             return nothing_left(restored)
         session = restored.session

@@ -9,19 +9,29 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas import State
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import Pause
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from holdfast.core.errors import Contention, Fenced, HoldfastError, Infrastructure
 from holdfast.core.trial import ERRORED
 from holdfast.experiment import SearchResult, result_of
 from holdfast.flows.driver import Drive
-from holdfast.flows.leaving import hurry, leave
-from holdfast.flows.prefect_runs import close_dead_runs
+from holdfast.flows.leaving import ending_of, exit_code, hurry, leave
+from holdfast.flows.prefect_runs import (
+    CANCELLED,
+    SUSPENDED,
+    Closing,
+    DeadRuns,
+    Wishes,
+    hasten,
+    times_run,
+    wish_behind,
+)
 from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared
+from holdfast.flows.signals import explained, raised, why
 from holdfast.report.observer import Observer, RunLog, Together, watching
 from holdfast.specfile import ExperimentSpec
 from holdfast.storage.database.engine import Database
@@ -47,7 +57,8 @@ def search(spec: ExperimentSpec | str, overrides: list[str] | None = None) -> St
     session = prepared.get()
     if session is None:
         checked, origin = checked_spec(spec, overrides or ())
-        restored = prepare_search(checked, watcher, origin)
+        with explained(wish_behind):
+            restored = prepare_search(checked, watcher, origin)
         if restored.session is None:
             return nothing_left(restored)
         session = restored.session
@@ -71,30 +82,54 @@ def watcher_here() -> Observer:
 
 def drive(session: Session, watcher: Observer) -> State[Any]:
     """Drive a prepared session inside a flow run; return the flow's final state."""
-    try:
-        session.driver.audit(DRIVING, {"flow_run_id": str(flow_run.id)})
-        close_dead_runs(session.dead, session.dead_flow)
-        reason = Drive(session, watcher).run()
-        session.journal.flush()
-        session.keeper.release(_ended(reason))
-        _last_words(session)
-    except BaseException as error:
-        if session.stuck:
-            hurry(error)
-        session.error = cause_of(error, session.opened.database, session.opened.record.id, session.runtime.epoch)
+    wishes = Wishes()
+    with raised(signal.SIGHUP, pass_on=False):
         try:
-            _interrupted(session, session.error, watcher)
-        finally:
+            closing = _dead_runs(session)
+            reason = Drive(session, watcher, wishes).run()
+            session.journal.flush()
+            session.keeper.release(_ended(reason))
+            _last_words(session)
+        except BaseException as error:
             if session.stuck:
-                leave(session.error, session.stuck)
-        if session.error is error:
-            raise
-        raise session.error from error
-    fast = reason.endswith("fail_fast is set")
-    result = result_of(session.opened, reason, fast_failed=fast)
-    session.close()
-    watcher.ended(result)
+                hurry(exit_code(error))
+            session.error = cause_of(error, session.opened.database, session.opened.record.id, session.runtime.epoch)
+            try:
+                _interrupted(session, session.error, watcher)
+                hasten(wishes)
+            finally:
+                if session.stuck:
+                    leave(ending_of(session.error), exit_code(session.error), session.stuck)
+            if session.error is error:
+                raise
+            raise session.error from error
+        finally:
+            wishes.end()
+        closing.finish()
+        if reason.startswith("stopped"):
+            hasten(wishes)
+        fast = reason.endswith("fail_fast is set")
+        result = result_of(session.opened, reason, fast_failed=fast)
+        session.close()
+        watcher.ended(result)
+    if session.stuck:
+        leave(_state(result), int(bool(result.errors)), session.stuck)
+    if wishes.stop == SUSPENDED:
+        raise Pause(state=wishes.state)
     return _state(result)
+
+
+def _dead_runs(session: Session) -> Closing:
+    """Note that this flow run drives; begin to end in Prefect what those that drove before left open there."""
+    uuid, before = session.opened.record.uuid, session.runtime.epoch
+    session.driver.audit(DRIVING, {"flow_run_id": str(flow_run.id), "uuid": uuid, "times": times_run()})
+    drives = session.reader.drives(uuid, before=before)
+    ids = {attempt.id for attempt in session.dead}
+    known = session.reader.attempts() if ids else {}
+    closed = [attempt for of_trial in known.values() for attempt in of_trial.values() if attempt.id in ids]
+    closing = Closing(DeadRuns(drives=drives, attempts=closed))
+    closing.start()
+    return closing
 
 
 def cause_of(error: BaseException, database: Database, experiment: int, epoch: int) -> BaseException:
@@ -122,27 +157,24 @@ def _ended(reason: str) -> str:
 
 def _interrupted(session: Session, error: BaseException, watcher: Observer) -> None:
     """Leave everything so that a restore goes on from here, and say so; nothing after the flow call may run any more."""
-    why = _describe(error)
+    reason = why(error)
     try:
-        session.keeper.release(f"interrupted: {why}")
+        session.keeper.release(reason)
         _last_words(session)
-        result = result_of(session.opened, f"interrupted: {why}")
+        result = result_of(session.opened, reason)
     except HoldfastError:
         return  # somebody else holds it now, or the database is gone: there is nothing that we may write
     finally:
         session.close()
-    watcher.ended(result)
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, TerminationSignal):
-        return signal.Signals(error.signal).name
-    if isinstance(error, KeyboardInterrupt):
-        return "SIGINT"
-    return f"{type(error).__name__}: {error}"
+    with suppress(OSError):  # the terminal may be gone
+        watcher.ended(result)
 
 
 def _state(result: SearchResult) -> State[Any]:
     errored = sum(trial.status in ERRORED for trial in result.trials)
     message = f"{result.reason}: {len(result.trials)} trials, {errored} errored; {result.path}"
+    if result.reason == CANCELLED:
+        return Cancelled(message=message)
+    if result.reason.startswith("stopped"):
+        return Completed(name="Stopped", message=message)
     return Failed(message=message) if result.failed else Completed(message=message)

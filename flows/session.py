@@ -11,6 +11,7 @@ from holdfast.core.resume import Planned
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import Attempt
 from holdfast.core.values import Json
+from holdfast.flows.signals import why
 from holdfast.holding import check_path, holder, liveness
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer
@@ -43,9 +44,6 @@ class Session:
     plan: Sequence[Planned] = ()
     dead: Sequence[Attempt] = field(default=())
     """attempts that a crash left open, closed by this session: their Prefect runs are to be closed too"""
-    dead_flow: str | None = None
-    """the flow run that drove last: Prefect may believe that it still does"""
-
     error: BaseException | None = None
     """what interrupted it: a flow's final state keeps words only"""
     stuck: Sequence[str] = ()
@@ -127,7 +125,7 @@ def begin(
     try:
         writer.start()
     except BaseException as error:
-        keeper.release_quietly(f"interrupted: {error}")
+        keeper.release_quietly(why(error))
         raise
     reader = Reader(opened.database, opened.record.id)
     runtime = Runtime(

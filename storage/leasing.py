@@ -295,11 +295,11 @@ def take(
             detail={**detail, "token": lease.token},
             drives=claimant.drives,
         )
-        faults.point("lease.database-taken")
         try:
+            faults.point("lease.database-taken")
             file.write(lease)
-        except HoldfastError as error:
-            leases.release(epoch=lease.epoch, active=0.0, ended=f"interrupted: {error}")
+        except BaseException as error:  # a signal, too
+            leases.release(epoch=lease.epoch, active=0.0, ended=f"interrupted: {str(error) or type(error).__name__}")
             raise
     return Keeper(database, experiment, folder, lease, claimant.terms, drives=claimant.drives)
 

@@ -8,8 +8,11 @@ from functools import partial
 from typing import Any, NoReturn
 
 from prefect import task
+from prefect.client.schemas import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
+from prefect.states import Cancelled
+from prefect.transactions import get_transaction
 
 from holdfast.core import faults
 from holdfast.core.errors import (
@@ -31,9 +34,8 @@ from holdfast.tasks.supervisor import Supervisor, full_metrics
 from holdfast.tasks.workers.inline import run_inline
 from holdfast.tasks.workers.messages import Ended, Job
 
-
-class AttemptStopped(Exception):
-    """The attempt was told to end before it had a result; Prefect must not keep one for it."""
+PREEMPTED = "Preempted"
+"""The name of the state (of the type CANCELLED) of a task run whose attempt saved and stopped, to go on later."""
 
 
 @task(
@@ -44,8 +46,10 @@ class AttemptStopped(Exception):
     retries=0,
     cache_result_in_memory=False,
 )
-def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: str, row: int) -> dict[str, Any]:
+def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: str, row: int) -> dict[str, Any] | State[Any]:
     """Run attempt ``attempt`` of trial ``trial`` and return its result, which Prefect persists.
+
+    An attempt that was told to end before it had one ends in the state that says so, and nothing is persisted.
 
     Args:
         experiment: Name of the experiment.
@@ -81,7 +85,7 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any]:
+def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any] | State[Any]:
     try:
         job = make_job(runtime, supervisor)
         ended = run_inline(job, supervisor) if runtime.pool is None else runtime.pool.run(job, supervisor)
@@ -100,8 +104,18 @@ def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any]:
     if ended.outcome in (Outcome.PREEMPTED, Outcome.CANCELLED):
         with runtime.changing(supervisor.trial):
             supervisor.writer.end(Ending(outcome=ended.outcome, metrics=ended.metrics))
-        raise AttemptStopped(f"attempt {supervisor.attempt} of trial {supervisor.trial} was {ended.outcome}")
+        return _stopped(supervisor, ended.outcome)
     return _result(runtime, supervisor, ended)
+
+
+def _stopped(supervisor: Supervisor, outcome: Outcome) -> State[Any]:
+    """Return the state of the task run of an attempt that has no result."""
+    transaction = get_transaction()
+    assert transaction is not None, "a task that persists its result runs in a transaction"
+    transaction.write_on_commit = False  # else the state would be kept as the result, and be found by the next run
+    if outcome is Outcome.CANCELLED:
+        return Cancelled(message=f"trial {supervisor.trial} was cancelled")
+    return Cancelled(name=PREEMPTED, message=f"told to save and stop; trial {supervisor.trial} goes on in a later attempt")
 
 
 def make_job(runtime: Runtime, supervisor: Supervisor) -> Job:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from holdfast.flows.prepare import (
 )
 from holdfast.flows.server import EmbeddedServer
 from holdfast.flows.session import Session, prepared
+from holdfast.flows.signals import raised, why
 from holdfast.locate import find
 from holdfast.report.observer import Observer, restore_command, watching
 from holdfast.settings import names_api
@@ -87,10 +90,11 @@ def search(
         checked = checked.model_copy(update={"storage": str(storage), "storage_options": dict(options or {})})
     server = EmbeddedServer()
     watcher = _Recorder(observer or Observer(), server)
-    try:
-        return _finish(prepare_search(checked, watcher, origin), watcher, server, restoring=False)
-    finally:
-        server.stop()
+    with _signals():
+        try:
+            return _finish(prepare_search(checked, watcher, origin), watcher, server, restoring=False)
+        finally:
+            server.stop()
 
 
 def create(spec: ExperimentSpec | Mapping[str, Any] | str | Path, *, overrides: Sequence[str] = ()) -> Experiment:
@@ -149,10 +153,11 @@ def restore(
     )
     server = EmbeddedServer()
     watcher = _Recorder(observer or Observer(), server)
-    try:
-        return _finish(prepare_restore(request, watcher), watcher, server, restoring=True)
-    finally:
-        server.stop()
+    with _signals():
+        try:
+            return _finish(prepare_restore(request, watcher), watcher, server, restoring=True)
+        finally:
+            server.stop()
 
 
 def request_of(
@@ -254,6 +259,11 @@ def import_experiment(file: str | Path, *, database: str | None = None) -> str:
     return record.location
 
 
+def _signals() -> AbstractContextManager[None]:
+    """Turn the signals that end a process into an exception, until what was begun is ended in order."""
+    return raised(signal.SIGTERM, signal.SIGHUP, pass_on=True)
+
+
 def _finish(restored: Restored, watcher: _Recorder, server: EmbeddedServer, *, restoring: bool) -> SearchResult:
     """Drive what is left to do, if there is anything; return the result."""
     if restored.session is not None:
@@ -271,14 +281,15 @@ def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, rest
         with _engine(server) as url:
             watcher.running(url)
             flow, arguments = _flow(session, restoring=restoring)
-            state = _called(flow, arguments, session, watcher)
+            # In a context of its own: what a search changes in Prefect's settings, at its end, is its own affair.
+            state = contextvars.copy_context().run(_called, flow, arguments, session, watcher)
             if session.error is not None:
                 raise session.error
             if watcher.result is None:
                 raise EngineError(f"the flow ended without a result: {state}")
             return watcher.result
     except BaseException as error:
-        session.keeper.release_quietly(f"interrupted: {type(error).__name__}: {error}")
+        session.keeper.release_quietly(why(error))
         session.close()
         raise
     finally:

@@ -132,7 +132,7 @@ DRIVING = "driving"
 """The audit row of a flow run that drives."""
 _DRIVING = _sql(
     "SELECT detail FROM audit WHERE experiment_id = :experiment AND epoch < :before AND action = 'driving'"
-    " ORDER BY id DESC LIMIT 1"
+    " ORDER BY id DESC LIMIT 200"
 )
 _AUDIT = _sql("SELECT seq, epoch, happened, action, detail FROM audit WHERE experiment_id = :experiment ORDER BY id")
 
@@ -180,6 +180,15 @@ class AuditRow:
     happened: datetime
     action: str
     detail: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Drove:
+    """A Prefect flow run that drove an experiment."""
+
+    flow_run: str
+    times: int | None
+    """how many times it had been run by then: Prefect's Retry runs the same one again; None: Prefect did not say"""
 
 
 class Reader:
@@ -355,6 +364,14 @@ class Reader:
         """Return the id of the last Prefect flow run that drove in an epoch below ``before``, or None."""
         rows = self._fetch(_DRIVING, before=before)
         return str(json.loads(rows[0][0])["flow_run_id"]) if rows else None
+
+    def drives(self, uuid: str, *, before: int = ALL) -> list[Drove]:
+        """Return which flow runs drove the experiment ``uuid`` in epochs below ``before``, newest first.
+
+        A copy has the rows of its original, too, whose runs are none of the copy's.
+        """
+        details = [json.loads(row[0]) for row in self._fetch(_DRIVING, before=before)]
+        return [Drove(str(detail["flow_run_id"]), detail.get("times")) for detail in details if detail.get("uuid") == uuid]
 
     def config(self, config: int) -> dict[str, Any] | None:
         """Return the config of an id, or None."""

@@ -2,48 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-
-import pytest
 from support import DIED, Lab, MakeLab, executed, starts, steps_of
 
-import holdfast
 from holdfast.flows.server import EmbeddedServer
 
 
 class TestStopping:
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-    def test_a_signal_lets_trials_save_and_stop(self, make_lab: MakeLab, number: int, code: int) -> None:
-        lab = make_lab(steps=150)
-        slow = lab.order("slow", 0, 0)
-        # Steps between two checkpoints are saved all the same when the trial has to stop.
-        run = lab.start("run", lab.spec(search={"num_trials": 2}, checkpoints={"save_period": 100}))
-        lab.until_logged("step", 0, 10, run)
-        run.signal(number)
-        ended = run.wait()
-        assert ended.code == code, ended.output
-        assert "holdfast restore" in ended.output
-        assert lab.statuses() == ["PENDING"]
-        last = executed(lab.log(), 0)[-1]
-        assert lab.checkpoints(0)[-1].step == last < 149
-        with holdfast.open(lab.path()) as experiment:
-            assert experiment.status == "interrupted"
-            assert [row.outcome for row in experiment._reader.attempts()[0].values()] == ["preempted", None]
-        slow.unlink()
-        lab.clear_log()
-        lab.run("restore", lab.path())
-        assert starts(lab.log(), 0) == [(2, last + 1)]
-        assert lab.statuses() == ["COMPLETED"] * 2
-
-    def test_a_second_interrupt_ends_at_once(self, lab: Lab) -> None:
-        lab.order("hold", 0, 1)
-        run = lab.start("run", lab.spec(), HOLDFAST_GRACE_SECONDS="3600")
-        lab.until_logged("hold", 0, 1, run)
-        run.signal(signal.SIGINT)
-        lab.until(lambda: "running trials have 3600 s" in run.output, run)
-        run.signal(signal.SIGINT)
-        assert run.wait().code == 130
-
     def test_cancelled_and_stopped_on_request(self, make_lab: MakeLab) -> None:
         lab = make_lab(steps=150)
         lab.order("slow", 0, 0)

@@ -104,19 +104,21 @@ def _plan(options: argparse.Namespace, plan: Sequence[Any]) -> int:
 
 
 def _driven(options: argparse.Namespace, call: Any) -> int:
+    from holdfast.flows.signals import raised
     from holdfast.report.progress import Progress
     from holdfast.settings import hush_prefect
 
     hush_prefect()
     console = Console(stderr=True, highlight=False) if options.json else terminal()
     progress = Progress(console)
-    try:
-        with json_alone(options):
-            result = call(progress)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    finally:
-        progress.close()
+    with raised(signal.SIGTERM, signal.SIGHUP, pass_on=True):
+        try:
+            with json_alone(options):
+                result = call(progress)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        finally:
+            progress.close()
     if options.json:
         from holdfast.report.tables import trial_json
 

@@ -1,0 +1,90 @@
+"""Signals that become exceptions, and what they are called."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from holdfast.flows.signals import Terminated, explained, raised, why
+
+BOTH = (signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_a_signal_raises_in_the_body_and_everything_is_as_before_afterwards(number):
+    with pytest.raises(Terminated) as caught, raised(*BOTH, pass_on=False):  # noqa: PT012
+        os.kill(os.getpid(), number)
+        signal.pause()
+    assert caught.value.signal == number
+    assert why(caught.value) == f"interrupted: {number.name}"
+    assert [signal.getsignal(each) for each in BOTH] == [signal.SIG_DFL] * 2
+
+
+def test_what_somebody_else_has_decided_stays():
+    """Under nohup a closed terminal ends nothing; a caller's own handler is a caller's own affair."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with raised(*BOTH, pass_on=True):
+            for number in BOTH:
+                os.kill(os.getpid(), number)
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGHUP, ignored)
+
+
+def test_a_second_hangup_interrupts_nothing():
+    ended = []
+    with pytest.raises(Terminated), raised(*BOTH, pass_on=False):  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+            signal.pause()
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+            ended.append(True)
+    assert ended == [True]
+
+
+def test_other_threads_are_let_alone():
+    found = []
+
+    def work():
+        with raised(*BOTH, pass_on=True):
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.SIG_DFL]
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_the_process_ends_by_the_signal_once_everything_is_in_order(number):
+    code = f"""
+import os, signal
+from holdfast.flows.signals import raised
+with raised(signal.SIGTERM, signal.SIGHUP, pass_on=True):
+    with raised(signal.SIGTERM, signal.SIGHUP, pass_on=True):
+        try:
+            os.kill(os.getpid(), {int(number)})
+            signal.pause()
+        finally:
+            print("in order", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -number
+    assert done.stdout == "in order\n"
+    assert done.stderr == ""
+
+
+def test_words():
+    assert why(KeyboardInterrupt()) == "interrupted: SIGINT"
+    assert why(ValueError("no")) == "interrupted: ValueError: no"
+    with explained(lambda error: "stopped: by a person" if isinstance(error, ValueError) else None):
+        assert why(ValueError("no")) == "stopped: by a person"
+        assert why(Terminated(signal.SIGTERM)) == "interrupted: SIGTERM"
