@@ -329,7 +329,7 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
         if pool is not None:
             pool.close()
         raise
-    return Restored(opened=session.opened, plan=session.plan, session=session)
+    return Restored(opened=session.opened, plan=session.plan or (), session=session)
 
 
 def _take_over(

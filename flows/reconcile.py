@@ -18,6 +18,7 @@ from holdfast.flows.session import Session
 from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.reads import Reader
+from holdfast.storage.database.steps import canonical_steps
 from holdfast.storage.folder import Folder
 from holdfast.storage.recovery import RECOVERED
 from holdfast.tasks.runtime import stored_history
@@ -38,6 +39,7 @@ class Survey:
         self._borrowed = reader.borrowed()
         self._cancelled = reader.cancel_requests()
         self._decisions = reader.last_decisions()
+        self._steps = canonical_steps(reader, policy)
         self._reader, self._rules = reader, make(spec.stopping, spec.goals)
         self.stopped: dict[int, str] = {}
         """why a trial ends as PRUNED, by number, where its rows do not say it"""
@@ -65,8 +67,9 @@ class Survey:
             if self.is_pruned(trial):
                 decided = Outcome.PRUNED
         probe = plan_trial(Standing(trial=trial, persisted=persisted, decided=decided), self._policy)
+        reported = self._steps.get(trial.number, ())
         if probe.action is not Action.RESUME:
-            return Standing(trial=trial, persisted=persisted, decided=decided)
+            return Standing(trial=trial, persisted=persisted, decided=decided, reported=reported)
         found, reasons = self._newest(trial)
         return Standing(
             trial=trial,
@@ -74,6 +77,7 @@ class Survey:
             donor=None if found is None or found.trial == trial.number else found.trial,
             rejected=tuple(reasons),
             decided=decided,
+            reported=reported,
         )
 
     def is_pruned(self, trial: Trial) -> bool:
