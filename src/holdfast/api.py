@@ -31,6 +31,7 @@ from holdfast.report.observer import Observer, restore_command, watching
 from holdfast.result import SearchResult, result_of
 from holdfast.settings import names_api
 from holdfast.specfile import ExperimentSpec
+from holdfast.standing import original_of
 from holdfast.storage.filesystems import place_on
 from holdfast.transfer import take_in
 
@@ -174,8 +175,12 @@ def can_restore(
         path, storage_options = place_on(path, storage_options, filesystem)
         plan(RestoreRequest(path=path, database=database, storage_options=storage_options))
         opened = find(path, database=database, readonly=True, options=storage_options)
-        with Experiment(opened) as experiment:  # a damaged lease.json has to be seen to first, so it is read
-            return not is_driven_by_path(opened.folder.lease(), opened.record.uuid) and not experiment.is_driven
+        with Experiment(opened) as experiment:
+            folder = opened.folder
+            lease = folder.lease()  # a damaged one has to be seen to first
+            if original_of(folder, folder.identity(), storage_options) is not None:
+                return True  # a copy is to become an experiment of its own: the lease is its original's
+            return not is_driven_by_path(lease, opened.record.uuid) and not experiment.is_driven
     except (HoldfastError, OSError):
         return False
 

@@ -99,6 +99,8 @@ class Standing:
     """how a trial whose row still says RUNNING or PENDING was told to end"""
     reported: Sequence[int] = ()
     """the steps of its canonical reports"""
+    unusable: str = ""
+    """why its files can be neither read nor written, though others' can"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +126,15 @@ def plan_trial(standing: Standing, policy: ResumePolicy) -> Planned:
         return _planned(standing, Action.ADOPT, f"its result ({standing.persisted}) was persisted before the crash")
     if trial.status in ACTIVE and standing.decided is not None:
         return _planned(standing, Action.ADOPT, f"it was told to end ({standing.decided}) before")
+    if trial.status in UNFINISHED and standing.unusable:
+        return _planned(standing, Action.SKIP, f"left out: {standing.unusable}; mend that, and restore again")
     if trial.status in UNFINISHED:
         return _plan_unfinished(standing, policy.unfinished)
     wanted, label = (policy.errored, "errored") if trial.status in ERRORED else (policy.finished, "finished")
     if wanted is Rerun.SKIP:
         return _planned(standing, Action.KEEP, f"{trial.status.value.lower()}: kept")
+    if standing.unusable:
+        return _planned(standing, Action.KEEP, f"{label}: kept, since {standing.unusable}; mend that, and restore again")
     return _rerun(standing, wanted, f"{label}, and asked to {wanted}")
 
 
