@@ -38,7 +38,7 @@ def noop(trial: Any) -> dict[str, float]:
 def holdfast_arm(trials: int, folder: Path) -> dict[str, float]:
     """Run the search; return seconds from the first action of the flow to its end, CPU seconds, and fsyncs a trial."""
     import holdfast
-    from holdfast.experiment import SearchResult
+    from holdfast.result import SearchResult
 
     fsyncs = 0
     real = os.fsync

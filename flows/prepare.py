@@ -16,7 +16,7 @@ from holdfast import specfile
 from holdfast.callables import dump, keep
 from holdfast.core import faults
 from holdfast.core.budget import Budget
-from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, LeaseHeld, SpecError
+from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, LeaseHeld, SpecError, TrainableError
 from holdfast.core.loop import Ledger
 from holdfast.core.resume import Action, Planned, ResumePolicy
 from holdfast.core.search_section import is_own
@@ -323,14 +323,19 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
     factory.check(spec, workdir=opened.record.workdir)
     observer.preparing()
     pool = make_pool(spec)
-    probe(runnable(spec, opened.folder), pool, opened.record.workdir)
+    try:
+        probe(runnable(spec, opened.folder), pool, opened.record.workdir)
+    except TrainableError as error:
+        if request.trainable is not None or spec.trainable.startswith("pickle:"):
+            raise
+        raise TrainableError(f"{error}; if it is elsewhere now, say where: --trainable FILE.py:FUNCTION") from error
     try:
         session = _take_over(opened, pool, request, changes, observer)
     except BaseException:
         if pool is not None:
             pool.close()
         raise
-    return Restored(opened=session.opened, plan=session.plan, session=session)
+    return Restored(opened=session.opened, plan=session.plan or (), session=session)
 
 
 def _take_over(

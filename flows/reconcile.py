@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -18,10 +20,14 @@ from holdfast.flows.session import Session
 from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.reads import Reader
+from holdfast.storage.database.steps import canonical_steps
 from holdfast.storage.folder import Folder
 from holdfast.storage.recovery import RECOVERED
 from holdfast.tasks.runtime import stored_history
 from holdfast.tasks.workers.messages import Decision
+
+_ITS_OWN = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+"""What is wrong with one trial's folder, not with the disk below it."""
 
 
 class Survey:
@@ -38,11 +44,14 @@ class Survey:
         self._borrowed = reader.borrowed()
         self._cancelled = reader.cancel_requests()
         self._decisions = reader.last_decisions()
+        self._steps = canonical_steps(reader, policy)
         self._reader, self._rules = reader, make(spec.stopping, spec.goals)
         self.stopped: dict[int, str] = {}
         """why a trial ends as PRUNED, by number, where its rows do not say it"""
         self.rejected: dict[int, str] = {}
         """row id and reason of each checkpoint that turned out bad"""
+        self.unusable: dict[int, str] = {}
+        """why files of a trial cannot be used, by number: it is left out, and the others are not"""
 
     def plan(self) -> list[Planned]:
         """Return what a restore does with each trial."""
@@ -57,24 +66,45 @@ class Survey:
         }
 
     def _standing(self, trial: Trial) -> Standing:
-        persisted = decided = None
+        persisted, decided = None, None
         if trial.status in ACTIVE and trial.number in self._cancelled:
             decided = Outcome.CANCELLED
-        if trial.status is TrialStatus.RUNNING:
-            persisted = persisted_outcome(self._folder, trial)
-            if self.is_pruned(trial):
-                decided = Outcome.PRUNED
-        probe = plan_trial(Standing(trial=trial, persisted=persisted, decided=decided), self._policy)
-        if probe.action is not Action.RESUME:
-            return Standing(trial=trial, persisted=persisted, decided=decided)
-        found, reasons = self._newest(trial)
+        try:
+            if trial.status is TrialStatus.RUNNING:
+                persisted = persisted_outcome(self._folder, trial)
+                if self.is_pruned(trial):
+                    decided = Outcome.PRUNED
+            probe = plan_trial(Standing(trial=trial, persisted=persisted, decided=decided), self._policy)
+            if trial.status is TrialStatus.RUNNING or probe.action not in (Action.KEEP, Action.SKIP):
+                self._check_folders(trial.number)
+            reported = self._steps.get(trial.number, ())
+            if probe.action is not Action.RESUME:
+                return Standing(trial=trial, persisted=persisted, decided=decided, reported=reported)
+            found, reasons = self._newest(trial)
+        except StorageError as error:  # no damage: what cannot be read now may be intact, so nothing is begun anew
+            code = error.errno if error.errno is not None else getattr(error.__cause__, "errno", None)
+            if code not in _ITS_OWN:
+                raise
+            self.unusable[trial.number] = (error.strerror or str(error)).partition(";")[0]
+            return Standing(trial=trial, persisted=persisted, decided=decided, unusable=self.unusable[trial.number])
         return Standing(
             trial=trial,
             checkpoint=None if found is None else (found.attempt, found.step),
             donor=None if found is None or found.trial == trial.number else found.trial,
             rejected=tuple(reasons),
             decided=decided,
+            reported=reported,
         )
+
+    def _check_folders(self, trial: int) -> None:
+        """Raise StorageError when a trial's folders are there and cannot be used."""
+        if not self._folder.is_local:
+            return
+        checkpoints_in(self._folder).held(trial)
+        place = self._folder.path / self._folder.trial_name(trial)
+        for folder in (place, place / "checkpoints"):
+            if folder.exists() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                raise StorageError(errno.EACCES, f"cannot write {folder}: {os.strerror(errno.EACCES)}")
 
     def is_pruned(self, trial: Trial) -> bool:
         """Tell whether a stopping rule ended a trial with the last report of its open attempt.
@@ -142,7 +172,8 @@ def close_attempts(session: Session, survey: Survey, plan: Mapping[int, Planned]
             continue
         with suppress(StorageError):  # only words, and only where its driver ran on this host
             session.opened.folder.keep_log(trial.number, trial.attempt.number)
-        session.runtime.checkpoints.sweep(trial.number, survey.valid_paths(trial.number))
+        if trial.number not in survey.unusable:
+            session.runtime.checkpoints.sweep(trial.number, survey.valid_paths(trial.number))
         if plan[trial.number].action is Action.ADOPT:
             _adopt(session, trial, survey)
         else:

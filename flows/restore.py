@@ -9,9 +9,9 @@ from prefect import flow
 from prefect.client.schemas import State
 from prefect.runtime import flow_run
 
-from holdfast.core.resume import ResumePolicy
 from holdfast.flows.prefect_runs import wish_behind
-from holdfast.flows.prepare import RestoreRequest, prepare_restore
+from holdfast.flows.prepare import prepare_restore
+from holdfast.flows.requesting import request_of
 from holdfast.flows.search import drive, nothing_left, watcher_here
 from holdfast.flows.session import prepared
 from holdfast.flows.signals import explained
@@ -30,6 +30,10 @@ def restore(
     new_trials: bool = True,
     force: bool = False,
     storage_options: dict[str, Any] | None = None,
+    policy: dict[str, str] | None = None,
+    trainable: str | None = None,
+    changes: dict[str, Any] | None = None,
+    database: str | None = None,
 ) -> State[Any]:
     """Restore an experiment and drive it to the end of its budget.
 
@@ -41,14 +45,29 @@ def restore(
         new_trials: Propose new trials up to the budget.
         force: Take over from a holder that seems alive.
         storage_options: An object store's, such as its endpoint; no credentials, because Prefect keeps parameters.
+        policy: What becomes of unfinished, errored and finished trials, in place of the flags: {"errored": "restart"}, say.
+            Values are resume, restart and skip.
+        trainable: Where the same trainable is now.
+        changes: New values of what a restore may change, such as {"search.num_trials": 40}.
+        database: URL of the experiment's database, if it is not beside it; without a password, because Prefect keeps
+            parameters: leave that to HOLDFAST_DATABASE_URL, or to what the database's own client reads.
     """
     watcher = watcher_here()
     session = prepared.get()
     if session is None:
-        policy = ResumePolicy.from_flags(
-            resume_unfinished=resume_unfinished, resume_errored=resume_errored, restart_errored=restart_errored
+        request = request_of(
+            path,
+            trainable,
+            resume_unfinished=resume_unfinished,
+            resume_errored=resume_errored,
+            restart_errored=restart_errored,
+            policy=policy,
+            changes=changes,
+            new_trials=new_trials,
+            force=force,
+            database=database,
+            storage_options=storage_options,
         )
-        request = RestoreRequest(path=path, policy=policy, new_trials=new_trials, force=force, storage_options=storage_options)
         with explained(wish_behind):
             restored = prepare_restore(request, watcher)
         if restored.session is None:

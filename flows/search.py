@@ -16,7 +16,6 @@ from prefect.states import Cancelled, Completed, Failed
 
 from holdfast.core.errors import Contention, Fenced, HoldfastError, Infrastructure
 from holdfast.core.trial import ERRORED
-from holdfast.experiment import SearchResult, result_of
 from holdfast.flows.driver import Drive
 from holdfast.flows.leaving import ending_of, exit_code, hurry, leave
 from holdfast.flows.prefect_runs import (
@@ -33,6 +32,7 @@ from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared
 from holdfast.flows.signals import explained, raised, why
 from holdfast.report.observer import Observer, RunLog, Together, watching
+from holdfast.result import SearchResult, result_of
 from holdfast.specfile import ExperimentSpec
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import Leases
@@ -75,8 +75,8 @@ def watcher_here() -> Observer:
     """Return the flow run's own log, together with whoever watches from this process."""
     log, caller, session = RunLog(get_run_logger()), watching.get(), prepared.get()
     if session is not None:  # what came before the flow belongs into its log, too
-        log.opened(session.opened, restored=bool(session.plan))
-        log.planned(session.plan)
+        log.opened(session.opened, restored=session.plan is not None)
+        log.planned(session.plan or ())
     return log if caller is None else Together(caller, log)
 
 
@@ -109,7 +109,7 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
         if reason.startswith("stopped"):
             hasten(wishes)
         fast = reason.endswith("fail_fast is set")
-        result = result_of(session.opened, reason, fast_failed=fast)
+        result = result_of(session.opened, reason, fast_failed=fast, plan=session.plan)
         session.close()
         watcher.ended(result)
     if session.stuck:
@@ -161,7 +161,7 @@ def _interrupted(session: Session, error: BaseException, watcher: Observer) -> N
     try:
         session.keeper.release(reason)
         _last_words(session)
-        result = result_of(session.opened, reason)
+        result = result_of(session.opened, reason, plan=session.plan)
     except HoldfastError:
         return  # somebody else holds it now, or the database is gone: there is nothing that we may write
     finally:

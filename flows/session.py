@@ -41,7 +41,8 @@ class Session:
     runtime: Runtime
     journal: JournalWriter
     new_trials: bool = True
-    plan: Sequence[Planned] = ()
+    plan: Sequence[Planned] | None = None
+    """what a restore does with each stored trial; None for a fresh search"""
     dead: Sequence[Attempt] = field(default=())
     """attempts that a crash left open, closed by this session: their Prefect runs are to be closed too"""
     error: BaseException | None = None

@@ -41,8 +41,10 @@ if TYPE_CHECKING:
     from holdfast.core.space import Space
     from holdfast.core.trial import Trial, TrialStatus
     from holdfast.engines.values import config_at
-    from holdfast.experiment import Experiment, SearchResult
+    from holdfast.experiment import Experiment
     from holdfast.report.observer import Observer
+    from holdfast.report.restored import RestoreSummary
+    from holdfast.result import SearchResult
     from holdfast.specfile import ExperimentSpec
     from holdfast.storage.checkpoints.store import CheckpointStore, StoredCheckpoint
 
@@ -82,8 +84,10 @@ _HOMES = {
     "holdfast.core.space": ("Space",),
     "holdfast.core.trial": ("Trial", "TrialStatus"),
     "holdfast.engines.values": ("config_at",),
-    "holdfast.experiment": ("Experiment", "SearchResult"),
+    "holdfast.experiment": ("Experiment",),
     "holdfast.report.observer": ("Observer",),
+    "holdfast.report.restored": ("RestoreSummary",),
+    "holdfast.result": ("SearchResult",),
     "holdfast.specfile": ("ExperimentSpec",),
     "holdfast.storage.checkpoints.store": ("CheckpointStore", "StoredCheckpoint"),
 }
@@ -117,6 +121,7 @@ __all__ = [
     "Observer",
     "Proposal",
     "Proposer",
+    "RestoreSummary",
     "ResumePolicy",
     "SearchResult",
     "Space",

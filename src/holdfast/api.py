@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextvars
 import logging
-import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from holdfast.core.errors import EngineError, HoldfastError, SpecError
+from holdfast.core.errors import EngineError, HoldfastError
 from holdfast.core.resume import Planned, ResumePolicy
 from holdfast.core.space import Space
-from holdfast.core.spec import explain
 from holdfast.core.values import Json
-from holdfast.experiment import Experiment, SearchResult, result_of
+from holdfast.experiment import Experiment
 from holdfast.flows.prepare import (
     Restored,
     RestoreRequest,
@@ -28,13 +24,17 @@ from holdfast.flows.prepare import (
     prepare_restore,
     prepare_search,
 )
+from holdfast.flows.requesting import request_of
 from holdfast.flows.server import EmbeddedServer
 from holdfast.flows.session import Session, prepared
 from holdfast.flows.signals import raised, why
+from holdfast.holding import is_driven_by_path
 from holdfast.locate import find
 from holdfast.report.observer import Observer, restore_command, watching
+from holdfast.result import SearchResult, result_of
 from holdfast.settings import names_api
 from holdfast.specfile import ExperimentSpec
+from holdfast.standing import original_of
 from holdfast.storage.filesystems import place_on
 from holdfast.transfer import take_in
 
@@ -114,7 +114,7 @@ def restore(
     resume_unfinished: bool = True,
     resume_errored: bool = False,
     restart_errored: bool = False,
-    policy: ResumePolicy | None = None,
+    policy: ResumePolicy | Mapping[str, str] | str | None = None,
     space: Mapping[str, Any] | Space | None = None,
     references: Mapping[str, Any] | None = None,
     changes: Mapping[str, Json] | None = None,
@@ -128,8 +128,9 @@ def restore(
     """Restore an experiment from its path and run it to the end of its budget; return every trial of every status.
 
     Finished trials never run again. Unfinished ones go on from their newest valid checkpoint (``resume_unfinished``), or are
-    left out; errored ones are kept, resumed or restarted. ``policy`` says the same in full and excludes the flags. ``space``
-    is compared, ``references`` replace the stored ones, ``changes`` are new values such as ``{"search.num_trials": 40}``.
+    left out; errored ones are kept, resumed or restarted. ``policy`` says the same in full and excludes the flags: a
+    :class:`ResumePolicy`, or what one is made of, such as ``"errored=resume,finished=restart"``. ``space`` is compared,
+    ``references`` replace the stored ones this time, ``changes`` are new values such as ``{"search.num_trials": 40}``.
     ``storage_options`` are an object store's, as in the spec; they are stored nowhere. ``filesystem`` is one of fsspec's or
     pyarrow's on which the path lies, in their place.
 
@@ -160,49 +161,6 @@ def restore(
             server.stop()
 
 
-def request_of(
-    path: str | Path,
-    trainable: str | None = None,
-    *,
-    resume_unfinished: bool = True,
-    resume_errored: bool = False,
-    restart_errored: bool = False,
-    policy: ResumePolicy | None = None,
-    space: Mapping[str, Any] | Space | None = None,
-    references: Mapping[str, Any] | None = None,
-    changes: Mapping[str, Json] | None = None,
-    new_trials: bool = True,
-    force: bool = False,
-    database: str | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-) -> RestoreRequest:
-    """Check a restore's arguments and return the request; SpecError for what contradicts itself."""
-    flags = ResumePolicy.from_flags(
-        resume_unfinished=resume_unfinished, resume_errored=resume_errored, restart_errored=restart_errored
-    )
-    if policy is not None and flags != ResumePolicy():
-        raise SpecError("policy and a resume flag are both given; policy says it all: leave the flags out")
-    if trainable is not None and trainable.rpartition(":")[0].endswith(".py"):
-        trainable = os.path.abspath(trainable.rpartition(":")[0]) + ":" + trainable.rpartition(":")[2]
-    if space is not None and not isinstance(space, Space):
-        try:
-            space = Space.model_validate(dict(space))
-        except ValidationError as error:
-            raise SpecError(explain(error, Space, source="space")) from None
-    return RestoreRequest(
-        path=path,
-        policy=policy or flags,
-        trainable=trainable,
-        changes=changes or {},
-        space=space,
-        references=references,
-        database=database,
-        storage_options=storage_options,
-        new_trials=new_trials,
-        force=force,
-    )
-
-
 def plan(request: RestoreRequest) -> list[Planned]:
     """Return what a restore would do with each stored trial; changes nothing."""
     opened, planned = plan_restore(request)
@@ -221,9 +179,13 @@ def can_restore(
     try:
         path, storage_options = place_on(path, storage_options, filesystem)
         plan(RestoreRequest(path=path, database=database, storage_options=storage_options))
-        with open(path, database=database, storage_options=storage_options) as experiment:
-            experiment._opened.folder.lease()  # the same package; a damaged lease.json has to be seen to first
-            return not experiment.lease.is_held
+        opened = find(path, database=database, readonly=True, options=storage_options)
+        with Experiment(opened) as experiment:
+            folder = opened.folder
+            lease = folder.lease()  # a damaged one has to be seen to first
+            if original_of(folder, folder.identity(), storage_options) is not None:
+                return True  # a copy is to become an experiment of its own: the lease is its original's
+            return not is_driven_by_path(lease, opened.record.uuid) and not experiment.is_driven
     except (HoldfastError, OSError):
         return False
 
@@ -268,7 +230,7 @@ def _finish(restored: Restored, watcher: _Recorder, server: EmbeddedServer, *, r
     """Drive what is left to do, if there is anything; return the result."""
     if restored.session is not None:
         return _drive(restored.session, watcher, server, restoring=restoring)
-    result = result_of(restored.opened, "nothing is left to do")
+    result = result_of(restored.opened, "nothing is left to do", plan=restored.plan)
     restored.opened.close()
     watcher.ended(result)
     return result

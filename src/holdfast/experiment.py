@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -14,17 +14,18 @@ from holdfast import upkeep
 from holdfast.core.checkpoint import Checkpoint, check_step
 from holdfast.core.errors import InvalidInput, LeaseHeld
 from holdfast.core.objective import Objective, scores
-from holdfast.core.ranking import best_of, candidates, candidates_of, front_of, ranked, reference_point, volume_of
+from holdfast.core.ranking import candidates, candidates_of, front_of, ranked, reference_point, volume_of
 from holdfast.core.space import Space
 from holdfast.core.spec import ExperimentSpec
-from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
+from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Attempt, Trial, TrialStatus
 from holdfast.core.values import Config, Json, Scalar
 from holdfast.locate import Opened
 from holdfast.report.frames import groups_df, history_df, results_df, telemetry_df
 from holdfast.report.lineage import LineageRow, lineage_df, lineage_of
+from holdfast.result import ended_in
 from holdfast.standing import driven_elsewhere
 from holdfast.storage.checkpoints.local import Loaded
-from holdfast.storage.database import merging, queueing, requests
+from holdfast.storage.database import experiments, merging, queueing, requests
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import Lease, Leases
 from holdfast.storage.database.loading import LoadedTrials, listed, load
@@ -97,8 +98,19 @@ class Experiment:
 
     @property
     def lease(self) -> Lease:
-        """Who drives the experiment now."""
+        """Who drives the experiment now, or whose process was killed a moment ago: see :attr:`is_driven`."""
         return Leases(self._opened.database, self._opened.record.id).look()
+
+    @property
+    def is_driven(self) -> bool:
+        """Whether somebody drives it: not once the holder's process is gone from this host, whatever its lease says."""
+        return upkeep.driven(self._opened)
+
+    @property
+    def ended(self) -> str | None:
+        """Why the last drive ended; None while one is under way, after a crash, and before the first."""
+        record = experiments.by_uuid(self._opened.database, self.id)
+        return None if record is None else record.ended
 
     @property
     def trials(self) -> list[Trial]:
@@ -114,16 +126,13 @@ class Experiment:
     @property
     def status(self) -> str:
         """running, interrupted, stopped, completed or failed: derived from the lease and the trials, never stored."""
-        from holdfast.storage.database.experiments import by_uuid
-
-        record = by_uuid(self._opened.database, self.id)
-        counts = self._reader.counts()
-        if self.lease.is_held:
+        ended, counts = self.ended, self._reader.counts()
+        if upkeep.driven(self._opened):
             return "running"
         unfinished = sum(counts.get(status, 0) for status in ACTIVE)
-        if record is not None and record.ended is not None and record.ended.startswith("stopped"):
+        if ended is not None and ended.startswith("stopped"):
             return "stopped"
-        if unfinished or record is None or record.ended is None or record.ended.startswith("interrupted"):
+        if unfinished or ended is None or ended.startswith("interrupted"):
             return "interrupted"
         errored = sum(counts.get(status, 0) for status in ERRORED)
         return "failed" if errored and errored == sum(counts.values()) else "completed"
@@ -138,6 +147,11 @@ class Experiment:
         if found is None:
             raise InvalidInput(f"there is no trial {number!r} in {self.name!r}; {self._range()}")
         return found
+
+    def attempts(self, number: int) -> list[Attempt]:
+        """Return every attempt of a trial, oldest first, with its original error and traceback; InvalidInput for no trial."""
+        trial = self.trial(number).number
+        return list(self._reader.attempts(first=trial, last=trial)[trial].values())
 
     def _range(self) -> str:
         count = sum(self.counts().values())
@@ -375,7 +389,7 @@ class Experiment:
         and hypervolume: of the front when a trial had ended, in the order of their ends; ``.attrs["reference_point"]`` says
         up to where.
         """
-        return results_df(self.trials, self.spec, aggregate=aggregate, ended=_ended(self._reader, self.spec))
+        return results_df(self.trials, self.spec, aggregate=aggregate, ended=ended_in(self._reader, self.spec))
 
     def groups_df(self) -> pd.DataFrame:
         """Return one row a group of repeats: group, trials, scored, errored, config.<param>, and of each objective its
@@ -435,58 +449,3 @@ def _statuses(given: TrialStatus | str | Iterable[TrialStatus | str]) -> frozens
         return frozenset(TrialStatus(name) for name in names)
     except ValueError:
         raise InvalidInput(f"status is {given!r}; allowed: {', '.join(TrialStatus)}") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """What a search or restore leaves: every trial of every status."""
-
-    name: str
-    path: Path | str
-    trials: list[Trial]
-    best: Trial | None
-    reason: str
-    """why it ended"""
-    spec: ExperimentSpec = field(repr=False)
-    fast_failed: bool = False
-    ended: tuple[int, ...] = field(default=(), repr=False)
-    """the numbers of the trials in the order in which they ended; with several objectives only"""
-
-    @property
-    def errors(self) -> list[Trial]:
-        """The errored trials."""
-        return [trial for trial in self.trials if trial.status in ERRORED]
-
-    @property
-    def failed(self) -> bool:
-        """Whether the search as a whole failed: ``fail_fast`` ended it, or every trial errored."""
-        return self.fast_failed or (bool(self.trials) and len(self.errors) == len(self.trials))
-
-    def results_df(self) -> pd.DataFrame:
-        """Return one row a trial; see :meth:`Experiment.results_df`."""
-        return results_df(self.trials, self.spec, ended=self.ended)
-
-    def pareto_front(self) -> list[Trial]:
-        """Return the trials that no other one dominates; see :meth:`Experiment.pareto_front`."""
-        return [candidate.trial for candidate in front_of(candidates_of(self.trials, self.spec), self.spec.goals)]
-
-
-def _ended(reader: Reader, spec: ExperimentSpec) -> tuple[int, ...]:
-    """Return which trials ended, in order, where that is of use."""
-    return tuple(number for number, _ in reader.ended_since(0)) if len(spec.objectives) > 1 else ()
-
-
-def result_of(opened: Opened, reason: str, *, fast_failed: bool = False) -> SearchResult:
-    """Read the result of an experiment as it stands."""
-    reader, spec = Reader(opened.database, opened.record.id), opened.spec
-    trials = reader.trials()
-    return SearchResult(
-        name=opened.record.name,
-        path=opened.folder.place,
-        trials=trials,
-        best=best_of(trials, spec.goals, spec.feasible, spec.search.aggregate),
-        reason=reason,
-        spec=spec,
-        fast_failed=fast_failed,
-        ended=_ended(reader, spec),
-    )

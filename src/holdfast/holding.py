@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from holdfast.core.values import Json
 from holdfast.locate import Opened
 from holdfast.storage import journal
 from holdfast.storage.database.leases import Lease
+from holdfast.storage.folder import PathLease
 from holdfast.tasks.workers import processes
 
 
@@ -42,6 +44,13 @@ def liveness(other: Mapping[str, Any]) -> bool | None:
 def is_driven(lease: Lease) -> bool:
     """Tell whether somebody drives under a lease, or may do so on another host: not once its process here is gone."""
     return lease.is_held and lease.holder is not None and liveness(lease.holder) is not False
+
+
+def is_driven_by_path(lease: PathLease | None, uuid: str) -> bool:
+    """Tell whether somebody drives experiment ``uuid`` under the lease in its path, whatever database that one uses."""
+    if lease is None or lease.holder is None or lease.uuid not in ("", uuid):
+        return False
+    return lease.expires > time.time() and liveness(lease.holder) is not False
 
 
 def end_children(attempts: Sequence[Attempt]) -> None:

@@ -113,6 +113,31 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str], source: s
     return result
 
 
+def space_in(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a space from a YAML file: the file's own parameters, or the ``space`` of a spec; SpecError when there is none."""
+    data = _load(_read(Path(path)), str(path))[1]
+    space = data.get("space") if isinstance(data, dict) else None
+    if isinstance(space, dict) and not isinstance(space.get("type"), str):  # with a type it is a parameter of that name
+        data = space
+    if not isinstance(data, dict):
+        raise SpecError(f"{path} holds a {_kind(data)}; it must be a space (parameters by name), or a spec with one")
+    return data
+
+
+def references_in(given: Sequence[str]) -> dict[str, Any] | None:
+    """Return references from KEY=VALUE pairs and YAML files of such, the later ones over the earlier; None for nothing."""
+    found: dict[str, Any] = {}
+    for one in given:
+        if "=" in one:
+            data = apply_overrides({}, [f"references.{one}"], "--references")["references"]
+        else:
+            data = _load(_read(Path(one)), one)[1]
+        if not isinstance(data, dict):
+            raise SpecError(f"{one} holds a {_kind(data)}; references are a mapping of names to values")
+        found |= data
+    return found if given else None
+
+
 def _read(path: Path) -> str:
     try:
         content = path.read_bytes()

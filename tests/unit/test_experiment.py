@@ -15,10 +15,12 @@ from store_kit import create
 
 from holdfast.core.errors import Conflict, InvalidInput
 from holdfast.core.objective import Objective
+from holdfast.core.ranking import best_of
 from holdfast.core.trial import Outcome, TrialStatus
-from holdfast.experiment import Experiment, best_of, result_of
+from holdfast.experiment import Experiment
 from holdfast.locate import Opened
 from holdfast.report.frames import results_df
+from holdfast.result import result_of
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.leases import Leases
 from holdfast.testing.lab import FAILED, Lab

@@ -20,12 +20,13 @@ from holdfast.cli import main
 from holdfast.core.errors import InvalidInput
 from holdfast.core.hypervolume import hypervolume
 from holdfast.core.trial import Outcome, Trial, TrialStatus
-from holdfast.experiment import Experiment, result_of
+from holdfast.experiment import Experiment
 from holdfast.locate import Opened
 from holdfast.report.frames import groups_df, results_df
 from holdfast.report.progress import Progress
 from holdfast.report.ranking import FRONT, Ranking
 from holdfast.report.tables import note_lines, trial_lines, trials_table
+from holdfast.result import result_of
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.leases import Leases
 from holdfast.testing.lab import FAILED, Lab

@@ -71,6 +71,46 @@ def test_reasons_name_the_checkpoints_that_do_not_count():
     assert "step 4" in plan.reason
 
 
+def test_lost_is_what_was_reported_beyond_the_checkpoint():
+    for status, policy in ((TrialStatus.RUNNING, DEFAULT), (TrialStatus.FAILED, RESUME)):
+        assert plan_trial(standing(status, (1, 4), reported=[0, 2, 4, 6, 8]), policy).lost == 2
+        assert plan_trial(standing(status, reported=[0, 2]), policy).lost == 2
+    assert plan_trial(standing(TrialStatus.FAILED, (1, 4), reported=[4, 5]), RESTART).lost == 2
+    assert plan_trial(standing(TrialStatus.FAILED, (1, 4), reported=[4, 5]), DEFAULT).lost == 0
+
+
+def test_a_trial_whose_files_cannot_be_used_is_left_as_it_is():
+    why = {"unusable": "cannot list x: Permission denied"}
+    for policy in (*POLICIES, ResumePolicy(unfinished="restart", finished="restart")):
+        plan = plan_trial(standing(TrialStatus.RUNNING, **why), policy)
+        assert plan.action is Action.SKIP
+        assert "Permission denied" in plan.reason
+        for status in ERRORED | FINISHED:
+            assert plan_trial(standing(status, **why), policy).action is Action.KEEP
+    assert plan_trial(standing(TrialStatus.RUNNING, persisted=Outcome.COMPLETED, **why), DEFAULT).action is Action.ADOPT
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "x",
+        "errored",
+        "errored=",
+        "errored=redo",
+        "other=skip",
+        "errored=skip,errored=skip",
+        {"errored": None},
+        {1: 2},
+        7,
+        [],
+    ],
+)
+def test_what_is_no_policy_is_refused(given):
+    with pytest.raises(SpecError, match="resume, restart, skip"):
+        ResumePolicy.of(given)
+
+
 def test_bad_policies_are_refused():
     with pytest.raises(SpecError, match="both set"):
         ResumePolicy.from_flags(resume_errored=True, restart_errored=True)
@@ -80,8 +120,10 @@ def test_bad_policies_are_refused():
 
 
 standings = st.builds(
-    lambda status, checkpoint, attempt, claimed, persisted, decided: standing(
-        status, checkpoint, attempt=attempt, claimed=claimed, persisted=persisted, decided=decided
+    lambda status, checkpoint, attempt, claimed, persisted, decided, reported, unusable: standing(
+        *(status, checkpoint),
+        **{"attempt": attempt, "claimed": claimed, "persisted": persisted, "decided": decided},
+        **{"reported": reported, "unusable": unusable},
     ),
     st.sampled_from(TrialStatus),
     st.none() | st.tuples(st.integers(1, 3), st.integers(0, 9)),
@@ -89,6 +131,8 @@ standings = st.builds(
     st.booleans(),
     st.none() | st.sampled_from(Outcome),
     st.none() | st.sampled_from(Outcome),
+    st.sets(st.integers(0, 12)).map(sorted),
+    st.sampled_from(["", "", "", "a file is in the way"]),
 )
 policies = st.builds(
     lambda unfinished, errored, finished: ResumePolicy(unfinished=unfinished, errored=errored, finished=finished),
@@ -114,6 +158,10 @@ def test_any_plan_keeps_the_rules(found, policy):
         assert status in FINISHED | ERRORED
     if status in FINISHED and policy.finished is Rerun.SKIP:
         assert plan.action is Action.KEEP
+    again = plan.action in (Action.RESUME, Action.RESTART)
+    assert plan.lost == (len([step for step in found.reported if plan.step is None or step > plan.step]) if again else 0)
+    if found.unusable:  # nothing runs, and nothing that has ended is touched
+        assert plan.action in (Action.SKIP, Action.KEEP, Action.ADOPT)
     if plan.action is Action.RESUME and found.checkpoint is not None:
         assert plan.parent == found.checkpoint
     assert plan_trial(found, policy) == plan

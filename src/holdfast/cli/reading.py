@@ -38,7 +38,8 @@ def add_reading(commands: Commands) -> None:
         help="the best by several objectives, such as loss=1,time=0.1: each taken from 0 (best) to 1 (worst), and weighted",
     )
     show.add_argument("--scalarisation", choices=SCALARISATIONS, help="how weighted objectives become one number; default: sum")
-    trials = command(commands, "trials", _trials, "list the trials of an experiment")
+    trials = command(commands, "trials", _trials, "list the trials of an experiment, or the attempts of one")
+    trials.add_argument("--trial", type=int, metavar="N", help="every attempt of one trial, with errors and tracebacks")
     limit_options(trials, "trial")
     for parser in (show, trials):
         parser.add_argument("path", metavar="PATH")
@@ -121,10 +122,10 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from holdfast.report.holders import holder_words
     from holdfast.report.lineage import lineage_lines
     from holdfast.report.ranking import Ranking, show_json
     from holdfast.report.tables import summary_json
-    from holdfast.storage.leasing import describe
 
     if options.scalarisation is not None and options.weights is None:
         raise InvalidInput("--scalarisation is for --weights; give them, such as --weights loss=1,time=0.1")
@@ -137,13 +138,9 @@ def _show(options: argparse.Namespace) -> int:
         shown = summary_json(experiment)
         console = terminal()
         search = experiment.spec.search
-        lease = experiment.lease
         for name in ("name", "id", "status", "path", "epoch"):
             console.print(f"{name + ':':<8} {shown[name]}", markup=False, soft_wrap=True)
-        if lease.is_held:
-            holder = lease.holder or {}
-            words = f"{describe(holder)}, for another {lease.remaining:.0f} s unless renewed"
-            console.print(f"{'holder:':<8} {words}", markup=False)
+        console.print(f"{'holder:':<8} {holder_words(experiment)}", markup=False, soft_wrap=True)
         console.print(f"{'engine:':<8} {search.chosen or search.engine}", markup=False, soft_wrap=True)
         counts = ", ".join(f"{count} {status}" for status, count in shown["trials"].items())
         console.print(f"{'trials:':<8} {counts or 'none'}", markup=False)
@@ -155,9 +152,25 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _attempts(options: argparse.Namespace) -> int:
+    from holdfast.report.attempts import attempt_json, attempt_lines
+
+    with open_experiment(options) as experiment:
+        attempts, left_out, _ = limited(options, experiment.attempts(options.trial))
+    if options.json:
+        print_json([attempt_json(attempt) for attempt in attempts])
+        return 0
+    sys.stdout.writelines(f"{line}\n" for line in attempt_lines(attempts))
+    if left_out:
+        print(f"{left_out} earlier attempts are not shown: --all shows every one, --limit N the last N", file=sys.stderr)
+    return 0
+
+
 def _trials(options: argparse.Namespace) -> int:
     from holdfast.report.tables import note_lines, trial_json, trial_lines, trials_table
 
+    if options.trial is not None:
+        return _attempts(options)
     with open_experiment(options) as experiment:
         trials = experiment.trials
     trials, left_out, drawn = limited(options, trials)

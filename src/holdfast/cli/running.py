@@ -34,10 +34,23 @@ def add_running(commands: Commands) -> None:
     restore.add_argument("--resume-errored", action="store_true", help="errored trials go on from their newest checkpoints")
     restore.add_argument("--restart-errored", action="store_true", help="errored trials begin again at step 0")
     restore.add_argument("--no-resume-unfinished", action="store_true", help="leave unfinished trials out (SKIPPED)")
+    restore.add_argument(
+        "--policy",
+        metavar="unfinished=...,errored=...,finished=...",
+        help="in place of these flags: resume, restart or skip for each; as by default where it is not named",
+    )
     restore.add_argument("--no-new-trials", action="store_true", help="propose nothing new")
     restore.add_argument("--plan", action="store_true", help="show what would be done with each trial, and change nothing")
     restore.add_argument("--force", action="store_true", help="take over from a holder that seems alive")
     restore.add_argument("--trainable", metavar="T", help="where the same trainable is now")
+    restore.add_argument("--space", metavar="FILE", help="compare a space, or that of a spec, with the experiment's")
+    restore.add_argument(
+        "--references",
+        metavar="FILE|KEY=VALUE",
+        action="append",
+        default=[],
+        help="what trials are handed in place of the stored references; may be given several times",
+    )
     restore.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="such as search.num_trials=40")
     database_option(restore)
     storage_option(restore)
@@ -73,11 +86,16 @@ def _run(options: argparse.Namespace) -> int:
 
 def _restore(options: argparse.Namespace) -> int:
     from holdfast import api
+    from holdfast.flows.requesting import request_of
+    from holdfast.specfile import references_in, space_in
 
     arguments: dict[str, Any] = {
         "resume_unfinished": not options.no_resume_unfinished,
         "resume_errored": options.resume_errored,
         "restart_errored": options.restart_errored,
+        "policy": options.policy,
+        "space": None if options.space is None else space_in(options.space),
+        "references": references_in(options.references),
         "changes": _changes(options.set),
         "new_trials": not options.no_new_trials,
         "force": options.force,
@@ -86,7 +104,7 @@ def _restore(options: argparse.Namespace) -> int:
     }
     if options.plan:
         with json_alone(options):
-            planned = api.plan(api.request_of(options.path, options.trainable, **arguments))
+            planned = api.plan(request_of(options.path, options.trainable, **arguments))
         return _plan(options, planned)
     return _driven(options, lambda observer: api.restore(options.path, options.trainable, observer=observer, **arguments))
 
@@ -120,11 +138,14 @@ def _driven(options: argparse.Namespace, call: Any) -> int:
         finally:
             progress.close()
     if options.json:
+        from holdfast.report.restored import restored_json
         from holdfast.report.tables import trial_json
 
         best = None if result.best is None else trial_json(result.best)
         trials = [trial_json(trial) for trial in result.trials]
-        print_json({"name": result.name, "path": str(result.path), "reason": result.reason, "best": best, "trials": trials})
+        restored = {} if result.restored is None else {"restored": restored_json(result.restored)}
+        found = {"name": result.name, "path": str(result.path), "reason": result.reason, "best": best, "trials": trials}
+        print_json(found | restored)
     return 1 if any(trial.status in ERRORED for trial in result.trials) else 0
 
 

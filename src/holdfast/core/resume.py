@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Self
 
@@ -46,6 +47,29 @@ class ResumePolicy:
         errored = Rerun.RESUME if resume_errored else Rerun.RESTART if restart_errored else Rerun.SKIP
         return cls(unfinished=Rerun.RESUME if resume_unfinished else Rerun.SKIP, errored=errored)
 
+    @classmethod
+    def of(cls, given: Self | Mapping[str, str] | str) -> Self:
+        """Return the policy that ``given`` is, or says: a mapping, or text such as ``unfinished=resume,errored=restart``.
+
+        A class of trials that is not named is treated as by default. SpecError for anything else.
+        """
+        if isinstance(given, cls):
+            return given
+        known = [field.name for field in fields(cls)]
+        form = f"policy is {given!r}; name {', '.join(known)} once each, such as errored=restart; values: {', '.join(Rerun)}"
+        if isinstance(given, str):
+            pairs = [part.partition("=") for part in given.split(",")]
+            named = {name.strip(): value.strip() for name, _, value in pairs}
+            if len(named) < len(pairs):
+                raise SpecError(form)
+        elif isinstance(given, Mapping):
+            named = dict(given)
+        else:
+            raise SpecError(form)
+        if not named.keys() <= set(known):
+            raise SpecError(form)
+        return cls(**named)  # type: ignore[arg-type]  # checked there
+
 
 class Action(StrEnum):
     """What a restore does with one trial."""
@@ -73,6 +97,10 @@ class Standing:
     """the outcome in the current attempt's persisted result, when its row still says RUNNING"""
     decided: Outcome | None = None
     """how a trial whose row still says RUNNING or PENDING was told to end"""
+    reported: Sequence[int] = ()
+    """the steps of its canonical reports"""
+    unusable: str = ""
+    """why its files can be neither read nor written, though others' can"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +115,8 @@ class Planned:
     reason: str
     parent: tuple[int, int] | None = None
     """(attempt, step) of that checkpoint"""
+    lost: int = 0
+    """steps whose reports count until then, and that have to be done again"""
 
 
 def plan_trial(standing: Standing, policy: ResumePolicy) -> Planned:
@@ -96,11 +126,15 @@ def plan_trial(standing: Standing, policy: ResumePolicy) -> Planned:
         return _planned(standing, Action.ADOPT, f"its result ({standing.persisted}) was persisted before the crash")
     if trial.status in ACTIVE and standing.decided is not None:
         return _planned(standing, Action.ADOPT, f"it was told to end ({standing.decided}) before")
+    if trial.status in UNFINISHED and standing.unusable:
+        return _planned(standing, Action.SKIP, f"left out: {standing.unusable}; mend that, and restore again")
     if trial.status in UNFINISHED:
         return _plan_unfinished(standing, policy.unfinished)
     wanted, label = (policy.errored, "errored") if trial.status in ERRORED else (policy.finished, "finished")
     if wanted is Rerun.SKIP:
         return _planned(standing, Action.KEEP, f"{trial.status.value.lower()}: kept")
+    if standing.unusable:
+        return _planned(standing, Action.KEEP, f"{label}: kept, since {standing.unusable}; mend that, and restore again")
     return _rerun(standing, wanted, f"{label}, and asked to {wanted}")
 
 
@@ -125,6 +159,7 @@ def _rerun(standing: Standing, wanted: Rerun, why: str) -> Planned:
 
 
 def _planned(standing: Standing, action: Action, reason: str, parent: tuple[int, int] | None = None) -> Planned:
+    start = -1 if parent is None else parent[1]
     return Planned(
         trial=standing.trial.number,
         status=standing.trial.status,
@@ -132,4 +167,5 @@ def _planned(standing: Standing, action: Action, reason: str, parent: tuple[int,
         step=None if parent is None else parent[1],
         reason=reason,
         parent=parent,
+        lost=0 if action not in (Action.RESUME, Action.RESTART) else sum(step > start for step in standing.reported),
     )

@@ -12,8 +12,9 @@ from typing import Any
 from holdfast.core.failure_section import FailureSection
 from holdfast.core.resume import Action, Planned
 from holdfast.core.trial import ACTIVE, Trial, TrialStatus
-from holdfast.experiment import SearchResult
 from holdfast.locate import Opened, default_database
+from holdfast.report.restored import restored_lines
+from holdfast.result import SearchResult
 from holdfast.storage.root import parent_of
 
 
@@ -120,6 +121,8 @@ class RunLog(Observer):
 
     def ended(self, result: SearchResult) -> None:
         self._logger.info("%s: %d trials, %d errored", result.reason, len(result.trials), len(result.errors))
+        for line in () if result.restored is None else restored_lines(result.restored):
+            self._logger.info("%s", line)
 
 
 def is_retry(trial: Trial) -> bool:

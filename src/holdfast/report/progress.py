@@ -15,11 +15,12 @@ from holdfast.core.failure_section import FailureSection
 from holdfast.core.ranking import Candidate, candidates_of, group_of, ranked
 from holdfast.core.resume import Planned
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
-from holdfast.experiment import SearchResult
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer, is_retry, restore_command, waiting_words
 from holdfast.report.ranking import Ranking
+from holdfast.report.restored import restored_lines
 from holdfast.report.tables import brief, config_words, plan_words
+from holdfast.result import SearchResult
 
 _COUNTED = SCORED | ERRORED
 """What can change which trial is the best: the worst of repeats is no candidate when one of them errored."""
@@ -87,6 +88,8 @@ class Progress(Observer):
         counts = Counter(trial.status for trial in result.trials)
         numbers = ", ".join(f"{counts[status]} {status.value}" for status in TrialStatus if counts[status])
         self._print(f"{result.reason}: {numbers or 'no trial'}")
+        for line in () if result.restored is None else restored_lines(result.restored):
+            self._print(line)
         for part in Ranking(result.trials, self._opened.spec).parts():
             if isinstance(part, str):
                 self._print(part)

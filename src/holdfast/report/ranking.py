@@ -16,6 +16,7 @@ from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import SCORED, Trial
 from holdfast.core.values import strict
 from holdfast.experiment import Experiment
+from holdfast.report.holders import lease_json
 from holdfast.report.tables import COLOURS, add_numbers, brief, config_words, summary_json, trial_json
 
 LEADERS = 5
@@ -146,4 +147,5 @@ def show_json(experiment: Experiment, weights: Mapping[str, float] | None = None
     ranking = Ranking(experiment.trials, experiment.spec, weights, scalarisation)
     search = experiment.spec.search
     engine = {"engine": search.engine, "chosen": search.chosen or None}
-    return {**summary_json(experiment), **engine, **ranking.json()}
+    drive = {"lease": lease_json(experiment), "ended": experiment.ended}
+    return {**summary_json(experiment), **drive, **engine, **ranking.json()}

@@ -129,7 +129,7 @@ def note_lines(trials: Sequence[Trial]) -> Iterator[str]:
     """Yield why trials failed, or were stopped by a rule."""
     for trial in trials:
         if words := _note(trial):
-            yield _printable(f"trial {trial.number}: {words}")
+            yield printable(f"trial {trial.number}: {words}")
 
 
 def add_numbers(table: Table, name: str, cells: Sequence[str]) -> None:
@@ -176,7 +176,7 @@ def trial_lines(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Ite
 
 def _lines(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> Iterator[str]:
     """Yield rows with their columns aligned: those of ``left`` to the left, others to the right, the last one as it is."""
-    rows = [[cell if cell.isprintable() else _printable(cell) for cell in row] for row in rows]
+    rows = [[cell if cell.isprintable() else printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for *cells, words in rows:
         aligned = zip(cells, widths, strict=False)  # the last column is not among the cells
@@ -184,7 +184,7 @@ def _lines(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> Iterator[st
         yield f"{'  '.join(padded)}  {words}".rstrip()
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return ``text`` with what would break a line, or cannot be printed, escaped."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode() for letter in text
@@ -198,10 +198,14 @@ def plan_table(plan: Sequence[Planned]) -> Table:
     table.add_column("status")
     table.add_column("action")
     table.add_column("from step", justify="right")
+    losing = any(planned.lost for planned in plan)
+    if losing:
+        table.add_column("lost steps", justify="right")
     table.add_column("reason", overflow="fold")
     for planned in plan:
         step = "" if planned.step is None else str(planned.step)
-        table.add_row(str(planned.trial), planned.status.value, planned.action.value, step, escape(planned.reason))
+        lost = [str(planned.lost or "")] if losing else []
+        table.add_row(str(planned.trial), planned.status.value, planned.action.value, step, *lost, escape(planned.reason))
     return table
 
 
@@ -245,7 +249,7 @@ def reason_lines(checkpoints: Sequence[Checkpoint], place: object, *, trials: bo
     for item in checkpoints:
         if item.status == "corrupt":
             whose = f"trial {item.trial} step {item.step}" if trials else f"step {item.step}"
-            yield _printable(f"{whose}: {item.reason.replace(f'{place}/', '')}")
+            yield printable(f"{whose}: {item.reason.replace(f'{place}/', '')}")
 
 
 def leftover_lines(leftovers: Sequence[Leftover]) -> Iterator[str]:

@@ -1,0 +1,37 @@
+"""Who drives an experiment, or how the last drive ended: for people and, as JSON values, for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from holdfast.experiment import Experiment
+from holdfast.storage.leasing import describe
+
+
+def lease_json(experiment: Experiment) -> dict[str, Any]:
+    """Return the lease as ``show --json`` prints it; ``remaining`` is in seconds, 0 when nobody holds it."""
+    lease = experiment.lease
+    holder = lease.holder or {}
+    return {
+        "driven": experiment.is_driven,
+        "held": lease.is_held,
+        "epoch": lease.epoch,
+        "host": holder.get("hostname"),
+        "pid": holder.get("pid"),
+        "remaining": max(lease.remaining, 0.0) if lease.holder is not None else 0.0,
+    }
+
+
+def holder_words(experiment: Experiment) -> str:
+    """Say who drives the experiment; when nobody does, how the last drive ended."""
+    lease, driven = experiment.lease, experiment.is_driven
+    if lease.holder is None:
+        if lease.epoch == 0:
+            return "nobody; it was never driven"
+        ended = experiment.ended
+        return "nobody; the last drive was cut off" if ended is None else f"nobody; the last drive ended: {ended}"
+    who = f"{describe(lease.holder)}, epoch {lease.epoch}"
+    if driven:
+        return f"{who}, for another {lease.remaining:.0f} s unless renewed"
+    why = "is gone" if lease.is_held else "fell silent: its lease has run out"
+    return f"nobody; the last drive was cut off: {who}, {why}"
