@@ -165,15 +165,15 @@ def _checked(
     original = source.folder.location
     count = sum(number >= 0 for (number,) in source.contents.tables["trial"])
     if at_trial is not None:
-        if not isinstance(at_trial, int) or isinstance(at_trial, bool) or not 0 <= at_trial <= count:
-            raise InvalidInput(
-                f"at_trial is {at_trial!r}; it is the number of the first trial that does not come along, from 0 to {count}: "
-                f"{source.identity.name} has {count} trials"
-            )
         if source.spec.population is not None:
             raise InvalidInput(
                 f"{source.identity.name} is a population, whose members go on from each other: it cannot be forked at a trial; "
                 "leave at_trial out, and all of them come along"
+            )
+        if not isinstance(at_trial, int) or isinstance(at_trial, bool) or not 0 <= at_trial <= count:
+            raise InvalidInput(
+                f"at_trial is {at_trial!r}; it is the number of the first trial that does not come along, from 0 to {count}: "
+                f"{source.identity.name} has {count} trials"
             )
     place = absolute(storage) if storage is not None else parent_of(original)
     spec, changed = _changed_spec(source.spec, dated(name, datetime.now().astimezone()), place, changes, options)

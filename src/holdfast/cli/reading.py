@@ -121,7 +121,7 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from holdfast.report.lineage import lineage_lines
+    from holdfast.report.lineage import lineage_lines, origin_words
     from holdfast.report.ranking import Ranking, show_json
     from holdfast.report.tables import summary_json
     from holdfast.storage.leasing import describe
@@ -140,6 +140,9 @@ def _show(options: argparse.Namespace) -> int:
         lease = experiment.lease
         for name in ("name", "id", "status", "path", "epoch"):
             console.print(f"{name + ':':<8} {shown[name]}", markup=False, soft_wrap=True)
+        origin = origin_words(experiment.audit())
+        if origin is not None:
+            console.print(f"{'forked:':<8} from {origin}", markup=False, soft_wrap=True)
         if lease.is_held:
             holder = lease.holder or {}
             words = f"{describe(holder)}, for another {lease.remaining:.0f} s unless renewed"

@@ -146,4 +146,5 @@ def show_json(experiment: Experiment, weights: Mapping[str, float] | None = None
     ranking = Ranking(experiment.trials, experiment.spec, weights, scalarisation)
     search = experiment.spec.search
     engine = {"engine": search.engine, "chosen": search.chosen or None}
-    return {**summary_json(experiment), **engine, **ranking.json()}
+    ancestors = {"ancestors": experiment._opened.folder.identity().ancestors}  # the same package
+    return {**summary_json(experiment), **ancestors, **engine, **ranking.json()}
