@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forking_kit import SPACE, searched, story
 from sqlalchemy import text
 from store_kit import content, create
+from support_forks import SPACE, searched, story
 from upkeep_kit import Shop
 
 import holdfast
-from holdfast import forking
 from holdfast.cli import main
 from holdfast.core import faults
 from holdfast.core.errors import ExperimentExists, ExperimentNotFound, HoldfastError, InvalidInput, SpecError, StorageError
@@ -26,7 +25,7 @@ from holdfast.core.resume import Action, ResumePolicy
 from holdfast.core.trial import Outcome
 from holdfast.experiment import Experiment
 from holdfast.flows import reconcile
-from holdfast.locate import Opened, open_path
+from holdfast.locate import Opened
 from holdfast.storage import inheriting
 from holdfast.storage.checkpoints.manifest import digest_of
 from holdfast.storage.database.attempts import Saved
@@ -34,6 +33,7 @@ from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.engine import Statement
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.reads import Reader
+from holdfast.storage.folder import Folder
 from holdfast.testing.lab import Lab
 from holdfast.testing.saving import flip, manifest_of
 from holdfast.upkeep import collect, verify
@@ -351,7 +351,8 @@ def test_where_links_are_refused_files_are_copied_and_checked(
 
     monkeypatch.setattr(os, "link", refuse)
     bad = next(c.path for c in Experiment(original).checkpoints() if (c.trial, c.step) == (0, 0))
-    flip(next(file for file in (original.folder.path / bad).iterdir() if file.name != "manifest.json"), 99)
+    file = next(file for file in (original.folder.path / bad).iterdir() if file.name != "manifest.json")
+    file.write_bytes(flip(file.read_bytes(), 99))
     with fork(original) as forked:
         states = {(c.trial, c.step): c.status.value for c in forked.checkpoints()}
         assert states.pop((0, 0)) == "corrupt"
@@ -421,7 +422,9 @@ def test_a_full_disk_leaves_nothing(original: Opened, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("point", ["journal.compacted", "fork.linked"])
-def test_a_fork_that_was_cut_off_is_none_and_is_made_anew(original: Opened, point: str) -> None:
+def test_a_fork_that_was_cut_off_is_none_and_is_made_anew(
+    original: Opened, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Cut(BaseException):
         pass
 
@@ -430,15 +433,14 @@ def test_a_fork_that_was_cut_off_is_none_and_is_made_anew(original: Opened, poin
             raise Cut
 
     storage = original.folder.path.parent
-    clear = forking.Folder.clear
     faults.install(hook)
     try:
-        forking.Folder.clear = lambda *_, **__: []  # type: ignore[method-assign,assignment]  # a power failure cleans nothing up
+        monkeypatch.setattr(Folder, "clear", lambda *_, **__: [])  # a power failure cleans nothing up
         with pytest.raises(Cut):
             fork(original, at_trial=4)
     finally:
         faults.install(None)
-        forking.Folder.clear = clear  # type: ignore[method-assign]
+        monkeypatch.undo()
     assert (storage / "fork" / "trials").is_dir()
     with pytest.raises(ExperimentNotFound):
         holdfast.open(storage / "fork")
