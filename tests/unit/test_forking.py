@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,21 +20,23 @@ import holdfast
 from holdfast.cli import main
 from holdfast.core import faults
 from holdfast.core.errors import ExperimentExists, ExperimentNotFound, HoldfastError, InvalidInput, SpecError, StorageError
+from holdfast.core.population import Change
 from holdfast.core.resume import Action, ResumePolicy
 from holdfast.core.trial import Outcome
 from holdfast.experiment import Experiment
 from holdfast.flows import reconcile
 from holdfast.locate import Opened
 from holdfast.storage import inheriting
-from holdfast.storage.checkpoints.manifest import digest_of
-from holdfast.storage.database.attempts import Saved
+from holdfast.storage.database import rebuild
 from holdfast.storage.database.driver import Driver
-from holdfast.storage.database.engine import Statement
+from holdfast.storage.database.engine import Statement, Transaction
 from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import Folder
+from holdfast.storage.journal import Contents
 from holdfast.testing.lab import Lab
-from holdfast.testing.saving import flip, manifest_of
+from holdfast.testing.saving import flip
 from holdfast.upkeep import collect, verify
 
 
@@ -278,10 +279,21 @@ def test_a_population_is_forked_as_a_whole_or_not_at_all(tmp_path: Path) -> None
     population = {"interval": 1, "parameters": ["x"]}
     search = {"engine": "random", "num_trials": 4, "seed": 1}
     with closing(create(tmp_path, population=population, search=search)) as opened:
-        Shop.of(opened)
         with pytest.raises(InvalidInput, match="a population"):
             fork(opened, at_trial=1)
-        fork(opened).close()
+        shop = Shop.of(opened)
+        for number in range(2):
+            shop.save(shop.lab.claim(shop.lab.driver.propose({"x": number / 10})), 0, trial=number)
+        change = Change(trial=1, donor=0, step=0, config={"x": 0.7}, note="exploits", changes={})
+        for number in range(2):
+            shop.lab.end(shop.lab.writer(number), Outcome.PREEMPTED)
+        shop.lab.driver.evolve(0, [change])
+        shop.lab.claim(0)
+        with fork(opened) as forked:
+            assert statuses(forked) == ["RUNNING", "PENDING"], "a restore lets it wait, and knows what was lent"
+            assert [row.from_trial for row in forked.lineage()] == [0]
+            assert plan(forked._opened) == {0: ("resume", 0), 1: ("resume", 0)}
+            assert forked._reader.attempts()[1][2].donor == (0, 1)
 
 
 def test_repeats_that_are_cut_are_proposed_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -505,19 +517,30 @@ def test_the_command(original: Opened, capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(capsys.readouterr().out)["ancestors"] == [original.record.uuid]
 
 
-def test_a_thousand_trials(tmp_path: Path) -> None:
+def test_a_thousand_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the database does not grow with the trials, but for one statement a config."""
     with closing(create(tmp_path, search={"engine": "random", "num_trials": 1000, "seed": 1})) as opened:
         shop = Shop.of(opened)
-        for number in range(1000):
-            writer = shop.lab.claim(shop.lab.driver.propose({"x": number / 1000}))
-            path = f"trials/{number:06d}/checkpoints/step_00000000-a1-0000"
-            folder = opened.folder.path / path
-            folder.mkdir(parents=True)
-            body = manifest_of([], trial=number, attempt=1, step=0).to_bytes()
-            (folder / "manifest.json").write_bytes(body)
-            writer.report(0, {"loss": 1.0}, saved=Saved(path=path, digest=digest_of(body), bytes=len(body)))
-            shop.lab.end(writer, loss=1.0)
-        began = time.monotonic()
+        writer = shop.lab.claim(shop.lab.driver.propose({"x": 0.5}))
+        path = shop.save(writer, 0)
+        shop.lab.end(writer, loss=1.0)
+        contents = Contents()
+        contents.apply(Outbox(opened.database, opened.record.id)(-1))
+        for table in ("trial", "attempt", "report", "checkpoint"):
+            rows = contents.tables[table]
+            for (_, *rest), row in list(rows.items()):
+                for number in range(1, 1000):
+                    place = {"path": path.replace("000000", f"{number:06d}", 1)} if table == "checkpoint" else {}
+                    rows[number, *rest] = {**row, ("number" if table == "trial" else "trial"): number, **place}
+        for number in range(1, 1000):
+            shutil.copytree(opened.folder.path / path, opened.folder.path / path.replace("000000", f"{number:06d}", 1))
+        rebuild.rebuild(opened.database, opened.folder.identity(), contents, epoch=1, detail={"journal": -1})
+        asked: list[object] = []
+        run, many = Transaction.run, Transaction.many
+        monkeypatch.setattr(Transaction, "run", lambda self, *a, **k: asked.append(a) or run(self, *a, **k))
+        monkeypatch.setattr(Transaction, "many", lambda self, *a, **k: asked.append(a) or many(self, *a, **k))
         with fork(opened) as forked:
-            print("seconds:", time.monotonic() - began)
+            monkeypatch.undo()
+            assert len(asked) < 100
             assert len(forked.trials) == len(forked.checkpoints()) == 1000
+            assert not verify(forked._opened, forked.checkpoints()[::100]).bad
