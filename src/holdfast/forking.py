@@ -30,6 +30,7 @@ from holdfast.storage.folder import FORKING, Folder, Identity
 from holdfast.storage.inheriting import Staged, cut, let_go
 from holdfast.storage.journal import COLUMNS, Batch, Contents, JournalWriter
 from holdfast.storage.leasing import describe
+from holdfast.storage.objects import ObjectRoot
 from holdfast.storage.root import LOCK, absolute, is_url, join, parent_of
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,8 @@ def _fork(
 ) -> Opened:
     with _looked_at(reopen, options) as source:
         plan = _checked(source, name, at_trial, storage, database, changes, options)
-    target = folder_at(plan.location, options)
+    there = options if is_url(plan.location) else None
+    target = folder_at(plan.location, there)
     check_storage(plan.spec.model_copy(update={"database": database}))
     _check_free(target, plan)
     made = [part for part in (target.path, *target.path.parents) if not part.exists()] if target.is_local else []
@@ -141,7 +143,7 @@ def _fork(
         _remove_made(made)
         raise
     try:
-        opened = open_path(plan.location, database=database, options=options)
+        opened = open_path(plan.location, database=database, options=there)
     except ExperimentExists:  # another experiment took the name in the database a moment ago
         target.delete()
         raise
@@ -291,6 +293,9 @@ def _staged(reopen: Reopen, target: Folder, plan: _Plan) -> Identity:
     marker = json.dumps({**holder(), "token": secrets.token_hex(8)}).encode() + b"\n"
     if FORKING in target.root.names():
         target.clear(but=(LOCK, FORKING))
+        if isinstance(target.root, ObjectRoot):
+            for name, upload in target.root.unfinished("trials"):
+                target.root.abort(f"trials/{name}", upload)
         names = target.root.names()
         if len(target.leftovers()) < len(names):
             raise ExperimentExists(f"{target.location} holds files that are not holdfast's; choose another name or storage")
@@ -395,8 +400,8 @@ def _rows(source: _Source, identity: Identity, plan: _Plan) -> Batch:
 def _remove_made(made: Sequence[Path]) -> None:
     """Remove the folders that a refused fork made, unless they hold something."""
     for part in made:
-        if part is made[0]:
-            with suppress(OSError):
-                (part / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            if part is made[0] and [entry.name for entry in part.iterdir()] == [LOCK]:
+                (part / LOCK).unlink()
         with suppress(OSError):
             part.rmdir()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 from s3_server import S3
 from support_forks import searched, story
 from support_postgres import Postgres
@@ -85,6 +86,11 @@ def test_on_one_store_the_server_copies(s3: S3, remote: Opened) -> None:
 
 def test_between_places(s3: S3, remote: Opened, tmp_path: Path) -> None:
     """To a local folder, from there to a store, and from one store to another one: bytes come through this process."""
+    filesystem = s3fs.S3FileSystem(**s3.options, skip_instance_cache=True)
+    place, url = remote.folder.location, database(remote)
+    with holdfast.fork(place, "one", storage=str(tmp_path / "one"), filesystem=filesystem, database=url) as forked:
+        assert Path(forked.path) == tmp_path / "one" / "one"
+        assert not verify(forked._opened, forked.checkpoints()).bad
     local = str(tmp_path / "local [ü]")
     with fork(s3, remote, storage=local, at_trial=3, database=database(remote)) as first:
         assert Path(first.path) == tmp_path / "local [ü]" / "fork"

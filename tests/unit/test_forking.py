@@ -284,7 +284,7 @@ def test_a_population_is_forked_as_a_whole_or_not_at_all(tmp_path: Path) -> None
         shop = Shop.of(opened)
         for number in range(2):
             shop.save(shop.lab.claim(shop.lab.driver.propose({"x": number / 10})), 0, trial=number)
-        change = Change(trial=1, donor=0, step=0, config={"x": 0.7}, note="exploits", changes={})
+        change = Change(trial=1, donor=0, step=0, config={"x": 0.7})
         for number in range(2):
             shop.lab.end(shop.lab.writer(number), Outcome.PREEMPTED)
         shop.lab.driver.evolve(0, [change])
@@ -543,4 +543,4 @@ def test_a_thousand_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.undo()
             assert len(asked) < 100
             assert len(forked.trials) == len(forked.checkpoints()) == 1000
-            assert not verify(forked._opened, forked.checkpoints()[::100]).bad
+            assert all((Path(forked.path) / c.path / "manifest.json").stat().st_nlink == 2 for c in forked.checkpoints())
