@@ -154,6 +154,11 @@ class ArrowStore:
         with stream:
             write(stream)
 
+    def copy(self, source: Any, key: str, size: int, *, limit: float) -> None:
+        path = self._path(key)
+        self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+        self._fs.copy_file(source._path(key), path)
+
     def head(self, key: str, *, limit: float) -> tuple[str | None, str | None]:
         return None, None
 

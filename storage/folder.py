@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,10 @@ TRAINABLE = "trainable.pkl"
 LONGEST_LOG = 4 << 20
 """Bytes of an attempt's log that are kept on an object store: its end."""
 _PROBE = ".probe"
-_BY_THE_WAY = (LOCK, _PROBE, TRAINABLE)
-_OWN_IN_TRIAL = re.compile(r"(result-a\d+\.json|log-a\d+\.txt)(\.\d+)?")
+FORKING = ".fork.json"
+"""Who makes a folder that is to be a fork; gone when it is one."""
+_BY_THE_WAY = (LOCK, _PROBE, TRAINABLE, FORKING)
+OWN_IN_TRIAL = re.compile(r"(result-a\d+\.json|log-a\d+\.txt)(\.\d+)?")
 _OWN_CHECKPOINT = re.compile(r"(\.staging-|\.trash-|\.pin-)?step_\d{8,}-a\d+-[0-9a-f]{4,32}")
 _TRIAL_FOLDER = re.compile(r"\d{6,}")
 
@@ -46,6 +48,8 @@ class Identity:
     git_commit: str | None = None
     ancestors: list[str] = field(default_factory=list)
     """UUIDs of the experiments that this one was copied from, the first one last"""
+    forked_from: str | None = None
+    """UUID of the original when it was forked: unlike a copy's, the original's rows in a database are never its own"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,26 +248,33 @@ class Folder:
         """Delete what holdfast wrote, ``experiment.json`` first; return what is left because it is foreign."""
         self.identity()
         self.root.delete(IDENTITY)
+        return self.clear()
+
+    def clear(self, but: Sequence[str] = ()) -> list[str]:
+        """Delete what holdfast wrote into a folder that is no experiment, except the files in ``but``; return what is left."""
+        if self.exists():
+            raise ExperimentExists(f"{self.location} holds an experiment; delete that")
         if not self.is_local:
-            return self._delete_remote()
+            return self._delete_remote(but)
         try:
             for trial in _entries(self.path / "trials", _TRIAL_FOLDER):
                 _delete_trial(trial)
             for name in (JOURNAL, ".prefect"):
                 self.root.delete_folder(name)
             for name in (LEASE, *self.leftovers()):
-                self.root.delete(name)
+                if name not in but:
+                    self.root.delete(name)
             for folder in (self.path / "trials", self.path):
                 _remove_empty(folder)
         except OSError as error:
             raise StorageError(f"{self.location}: {error.strerror or error}; delete the rest by hand") from error
         return sorted(map(str, self.path.rglob("*"))) if self.path.exists() else []
 
-    def _delete_remote(self) -> list[str]:
+    def _delete_remote(self, but: Sequence[str]) -> list[str]:
         for number in self.root.names("trials"):
             if _TRIAL_FOLDER.fullmatch(number):
                 for name in self.root.names(f"trials/{number}"):
-                    if _OWN_IN_TRIAL.fullmatch(name):
+                    if OWN_IN_TRIAL.fullmatch(name):
                         self.root.delete(f"trials/{number}/{name}")
                 for name in self.root.names(f"trials/{number}/checkpoints"):
                     if name.startswith(PIN) and _OWN_CHECKPOINT.fullmatch(name):
@@ -272,7 +283,8 @@ class Folder:
                         self.root.delete_folder(f"trials/{number}/checkpoints/{name}")
         self.root.delete_folder(JOURNAL)
         for name in (LEASE, *self.leftovers()):
-            self.root.delete(name)
+            if name not in but:
+                self.root.delete(name)
         if self.path != Path(self.location):
             shutil.rmtree(self.path, ignore_errors=True)  # where this host worked on it
         return [join(self.location, name) for name in self.root.names()]
@@ -286,6 +298,7 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "spec_source": (str, type(None)),
     "git_commit": (str, type(None)),
     "ancestors": list,
+    "forked_from": (str, type(None)),
 }
 _IDENTITY: dict[str, type | tuple[type, ...]] = {
     "uuid": str,
@@ -315,7 +328,7 @@ def _delete_trial(trial: Path) -> None:
             shutil.rmtree(checkpoint)
         elif checkpoint.name.startswith(PIN):
             checkpoint.unlink()
-    for file in _entries(trial, _OWN_IN_TRIAL):
+    for file in _entries(trial, OWN_IN_TRIAL):
         file.unlink()
     for entry in [*trial.iterdir()] if trial.is_dir() else []:
         if is_draft(entry.name):

@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 STAMP = "holdfast-write"
 """Metadata by which a conditional write is known again when its answer was lost."""
 _AT_ONCE = 16  # requests
+LARGEST_COPY = 5 << 30
+"""Bytes that one request copies at most, as S3 allows; what is larger is copied in parts of this size or less."""
 _LOCAL = {"file", "local"}
 
 
@@ -128,6 +130,10 @@ class Store(Protocol):
         """Write a file as an object."""
         ...
 
+    def copy(self, source: Any, key: str, size: int, *, limit: float) -> None:
+        """Copy an object of ``size`` bytes from the same key of ``source``, a store on the same connection."""
+        ...
+
     def head(self, key: str, *, limit: float) -> tuple[str | None, str | None]:
         """Return an object's metadata STAMP and its ETag."""
         ...
@@ -213,6 +219,28 @@ class S3Store:
 
     def upload(self, file: Path, key: str, *, limit: float) -> None:
         self.put(key, file.read_bytes(), limit=limit)
+
+    def copy(self, source: Any, key: str, size: int, *, limit: float) -> None:
+        place = {"Bucket": source._bucket, "Key": source._key(key)}
+        if size <= LARGEST_COPY:
+            self._run(lambda: self._call("copy_object", key, CopySource=place), limit)
+            return
+        upload = self.begin(key, limit=limit)
+        try:
+            parts = []
+            for number, start in enumerate(range(0, size, LARGEST_COPY), 1):
+                piece = {"CopySource": place, "CopySourceRange": f"bytes={start}-{min(start + LARGEST_COPY, size) - 1}"}
+                found = self._run(lambda: self._copy_part(key, upload, number, piece), limit)  # noqa: B023  # called at once
+                parts.append({"PartNumber": number, "ETag": found["ETag"]})
+            self.complete(key, upload, parts, limit=limit)
+        except BaseException:
+            with suppress(Exception):  # the error that brought us here counts
+                self.abort(key, upload, limit=limit)
+            raise
+
+    async def _copy_part(self, key: str, upload: str, number: int, piece: Mapping[str, Any]) -> Any:
+        answer = await self._call("upload_part_copy", key, UploadId=upload, PartNumber=number, **piece)
+        return answer["CopyPartResult"]
 
     def begin(self, key: str, *, limit: float) -> str:
         return str(self._run(lambda: self._call("create_multipart_upload", key), limit)["UploadId"])
@@ -318,6 +346,9 @@ class AnyStore:
 
     def upload(self, file: Path, key: str, *, limit: float) -> None:
         self._in_folder(key, lambda path: self._fs.put_file(str(file), path))
+
+    def copy(self, source: Any, key: str, size: int, *, limit: float) -> None:
+        self._in_folder(key, lambda path: self._fs.cp_file(source._path(key), path))
 
     def _in_folder(self, key: str, write: Callable[[str], Any]) -> None:
         path = self._path(key)

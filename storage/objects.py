@@ -160,6 +160,18 @@ class ObjectRoot:
         """Write a local file as an object by one request; see :mod:`holdfast.storage.transfers` for big ones."""
         self._move(name, lambda limit: self._store.upload(file, name, limit=limit))
 
+    def is_beside(self, other: ObjectRoot) -> bool:
+        """Tell whether the server can be asked to copy from ``other``: both are reached by the same connection."""
+        return other._connection is self._connection
+
+    def copy_from(self, other: ObjectRoot, name: str, size: int) -> bool:
+        """Let the server copy an object of ``size`` bytes from another place on it; False when there is none."""
+        try:
+            self._move(name, lambda limit: self._store.copy(other._store, name, size, limit=limit))
+        except _Absent:
+            return False
+        return True
+
     @property
     def in_parts(self) -> bool:
         """Whether :meth:`begin` and what follows can be used."""

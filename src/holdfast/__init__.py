@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import can_restore, create, import_experiment, open, restore, search  # holdfast.open
+    from holdfast.api import can_restore, create, fork, import_experiment, open, restore, search  # holdfast.open
     from holdfast.core.checkpoint_config import CheckpointConfig
     from holdfast.core.choices import nested
     from holdfast.core.errors import (
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "holdfast.api": ("search", "restore", "open", "create", "import_experiment", "can_restore"),
+    "holdfast.api": ("search", "restore", "open", "create", "fork", "import_experiment", "can_restore"),
     "holdfast.core.checkpoint_config": ("CheckpointConfig",),
     "holdfast.core.choices": ("nested",),
     "holdfast.core.errors": (
@@ -134,6 +134,7 @@ __all__ = [
     "can_restore",
     "config_at",
     "create",
+    "fork",
     "import_experiment",
     "nested",
     "open",

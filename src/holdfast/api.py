@@ -211,6 +211,40 @@ def open(
     return Experiment(opened)
 
 
+def fork(
+    path: str | Path,
+    name: str,
+    *,
+    at_trial: int | None = None,
+    storage: str | Path | None = None,
+    database: str | None = None,
+    changes: Mapping[str, Json] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    filesystem: Any = None,
+) -> Experiment:
+    """Make a new experiment that starts from the state of the one at ``path``, and return it; ``restore`` runs it.
+
+    Every trial comes along, or with ``at_trial`` those with lower numbers: trial ``at_trial`` is the first that the fork
+    proposes itself. Finished trials stay finished, errored ones keep their errors, what was running or waiting waits. The
+    original is only read, and may be driven meanwhile. ``storage`` is where the fork goes, else beside the original;
+    ``database`` is that of both. ``changes`` are new values such as ``{"search.seed": 2}``; ``storage_options`` and
+    ``filesystem`` are an object store's, as for :func:`restore`.
+
+    Raises InvalidInput, SpecError, ExperimentNotFound and ExperimentExists before anything is made; StorageError leaves
+    nothing of the fork.
+    """
+    from holdfast.forking import fork as make_fork
+
+    path, storage_options = place_on(path, storage_options, filesystem)
+    where = None if storage is None else str(storage)
+    opened = make_fork(
+        path, name, at_trial=at_trial, storage=where, database=database, changes=changes, options=storage_options
+    )
+    for note in opened.notes:
+        log.warning("%s", note)
+    return Experiment(opened)
+
+
 def import_experiment(file: str | Path, *, database: str | None = None) -> str:
     """Write the rows in a file that ``Experiment.export`` wrote into a database; return the experiment's path.
 

@@ -19,6 +19,7 @@ from holdfast.core.space import Space
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Attempt, Trial, TrialStatus
 from holdfast.core.values import Config, Json, Scalar
+from holdfast.forking import fork_of
 from holdfast.locate import Opened
 from holdfast.report.frames import groups_df, history_df, results_df, telemetry_df
 from holdfast.report.lineage import LineageRow, lineage_df, lineage_of
@@ -418,6 +419,10 @@ class Experiment:
         One state of the experiment, also while it is driven; checkpoints and results stay where they are.
         """
         return export(self._opened, Path(file))
+
+    def fork(self, name: str, **how: Any) -> Experiment:
+        """Return a new experiment from the state of this one: at_trial, storage, changes as for :func:`holdfast.fork`."""
+        return Experiment(fork_of(self._opened, name, **how))
 
     def stop(self, *, wait: float = 0.0) -> bool:
         """Ask the driver to save and stop; wait up to ``wait`` seconds. Return whether nobody drives it now.

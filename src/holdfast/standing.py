@@ -210,6 +210,8 @@ def _is_own(database: Database, folder: Folder) -> bool:
 
 def follow_copy(folder: Folder, identity: Identity, database: Database) -> None:
     """Let the rows of a database that was copied along with the whole storage be the copy's."""
+    if identity.ancestors and identity.forked_from == identity.ancestors[0]:
+        return  # the rows are the original's, wherever that is now
     record = by_uuid(database, identity.ancestors[0]) if identity.ancestors else None
     if record is None or by_uuid(database, identity.uuid) is not None:
         return

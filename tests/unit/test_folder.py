@@ -69,7 +69,7 @@ def test_undecodable_files_are_typed_errors(folder: Folder) -> None:
             read()
 
 
-OPTIONAL = ["spec_source", "git_commit", "ancestors"]
+OPTIONAL = ["spec_source", "git_commit", "ancestors", "forked_from"]
 
 
 @pytest.mark.parametrize("name", ["format", *(name for name in Identity.__dataclass_fields__ if name not in OPTIONAL)])

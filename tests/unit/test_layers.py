@@ -21,10 +21,13 @@ MAY_IMPORT = {
     "report": {"core", "storage", "storage.checkpoints", "storage.database"},
     "testing": {"core", "storage", "storage.checkpoints", "storage.database"},
 }
-TOP = {"report", "experiment", "specfile", "settings", "locate", "standing", "transfer", "callables", "upkeep", "result"}
+TOP = {
+    *("report", "experiment", "result", "specfile", "settings", "locate", "standing"),
+    *("transfer", "forking", "callables", "upkeep"),
+}
 MAY_IMPORT |= {name: {"core", "storage", "storage.checkpoints", "storage.database"} | TOP for name in TOP}
 MAY_IMPORT["holding"] = {"core", "locate", "storage", "storage.database", "tasks.workers"}
-MAY_IMPORT["upkeep"] = {*MAY_IMPORT["upkeep"], "holding"}
+MAY_IMPORT |= {name: {*MAY_IMPORT[name], "holding"} for name in ("upkeep", "forking")}
 MAY_IMPORT["settings"] = {"core"}
 MAY_IMPORT["flows"] = {"core", "engines", "tasks", "tasks.workers", *MAY_IMPORT["report"], *TOP, "holding"}
 MAY_IMPORT["deployments"] = {"flows", *MAY_IMPORT["report"]}

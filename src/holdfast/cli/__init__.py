@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from holdfast.cli.checkpoints import add_checkpoints
 from holdfast.cli.common import EXIT_CODES, fail
 from holdfast.cli.databases import add_databases
+from holdfast.cli.forking import add_forking
 from holdfast.cli.managing import add_managing
 from holdfast.cli.queueing import add_queueing
 from holdfast.cli.reading import add_reading
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add_reading(commands)
     add_checkpoints(commands)
     add_managing(commands)
+    add_forking(commands)
     add_transferring(commands)
     add_databases(commands)
     add_queueing(commands)

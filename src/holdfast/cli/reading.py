@@ -123,7 +123,7 @@ def _weights(text: str) -> dict[str, float]:
 
 def _show(options: argparse.Namespace) -> int:
     from holdfast.report.holders import holder_words
-    from holdfast.report.lineage import lineage_lines
+    from holdfast.report.lineage import lineage_lines, origin_words
     from holdfast.report.ranking import Ranking, show_json
     from holdfast.report.tables import summary_json
 
@@ -140,6 +140,9 @@ def _show(options: argparse.Namespace) -> int:
         search = experiment.spec.search
         for name in ("name", "id", "status", "path", "epoch"):
             console.print(f"{name + ':':<8} {shown[name]}", markup=False, soft_wrap=True)
+        origin = origin_words(experiment.audit())
+        if origin is not None:
+            console.print(f"{'forked:':<8} from {origin}", markup=False, soft_wrap=True)
         console.print(f"{'holder:':<8} {holder_words(experiment)}", markup=False, soft_wrap=True)
         console.print(f"{'engine:':<8} {search.chosen or search.engine}", markup=False, soft_wrap=True)
         counts = ", ".join(f"{count} {status}" for status, count in shown["trials"].items())

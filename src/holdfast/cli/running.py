@@ -59,8 +59,8 @@ def add_running(commands: Commands) -> None:
     validate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
 
 
-def _changes(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read ``--set`` of a restore: new values by dotted key."""
+def changes_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``--set`` of a restore or a fork: new values by dotted key."""
     from holdfast.specfile import apply_overrides
 
     found: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def _restore(options: argparse.Namespace) -> int:
         "policy": options.policy,
         "space": None if options.space is None else space_in(options.space),
         "references": references_in(options.references),
-        "changes": _changes(options.set),
+        "changes": changes_of(options.set),
         "new_trials": not options.no_new_trials,
         "force": options.force,
         "database": options.database,

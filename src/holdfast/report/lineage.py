@@ -65,3 +65,9 @@ def lineage_lines(rows: Sequence[LineageRow], *, last: int = 20) -> Iterator[str
     if len(rows) > last:
         yield f"{len(rows) - last} earlier changes are not shown"
     yield from map(str, rows[max(len(rows) - last, 0) :])
+
+
+def origin_words(audit: Sequence[AuditRow]) -> str | None:
+    """Return which experiment, and which trial, an experiment was forked at, or None when it was not."""
+    found = next((row.detail for row in reversed(audit) if row.action == "forked"), None)
+    return None if found is None else f"{found['name']} ({found['from']}) at trial {found['trial']}"

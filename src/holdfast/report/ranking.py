@@ -148,4 +148,5 @@ def show_json(experiment: Experiment, weights: Mapping[str, float] | None = None
     search = experiment.spec.search
     engine = {"engine": search.engine, "chosen": search.chosen or None}
     drive = {"lease": lease_json(experiment), "ended": experiment.ended}
-    return {**summary_json(experiment), **drive, **engine, **ranking.json()}
+    ancestors = {"ancestors": experiment._opened.folder.identity().ancestors}  # the same package
+    return {**summary_json(experiment), **ancestors, **drive, **engine, **ranking.json()}
