@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "report": {"core", "storage", "storage.checkpoints", "storage.database"},
     "testing": {"core", "storage", "storage.checkpoints", "storage.database"},
 }
-TOP = {"report", "experiment", "specfile", "settings", "locate", "standing", "transfer", "callables", "upkeep"}
+TOP = {"report", "experiment", "specfile", "settings", "locate", "standing", "transfer", "callables", "upkeep", "storages"}
 MAY_IMPORT |= {name: {"core", "storage", "storage.checkpoints", "storage.database"} | TOP for name in TOP}
 MAY_IMPORT["holding"] = {"core", "locate", "storage", "storage.database", "tasks.workers"}
 MAY_IMPORT["upkeep"] = {*MAY_IMPORT["upkeep"], "holding"}

@@ -34,6 +34,7 @@ POINTS: dict[str, str] = {
     "journal.written": "the journal holds every row, nobody has been told",
     "journal.compacted": "the journal was written anew as one segment, the old ones are there",
     "search.finished": "every trial ended, the lease is not released",
+    "watch.claimed": "a watcher has claimed a restore, nothing is started",
     "upgrade.backed-up": "a database's backup is in place, its schema is the old one",
     "upgrade.migrated": "the new schema is written, not committed",
     "upgrade.committed": "the new schema is committed, nobody has been told",
