@@ -87,7 +87,7 @@ class Examined:
 
 @dataclass(frozen=True, kw_only=True)
 class Claimed:
-    """A restore that is ours to carry out; to be closed."""
+    """A restore that is ours to carry out; what is open is closed once it has been started."""
 
     examined: Examined
     opened: Opened

@@ -14,6 +14,7 @@ from holdfast.core.recovery import ENDED, STARTED, Verdict
 from holdfast.core.values import Json
 from holdfast.flows.abandoned import GONE, UNREADABLE, Claimed, Examined, Places, Row, claim, gave_up, survey
 from holdfast.flows.launching import Launcher, Restoring, alive, end_all
+from holdfast.locate import open_path
 from holdfast.storage.database import requests
 
 RECOVERING_EVENT = "holdfast.experiment.recovering"
@@ -139,8 +140,7 @@ class Watch:
             self._replace(row, replace(row, result=f"not started: {error}"))
             self._around.warn(f"{row.name}: the restore was not started: {error}")
         finally:
-            if restoring is None or not self._launcher.awaits:
-                found.opened.close()
+            found.opened.close()  # an idle connection to a file that another process writes to is in its way
         if restoring is not None and self._launcher.awaits:
             self._running.append(_Running(found, restoring, row))
         elif restoring is not None:
@@ -159,6 +159,14 @@ class Watch:
         with suppress(HoldfastError):
             requests.note(claimed.opened.database, claimed.opened.record.id, action, told)
 
+    def _note_later(self, claimed: Claimed, action: str, detail: dict[str, Json]) -> None:
+        with suppress(HoldfastError, OSError):
+            opened = open_path(claimed.examined.row.path, database=self._places.database, options=self._places.options)
+            try:
+                self._note(replace(claimed, opened=opened), action, detail)
+            finally:
+                opened.close()
+
     def _pass_on(self, one: _Running) -> None:
         while lines := one.restoring.lines():
             for line in lines:
@@ -169,8 +177,7 @@ class Watch:
         detail: dict[str, Json] = {"code": code, "cause": one.row.cause}
         if passed_on:
             detail["passed_on"] = True
-        self._note(one.claimed, ENDED, detail)
-        one.claimed.opened.close()
+        self._note_later(one.claimed, ENDED, detail)
         words = "restored" if code in (0, 1) else f"cut off: exit code {code}"
         self._replace(one.row, replace(one.row, result=words, next=None))
         (self._around.say if code in (0, 1) else self._around.warn)(f"{one.row.name}: {words}")

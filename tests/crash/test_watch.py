@@ -7,11 +7,17 @@ import shutil
 import signal
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
 from support import DIED, Lab, MakeLab, executed, starts
+
+from holdfast.cli import main
+from holdfast.flows.abandoned import Claimed, Places, Row
+from holdfast.flows.launching import Restoring
+from holdfast.flows.watching import Surroundings, Watch
 
 
 def watch(lab: Lab, *arguments: object, code: int | None = 0, **options: Any) -> dict[str, Any]:
@@ -23,6 +29,20 @@ def watch(lab: Lab, *arguments: object, code: int | None = 0, **options: Any) ->
 def json_of(output: str) -> str:
     """Return the JSON object in an output that has other lines before it."""
     return output[output.index("{\n") :]
+
+
+def look(lab: Lab) -> dict[str, Row]:
+    """Look as ``watch`` does, in this process, where a restore must not be due; return the rows by experiment."""
+    places = Places(storages=(str(lab.folder / "runs"),))
+    found = Watch(places, NoRestores(), Surroundings(say=str, warn=str)).look()
+    return {row.name: row for row in found}
+
+
+class NoRestores:
+    awaits = True
+
+    def start(self, claimed: Claimed) -> Restoring:
+        raise AssertionError(f"{claimed.examined.row} was to be left alone")
 
 
 def actions(lab: Lab, name: str = "exp") -> list[str]:
@@ -84,15 +104,10 @@ KILLER = """\
 steady = train
 
 
-def kills(number):
-    if number == 1:
-        return not (HERE / "orders" / "spare").exists()
-    met = HERE / "orders" / f"met-{{number}}"
-    return number > 1 and not met.exists() and not met.touch()
-
-
 def train(trial):
-    if kills(trial.number):
+    met = HERE / "orders" / "met"
+    if trial.number == 2 or (trial.number == 1 and not met.exists()):
+        met.touch()
         os.kill(os.getppid(), 9)
         time.sleep(3600)
     steady(trial)
@@ -100,31 +115,29 @@ def train(trial):
 
 
 def test_a_search_that_dies_each_time_is_given_up_and_one_that_gets_on_is_not(lab: Lab) -> None:
+    """The first restore gets trial 1 done, so that two more are made."""
     file = lab.folder / "train.py"
     file.write_text(KILLER.format(rest=file.read_text()))
     recovery = {"max_restores": 2, "delay": 0.02, "max_delay": 0.03}
-    lab.run("run", lab.spec(name="killer", recovery=recovery), code=DIED)
-    restores = 0
-    while (seen := watch(lab, code=None)["killer"])["verdict"] in ("waits", "restore"):
+    lab.run("run", lab.spec(name="killer", search={"num_trials": 3}, recovery=recovery), code=DIED)
+    restores = []
+    while (seen := watch(lab, code=None)["killer"])["verdict"] != "gave up":
+        assert seen["verdict"] in ("waits", "restore")
         if seen["verdict"] == "restore":
-            assert (seen["restores"], seen["result"]) == (restores, "cut off: exit code 137"), seen
-            restores += 1
-    assert (restores, seen["verdict"]) == (2, "gave up")
+            assert seen["result"] == "cut off: exit code 137"
+            restores.append(seen["restores"])
+    assert restores == [0, 0, 1]
+    assert "2 restores in a row got nothing done" in seen["why"]
+    assert f"holdfast restore {lab.path('killer')}" in seen["why"]
+    again = look(lab)["killer"]
+    assert (again.verdict, again.why) == ("gave up", seen["why"])
     with lab.open("killer") as experiment:
-        first, second = (row.detail["at"] for row in experiment.audit() if row.action == "recovering")
-    assert second - first >= 0.02
-    ended = lab.run("watch", lab.folder / "runs", code=1)
-    assert "2 restores in a row got nothing done" in ended.output
-    assert f"holdfast restore {lab.path('killer')}" in ended.output
-    assert actions(lab, "killer").count("recovery gave up") == 1
-    assert not starts(lab.log(), 1)
-    assert [run["state_type"] for run in flow_runs(lab, "killer")] == ["CRASHED"] * 3
-    # A person restores it: trial 1 gets through now, and whatever gets on is restored as often as it takes.
-    (lab.folder / "orders" / "spare").touch()
-    lab.run("restore", lab.path("killer"), code=DIED)
-    assert watch(lab, code=1)["killer"]["restores"] == 0
-    assert watch(lab)["killer"]["result"] == "restored"
-    assert lab.statuses("killer") == ["COMPLETED"] * 4
+        rows = experiment.audit()
+    assert [row.action for row in rows].count("recovery gave up") == 1
+    claims = [row.detail["at"] for row in rows if row.action == "recovering"]
+    assert claims[2] - claims[1] >= 0.02
+    assert lab.statuses("killer") == ["COMPLETED", "COMPLETED", "RUNNING"]
+    assert [run["state_type"] for run in flow_runs(lab, "killer")] == ["CRASHED"] * 4
 
 
 def flow_runs(lab: Lab, name: str) -> list[dict[str, Any]]:
@@ -150,22 +163,22 @@ def test_who_lives_or_was_ended_by_a_person_is_left_alone(lab: Lab) -> None:
     search = lab.start("run", lab.spec())
     lab.until_logged("hold", 1, 1, search)
     rows = actions(lab)
-    assert "drives it" in watch(lab)["exp"]["why"]
+    assert "drives it" in look(lab)["exp"].why
     search.signal(signal.SIGSTOP)
     statements(lab, f"UPDATE experiment SET lease_expires = {NOW} - 100")
-    assert "suspended" in watch(lab)["exp"]["why"]
+    assert "suspended" in look(lab)["exp"].why
     search.signal(signal.SIGCONT)
     search.signal(signal.SIGINT)
     order.unlink()
     assert search.wait().code == 130
-    assert watch(lab)["exp"]["why"] == "interrupted: SIGINT"
+    assert look(lab)["exp"].why == "interrupted: SIGINT"
     assert [action for action in actions(lab) if action not in rows] == []
     # The same, ended by SIGTERM: only if its own settings say so.
     statements(lab, "UPDATE experiment SET ended = 'interrupted: SIGTERM'")
-    assert "recovery.after names lost" in watch(lab)["exp"]["why"]
+    assert "recovery.after names lost" in look(lab)["exp"].why
     for ended in ("stopped on request", "completed: all done"):
         statements(lab, f"UPDATE experiment SET ended = '{ended}'")
-        assert watch(lab)["exp"] | {"why": ended, "verdict": "left alone"} == watch(lab)["exp"]
+        assert (look(lab)["exp"].verdict, look(lab)["exp"].why) == ("left alone", ended)
     assert actions(lab) == rows
     statements(lab, "UPDATE experiment SET ended = 'interrupted: SIGTERM'")
     set_recovery(lab, after=["terminated"])
@@ -182,7 +195,7 @@ def test_another_hosts_lease_is_waited_for_by_the_databases_clock(lab: Lab) -> N
     held = f"UPDATE experiment SET holder = '{json.dumps(holder)}', lease_expires = {NOW}"
     statements(lab, f"{held} + 3600")
     rows = actions(lab)
-    assert "elsewhere" in watch(lab)["exp"]["why"]
+    assert "elsewhere" in look(lab)["exp"].why
     assert actions(lab) == rows
     statements(lab, f"{held} - 1")
     assert watch(lab)["exp"]["result"] == "restored"
@@ -199,12 +212,10 @@ def test_a_lost_database_and_broken_neighbours_do_not_stop_it(lab: Lab) -> None:
     for database in runs.glob("holdfast.db*"):
         database.unlink()
     before = lab.tree(runs)
-    found = watch(lab, "--dry-run", code=4)
-    assert {name: row["verdict"] for name, row in found.items()} == {
-        "broken": "unreadable",
-        "copy": "left alone",
-        "exp": "restore",
-    }
+    watching = Watch(Places(storages=(str(runs),)), NoRestores(), Surroundings(say=str, warn=str), dry_run=True)
+    verdicts = {row.name: row.verdict for row in watching.look()}
+    assert verdicts == {"broken": "unreadable", "copy": "left alone", "exp": "restore"}
+    assert watching.exit_code() == 4
     assert lab.tree(runs) == before
     ended = lab.run("watch", lab.folder / "nowhere", runs, "--json", code=4)
     found = {row["name"]: row for row in json.loads(json_of(ended.output))["experiments"]}
@@ -239,9 +250,13 @@ def test_a_watch_that_is_ended_ends_its_restores_and_the_next_one_goes_on(lab: L
         (["--at-once", "0"], "at_once is 0"),
         (["--every", "0"], "number of seconds above 0"),
         (["--storage-option", "x"], "KEY=VALUE"),
+        ([""], "name at least one folder"),
     ],
 )
-def test_bad_input_is_refused(lab: Lab, arguments: list[str], words: str) -> None:
-    ended = lab.light("watch", lab.folder, *arguments)
-    assert ended.code == 2
-    assert words in ended.output
+def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    try:
+        code = main(["watch", str(tmp_path), *arguments])
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert (code, words in capsys.readouterr().err) == (2, True)
+    assert not list(tmp_path.iterdir())

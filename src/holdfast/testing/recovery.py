@@ -141,7 +141,7 @@ class RecoveryContract:
     def test_a_look_takes_as_many_statements_for_many_trials_as_for_few(
         self, lab: Lab, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        counts = []
+        counts: list[int] = []
         told = Statement.text
 
         def counted(statement: Statement, dialect: Any) -> Any:
