@@ -12,7 +12,7 @@ from prefect.runtime import flow_run
 from holdfast.core.resume import ResumePolicy
 from holdfast.flows.prepare import RestoreRequest, prepare_restore
 from holdfast.flows.search import drive, nothing_left, watcher_here
-from holdfast.flows.session import prepared
+from holdfast.flows.session import prepared_session
 
 
 def _run_name() -> str:
@@ -41,7 +41,7 @@ def restore(
         storage_options: An object store's, such as its endpoint; no credentials, because Prefect keeps parameters.
     """
     watcher = watcher_here()
-    session = prepared.get()
+    session = prepared_session()
     if session is None:
         policy = ResumePolicy.from_flags(
             resume_unfinished=resume_unfinished, resume_errored=resume_errored, restart_errored=restart_errored

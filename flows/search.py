@@ -20,7 +20,7 @@ from holdfast.experiment import SearchResult, result_of
 from holdfast.flows.driver import Drive
 from holdfast.flows.prefect_runs import close_dead_runs
 from holdfast.flows.prepare import Restored, checked_spec, prepare_search
-from holdfast.flows.session import Session, prepared
+from holdfast.flows.session import Session, prepared, prepared_session
 from holdfast.report.observer import Observer, RunLog, Together, watching
 from holdfast.specfile import ExperimentSpec
 from holdfast.storage.database.engine import Database
@@ -43,7 +43,7 @@ def search(spec: ExperimentSpec | str, overrides: list[str] | None = None) -> St
         overrides: Changes to a spec from a file, such as search.seed=1.
     """
     watcher = watcher_here()
-    session = prepared.get()
+    session = prepared_session()
     if session is None:
         checked, origin = checked_spec(spec, overrides or ())
         restored = prepare_search(checked, watcher, origin)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from holdfast.core.errors import EngineError, HoldfastError, Infrastructure, SpecError
+from holdfast.core.errors import Contention, EngineError, HoldfastError, Infrastructure, SpecError
 from holdfast.core.recovery import ENDED, STARTED, Verdict
 from holdfast.core.values import Json
 from holdfast.flows.abandoned import GONE, UNREADABLE, Claimed, Examined, Places, Row, claim, gave_up, survey
@@ -179,6 +179,7 @@ class Watch:
             detail["passed_on"] = True
         self._note_later(one.claimed, ENDED, detail)
         words = "restored" if code in (0, 1) else f"cut off: exit code {code}"
+        words = "somebody else drives it" if code == Contention.exit_code else words
         self._replace(one.row, replace(one.row, result=words, next=None))
         (self._around.say if code in (0, 1) else self._around.warn)(f"{one.row.name}: {words}")
 

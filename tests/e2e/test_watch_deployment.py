@@ -63,7 +63,8 @@ def served(lab: Lab) -> Iterator[Lab]:
 
 def test_a_deployment_restores_once_for_a_crash_however_often_it_is_watched(served: Lab) -> None:
     lab = served
-    lab.run("run", lab.spec(name="handed", search={"num_trials": 2}), fault="checkpoint.committed:4", code=DIED)
+    spec = lab.spec(name="handed", search={"num_trials": 2}, recovery={"delay": 3600})
+    lab.run("run", spec, fault="checkpoint.committed:4", code=DIED)
     found = []
     for _ in range(3):
         ended = lab.python(WATCH, lab.folder / "runs")
