@@ -13,7 +13,7 @@ from holdfast.flows.prefect_runs import wish_behind
 from holdfast.flows.prepare import prepare_restore
 from holdfast.flows.requesting import request_of
 from holdfast.flows.search import drive, nothing_left, watcher_here
-from holdfast.flows.session import prepared
+from holdfast.flows.session import prepared_session
 from holdfast.flows.signals import explained
 
 
@@ -53,7 +53,7 @@ def restore(
             parameters: leave that to HOLDFAST_DATABASE_URL, or to what the database's own client reads.
     """
     watcher = watcher_here()
-    session = prepared.get()
+    session = prepared_session()
     if session is None:
         request = request_of(
             path,

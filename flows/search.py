@@ -29,7 +29,7 @@ from holdfast.flows.prefect_runs import (
     wish_behind,
 )
 from holdfast.flows.prepare import Restored, checked_spec, prepare_search
-from holdfast.flows.session import Session, prepared
+from holdfast.flows.session import Session, prepared, prepared_session
 from holdfast.flows.signals import explained, raised, why
 from holdfast.report.observer import Observer, RunLog, Together, watching
 from holdfast.result import SearchResult, result_of
@@ -54,7 +54,7 @@ def search(spec: ExperimentSpec | str, overrides: list[str] | None = None) -> St
         overrides: Changes to a spec from a file, such as search.seed=1.
     """
     watcher = watcher_here()
-    session = prepared.get()
+    session = prepared_session()
     if session is None:
         checked, origin = checked_spec(spec, overrides or ())
         with explained(wish_behind):

@@ -68,6 +68,11 @@ prepared: ContextVar[Session | None] = ContextVar("holdfast_session", default=No
 """The session that the caller of a flow in this process has prepared for it."""
 
 
+def prepared_session() -> Session | None:
+    """Return the session that the caller prepared; flows ask by this function, since Prefect cannot pickle the variable."""
+    return prepared.get()
+
+
 def make_pool(spec: ExperimentSpec) -> WorkerPool | None:
     """Return the worker processes of a spec, none started yet; None with ``isolation: inline``."""
     if spec.execution.isolation == "inline":

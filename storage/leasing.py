@@ -292,7 +292,7 @@ def take(
             epoch=lease.epoch,
             holder=claimant.holder,
             action=action,
-            detail={**detail, "token": lease.token},
+            detail={**detail, "token": lease.token, "uuid": uuid},
             drives=claimant.drives,
         )
         try:

@@ -42,6 +42,11 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def environment_of_a_restore(**changes: str) -> dict[str, str]:
+    """Return the environment of a search that this process starts: without what Prefect tells this flow run of itself."""
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}, **changes}
+
+
 def visible_gpus(*, needed: int) -> list[str]:
     """Return the devices that this process may use; SpecError when there are fewer than ``needed``."""
     from holdfast.core.errors import SpecError

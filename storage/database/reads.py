@@ -360,11 +360,6 @@ class Reader:
             for row in self._fetch(_AUDIT)
         ]
 
-    def driving(self, *, before: int = ALL) -> str | None:
-        """Return the id of the last Prefect flow run that drove in an epoch below ``before``, or None."""
-        rows = self._fetch(_DRIVING, before=before)
-        return str(json.loads(rows[0][0])["flow_run_id"]) if rows else None
-
     def drives(self, uuid: str, *, before: int = ALL) -> list[Drove]:
         """Return which flow runs drove the experiment ``uuid`` in epochs below ``before``, newest first.
 

@@ -17,6 +17,7 @@ from holdfast.cli.queueing import add_queueing
 from holdfast.cli.reading import add_reading
 from holdfast.cli.running import add_running
 from holdfast.cli.transferring import add_transferring
+from holdfast.cli.watching import add_watching
 from holdfast.core.errors import HoldfastError, Infrastructure
 
 
@@ -74,4 +75,5 @@ def _parser() -> argparse.ArgumentParser:
     add_transferring(commands)
     add_databases(commands)
     add_queueing(commands)
+    add_watching(commands)
     return parser

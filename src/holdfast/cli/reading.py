@@ -53,12 +53,13 @@ def _list(options: argparse.Namespace) -> int:
     from holdfast.report.ranking import show_json
     from holdfast.report.tables import summary_json
     from holdfast.storage.root import absolute, is_url, name_of
+    from holdfast.storages import experiments_of
 
     storage, choices = absolute(options.storage), storage_options(options)
     if options.database is None and not is_url(storage) and not Path(storage).is_dir():
         raise SpecError(f"storage {storage} does not exist; name one: `holdfast list STORAGE`")
     rows = []
-    for path, known in _experiments(storage, options.database, choices).items():
+    for path, known in experiments_of(storage, options.database, choices).items():
         try:
             with Experiment(open_path(path, database=options.database, readonly=True, options=choices)) as experiment:
                 rows.append(show_json(experiment) if options.json else summary_json(experiment))
@@ -69,25 +70,6 @@ def _list(options: argparse.Namespace) -> int:
     else:
         _print_list(rows, storage)
     return 0
-
-
-def _experiments(storage: str, database: str | None, choices: dict[str, Any] | None) -> dict[str, str | None]:
-    """Return the paths of all experiments of a storage or a database, and the UUID of those that the database knows."""
-    from holdfast.locate import database_url, folder_at
-    from holdfast.storage.database.experiments import every, open_database
-    from holdfast.storage.root import join, name_of
-
-    inside = [join(storage, name) for name in folder_at(storage, choices).root.names()]
-    inside = [path for path in inside if folder_at(path, choices).exists()]
-    url = database_url(storage, database)
-    found: dict[str, str | None] = {}
-    if isinstance(url, str) or Path(str(url.database)).exists():
-        with_database = open_database(url, readonly=True)
-        for record in every(with_database):
-            beside = join(storage, name_of(record.location))
-            found[beside if beside in inside else record.location] = record.uuid
-        with_database.close()
-    return found | {path: found.get(path) for path in inside}
 
 
 def _print_list(rows: Sequence[dict[str, Any]], storage: str) -> None:

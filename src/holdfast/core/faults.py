@@ -36,6 +36,7 @@ POINTS: dict[str, str] = {
     "search.finished": "every trial ended, the lease is not released",
     "fork.linked": "a fork's files and journal are there, experiment.json is not",
     "fork.identified": "a fork is an experiment, no database knows it",
+    "watch.claimed": "a watcher has claimed a restore, nothing is started",
     "upgrade.backed-up": "a database's backup is in place, its schema is the old one",
     "upgrade.migrated": "the new schema is written, not committed",
     "upgrade.committed": "the new schema is committed, nobody has been told",

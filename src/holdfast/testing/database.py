@@ -43,6 +43,7 @@ from holdfast.testing.lab import FAILED, TYPED, Lab, dump, same
 from holdfast.testing.populations import PopulationContract
 from holdfast.testing.queueing import QueueContract
 from holdfast.testing.racing import Racers, url_of
+from holdfast.testing.recovery import RecoveryContract
 from holdfast.testing.samples import sample_spec
 from holdfast.testing.upkeep import UpkeepContract
 
@@ -53,7 +54,7 @@ def sorted_by_key(metrics: Metrics | None) -> Metrics | None:
     return None if metrics is None else dict(sorted(metrics.items()))
 
 
-class DatabaseContract(AttemptContract, PopulationContract, QueueContract, UpkeepContract):
+class DatabaseContract(AttemptContract, PopulationContract, QueueContract, RecoveryContract, UpkeepContract):
     """What every database keeps. Give the fixture ``database``."""
 
     @pytest.fixture(scope="class")

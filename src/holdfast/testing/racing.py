@@ -12,11 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from holdfast.core.errors import CheckpointConflict, CheckpointNotFound, HoldfastError
-from holdfast.storage.database import queueing, requests
+from holdfast.core.errors import AlreadyClaimed, CheckpointConflict, CheckpointNotFound, HoldfastError, LeaseHeld
+from holdfast.storage.database import queueing, recovering, requests
 from holdfast.storage.database.attempts import AttemptWriter, Saved
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.engine import Database, connect
+from holdfast.storage.database.leases import Leases
 from holdfast.storage.folder import Folder
 from holdfast.storage.leasing import Claimant, take
 
@@ -105,6 +106,30 @@ def claim(url: str, experiment: int, epoch: int, attempts: list[int], token: str
         return won
 
     return run
+
+
+def claim_restores(url: str, experiment: int, epoch: int, gone: dict[str, Any], attempts: list[int]) -> Run:
+    """Claim restores of a search that was cut off; return those that were won."""
+    database = connect(url)
+
+    def run() -> list[int]:
+        won = []
+        for attempt in attempts:
+            with suppress(AlreadyClaimed, LeaseHeld):
+                recovering.claim(database, experiment, epoch=epoch, attempt=attempt, gone=gone, detail={})
+                won.append(attempt)
+        return won
+
+    return run
+
+
+def claim_or_take(claims: dict[str, Any] | None = None, take: dict[str, Any] | None = None) -> Run:
+    """Claim restores, or take the lease as a restore does."""
+    if claims is not None:
+        return claim_restores(**claims)
+    assert take is not None
+    leases, seen = Leases(connect(take["url"]), take["experiment"]), int(take["seen"])
+    return lambda: leases.take(seen=seen, epoch=seen + 1, holder={"pid": 2}, action="restored", detail={"token": "t"})
 
 
 def pin(url: str, experiment: int, trial: int, steps: list[int]) -> Run:

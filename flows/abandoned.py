@@ -1,0 +1,279 @@
+"""Finding searches that were cut off, and claiming their restores. Nothing here imports Prefect."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from holdfast import standing
+from holdfast.core import faults
+from holdfast.core.errors import Contention, ExperimentNotFound, HoldfastError, SpecError
+from holdfast.core.failure_section import Cause, RecoverySection
+from holdfast.core.recovery import Decision, Situation, Verdict, is_under_way, judge, own_notes
+from holdfast.core.trial import Attempt
+from holdfast.core.values import Json
+from holdfast.holding import holder, liveness
+from holdfast.locate import Opened, folder_at, open_path
+from holdfast.report.observer import restore_command
+from holdfast.storage.database import recovering
+from holdfast.storage.database.reads import Drove, Reader
+from holdfast.storage.database.recovering import Known
+from holdfast.storage.leasing import describe
+from holdfast.storage.root import absolute, is_url, name_of, parent_of
+from holdfast.storages import experiments_of, paths_in
+
+UNREADABLE = "unreadable"
+GONE = "gone"
+
+SKEW_SECONDS = 120.0
+"""By how much the clock of another host, which wrote a lease's end into a path, may differ from ours."""
+
+Alive = Callable[[Mapping[str, Any]], bool | None]
+"""Judges who carries a restore out, a process or a flow run; None when it cannot be seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where to look."""
+
+    storages: tuple[str, ...]
+    database: str | None = field(default=None, repr=False)
+    options: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.storages or not all(self.storages):
+            raise SpecError(f"storages is {list(self.storages)!r}; name at least one folder or URL that holds experiments")
+
+
+@dataclass(kw_only=True)
+class Row:
+    """What a watcher says of one experiment."""
+
+    path: str
+    name: str
+    id: str | None = None
+    verdict: str = UNREADABLE
+    why: str = ""
+    cause: Cause | None = None
+    restores: int = 0
+    """restores in a row so far that got nothing done"""
+    next: float | None = None
+    """when it is restored next, in seconds since 1970"""
+    command: str | None = None
+    """what restores it by hand"""
+    result: str | None = None
+    """what became of the restore of this watch"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """An experiment as it was found, and what is to be done with it."""
+
+    row: Row
+    decision: Decision
+    epoch: int
+    gone: dict[str, Any] | None
+    """the holder of the lease, known to be dead"""
+    recovery: RecoverySection
+    runs: tuple[Attempt, ...] = ()
+    """attempts that are open though nobody drives"""
+    drives: tuple[Drove, ...] = ()
+    """the flow runs that drove, the last one first"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claimed:
+    """A restore that is ours to carry out; what is open is closed once it has been started."""
+
+    examined: Examined
+    opened: Opened
+    attempt: int
+
+    @property
+    def key(self) -> str:
+        """What names this restore, and no other."""
+        return f"holdfast-{self.opened.record.uuid}-{self.examined.epoch}-{self.attempt}"
+
+
+def survey(places: Places, alive: Alive) -> Iterator[tuple[Row, Examined | None]]:
+    """Yield every experiment of the storages; what cannot be read is a row that says why."""
+    seen: set[str] = set()
+    for given in places.storages:
+        storage = absolute(given)
+        try:
+            if not is_url(storage) and not Path(storage).is_dir():
+                raise SpecError(f"storage {storage} does not exist")
+            try:
+                found = list(experiments_of(storage, places.database, places.options))
+            except HoldfastError:
+                found = paths_in(storage, places.options)  # each says by itself what is wrong with the database
+        except (HoldfastError, OSError) as error:
+            yield Row(path=storage, name=name_of(storage), why=_said(error)), None
+            continue
+        for path in found:
+            # A database may know experiments of other storages, which may be on other hosts.
+            if parent_of(path) == storage and path not in seen:
+                seen.add(path)
+                yield examine(path, places, alive)
+
+
+def examine(path: str, places: Places, alive: Alive) -> tuple[Row, Examined | None]:
+    """Look at one experiment; nothing is written."""
+    row = Row(path=path, name=name_of(path))
+    try:
+        folder = folder_at(path, places.options)
+        original = standing.original_of(folder, folder.identity(), places.options)
+        if original is not None:
+            return replace(row, verdict=Verdict.LEFT.value, why=f"a copy of {original.location} that nobody drove"), None
+        opened = open_path(path, database=places.database, readonly=True, options=places.options)
+        try:
+            found = _examined(row, opened, alive)
+        finally:
+            opened.close()
+        return found.row, found
+    except ExperimentNotFound as error:
+        return replace(row, verdict=GONE, why=_said(error)), None
+    except (HoldfastError, OSError) as error:
+        return replace(row, why=_said(error)), None
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _examined(row: Row, opened: Opened, alive: Alive) -> Examined:
+    recovery = opened.spec.recovery
+    known = recovering.look(
+        opened.database,
+        opened.record.id,
+        restarts=recovery.unfinished == "restart",
+        reruns_errored=recovery.errored != "skip",
+    )
+    driver = _driver(opened, known)
+    notes = own_notes(known.notes, opened.record.uuid)
+    budget = opened.spec.search.num_trials
+    decision = judge(
+        Situation(
+            epoch=known.epoch,
+            driver=driver,
+            ended=known.ended,
+            stop_requested=known.stop_requested,
+            unfinished=known.unfinished,
+            errored=known.errored,
+            can_propose=budget is None or sum(known.counts.values()) < budget,
+            notes=notes,
+            progress=known.progress,
+            under_way=is_under_way(notes, known.epoch, known.now, alive),
+            now=known.now,
+        ),
+        recovery,
+    )
+    command = restore_command(opened) if decision.cause is not None else None
+    if decision.verdict is Verdict.GAVE_UP:
+        decision = replace(decision, why=f"{decision.why}; see to the cause, then `{command}`")
+    shown = replace(
+        row,
+        name=opened.record.name,
+        id=opened.record.uuid,
+        verdict=decision.verdict.value,
+        why=decision.why,
+        cause=decision.cause,
+        restores=decision.restores,
+        next=decision.at,
+        command=command,
+    )
+    cut_off = decision.cause is not None
+    return Examined(
+        row=shown,
+        decision=decision,
+        epoch=known.epoch,
+        gone=known.holder,
+        recovery=recovery,
+        runs=tuple(recovering.open_runs(opened.database, opened.record.id)) if cut_off else (),
+        drives=tuple(Reader(opened.database, opened.record.id).drives(opened.record.uuid)) if cut_off else (),
+    )
+
+
+def _driver(opened: Opened, known: Known) -> str | None:
+    """Say who drives an experiment, or may do so; None when it is certain that nobody does."""
+    if known.holder is not None:
+        alive = liveness(known.holder)
+        if alive or (alive is None and known.remaining > 0):
+            suspended = bool(alive) and known.remaining <= 0
+            return f"{describe(known.holder)} {'does not answer, and is there: is it suspended?' if suspended else 'drives it'}"
+    lease = standing.own_lease(opened.folder, opened.folder.identity())
+    if lease is None or lease.holder is None:
+        return None
+    if opened.scratch is None and opened.copied_at is None and lease.epoch <= known.epoch:
+        return None  # the database that it is driven with has spoken
+    alive = liveness(lease.holder)
+    if alive or (alive is None and lease.expires + SKEW_SECONDS > time.time()):
+        return f"{describe(lease.holder)} drives it with {lease.database}, or did so a moment ago"
+    return None
+
+
+def claim(examined: Examined, places: Places, alive: Alive) -> Claimed | Row:
+    """Claim the restore of an experiment; return a row instead when there is none to be had any more.
+
+    It is looked at once more, in the database that is written to. Whoever gets a claim closes it.
+    """
+    row = examined.row
+    try:
+        opened = open_path(row.path, database=places.database, options=places.options)
+    except (HoldfastError, OSError) as error:
+        return replace(row, verdict=UNREADABLE, why=_said(error), next=None)
+    outcome: Claimed | Row | None = None
+    try:
+        now = _examined(row, opened, alive)
+        outcome = _claimed(now, opened) if now.decision.verdict is Verdict.RESTORE else now.row
+    except (HoldfastError, OSError) as error:
+        outcome = replace(row, verdict=UNREADABLE, why=_said(error), next=None)
+    finally:
+        if not isinstance(outcome, Claimed):
+            opened.close()
+    return outcome
+
+
+def _claimed(now: Examined, opened: Opened) -> Claimed | Row:
+    decision = now.decision
+    detail: dict[str, Json] = {"cause": decision.cause, "restores": decision.restores, "by": holder()}
+    try:
+        recovering.claim(
+            opened.database, opened.record.id, epoch=now.epoch, attempt=decision.attempt, gone=now.gone, detail=detail
+        )
+    except Contention as error:
+        return replace(now.row, verdict=Verdict.UNDER_WAY.value, why=_said(error), next=None)
+    faults.point("watch.claimed")
+    return Claimed(examined=now, opened=opened, attempt=decision.attempt)
+
+
+def gave_up(examined: Examined, places: Places) -> bool:
+    """Note in the audit, once for a crash, that an experiment is not restored any more; tell whether this call did."""
+    opened = open_path(examined.row.path, database=places.database, options=places.options)
+    try:
+        detail: dict[str, Json] = {"why": examined.decision.why, "restores": examined.decision.restores}
+        return recovering.give_up(opened.database, opened.record.id, epoch=examined.epoch, detail=detail)
+    finally:
+        opened.close()
+
+
+def restore_words(claimed: Claimed, options: Mapping[str, Any] | None) -> list[str]:
+    """Return the arguments of ``holdfast restore`` that restore an experiment by its own policy."""
+    recovery = claimed.examined.recovery
+    words = ["restore", claimed.examined.row.path]
+    if recovery.unfinished != "resume":
+        words += ["--policy", policy_words(recovery)]
+    elif recovery.errored != "skip":
+        words.append(f"--{recovery.errored}-errored")
+    for key, value in (options or {}).items():
+        words += ["--storage-option", f"{key}={json.dumps(value)}"]
+    return words
+
+
+def policy_words(recovery: RecoverySection) -> str:
+    """Return a policy as the command line takes it."""
+    return f"unfinished={recovery.unfinished},errored={recovery.errored}"

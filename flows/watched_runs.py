@@ -1,0 +1,73 @@
+"""What a watch has to do with Prefect: restores by a deployment, runs of dead processes, events."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import suppress
+from typing import Any, cast
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.events import emit_event
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
+
+from holdfast.core.errors import EngineError
+from holdfast.flows.abandoned import Examined, Row
+from holdfast.flows.prefect_runs import DeadRuns, close_dead_runs
+
+_UNREACHED = (PrefectHTTPStatusError, httpx.HTTPError)
+
+
+def has_api() -> bool:
+    """Tell whether there is an API to ask: one that Prefect's settings name, or that of the flow run that this is called in."""
+    return bool(PREFECT_API_URL.value()) or flow_run.id is not None
+
+
+def run_restore(deployment: str, parameters: dict[str, Any], key: str) -> str:
+    """Let a deployment of the flow ``restore`` run, once for each ``key``; return the flow run's id.
+
+    EngineError when there is no such deployment, or its flow does not take the parameters.
+    """
+    try:
+        if not has_api():
+            raise ValueError("Prefect's settings name no API: set PREFECT_API_URL")
+        run = run_deployment(deployment, parameters=parameters, timeout=0, idempotency_key=key, as_subflow=False)
+    except (ObjectNotFound, *_UNREACHED, ValueError) as error:
+        raise EngineError(
+            f"deployment {deployment!r} cannot be run ({error}); `prefect deployment ls` lists them: name one of the flow "
+            "restore, as restore/NAME, or name none: restores then run where the watch runs"
+        ) from error
+    return str(cast(FlowRun, run).id)
+
+
+def is_open(run: str) -> bool | None:
+    """Tell whether a flow run is not in a final state yet; None when no API answers. One that the API lost is not."""
+    if not has_api():
+        return None
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(uuid.UUID(run)).state
+    except ObjectNotFound:
+        return False
+    except _UNREACHED:
+        return None
+    return state is None or not state.is_final()
+
+
+def close_runs(examined: Examined) -> None:
+    """Put the runs of a dead process into a final state though its experiment is not restored now."""
+    if not examined.drives or not is_open(examined.drives[0].flow_run):
+        return  # closed already, or another API's
+    close_dead_runs(DeadRuns(examined.drives, examined.runs, "its process died; its experiment can be restored"))
+
+
+def emit(event: str, row: Row) -> None:
+    """Send an event about an experiment; a failure stops nothing."""
+    resource = {"prefect.resource.id": f"holdfast.experiment.{row.id}", "prefect.resource.name": row.name}
+    payload = {"path": row.path, "cause": row.cause, "why": row.why, "restores": row.restores}
+    with suppress(Exception):  # an event is words about what is stored
+        emit_event(event=event, resource=resource, payload=payload)
