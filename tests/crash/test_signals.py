@@ -281,7 +281,7 @@ def test_an_api_that_is_away_delays_nothing(make_lab: MakeLab) -> None:
     finally:
         server.stop()
     began = time.monotonic()
-    run.signal(signal.SIGINT)
-    assert run.wait().code == 130, run.output
+    run.signal(signal.SIGTERM)
+    assert run.wait().code == 143, run.output
     assert time.monotonic() - began < 30, run.output
-    assert record(lab, "away") == ("interrupted", "interrupted: SIGINT")
+    assert record(lab, "away") == ("interrupted", "interrupted: SIGTERM")
