@@ -195,20 +195,3 @@ def test_a_suspended_flow_run_is_resumed(make_lab: MakeLab, worker: Worker) -> N
     search.view.ask("POST", f"/flow_runs/{search.run}/resume", {})
     search.ends_well()
     assert search.view.flows() == ["COMPLETED"]
-
-
-def test_a_search_outlives_its_worker_and_can_still_be_cancelled(
-    make_lab: MakeLab, tmp_path: Path, server_environment: dict[str, str]
-) -> None:
-    """SIGTERM to the worker ends the worker alone; nobody is left to pass a cancellation on, so the search looks for it."""
-    leaving = Worker.start("leaving", tmp_path, server_environment)
-    try:
-        search = Deployed.begin(make_lab, leaving, "worker-leaves")
-        leaving.process.send_signal(signal.SIGTERM)
-        search.until(lambda: leaving.process.poll() is not None)
-        search.view.set_flow("CANCELLING")
-        search.until_ended("CANCELLED", "stopped", "stopped: cancelled in Prefect")
-        search.view.until_tasks({"trial-0#1": PREEMPTED})
-        assert [one.step for one in search.lab.checkpoints(0, search.name)][-1] == executed(search.lab.log(), 0)[-1]
-    finally:
-        leaving.stop()
