@@ -27,7 +27,7 @@ from holdfast.flows.prepare import (
 from holdfast.flows.requesting import request_of
 from holdfast.flows.server import EmbeddedServer
 from holdfast.flows.session import Session, prepared
-from holdfast.flows.signals import raised, why
+from holdfast.flows.signals import Terminated, raised, why
 from holdfast.holding import is_driven_by_path
 from holdfast.locate import find
 from holdfast.report.observer import Observer, restore_command, watching
@@ -298,7 +298,11 @@ def _called(flow: Flow[..., Any], arguments: dict[str, Any], session: Session, w
     try:
         return flow(**arguments, return_state=True)
     except Exception as error:
-        if session.error is not None or isinstance(error, HoldfastError):
+        if isinstance(number := getattr(session.error, "signal", None), int):  # Prefect's, which it could not finish with
+            raise Terminated(number) from None
+        if session.error is not None:  # what interrupted the search counts, not that Prefect could not be told
+            raise session.error from None
+        if isinstance(error, HoldfastError):
             raise
         words = f"{type(error).__name__}: {error}"
         if watcher.result is not None:

@@ -236,21 +236,18 @@ class TestInPrefect:
 
 class TestDeadRuns:
     def test_runs_of_a_killed_search_are_closed(self, lab: Lab) -> None:
-        """Also where no attempt had been claimed; the third drive closes what the second one did not come to."""
+        """Also where no attempt had been claimed; the third drive closes what the second one left, and did not come to."""
         name = "killed"
-        hold = lab.order("hold", 1, 0)
-        run = lab.start("run", lab.spec(name=name, search={"num_trials": 3}))
         view = View(lab, name)
-        lab.until(lambda: view.tasks().get("trial-1#1") == "RUNNING Running", run)
-        run.kill()
-        lab.run("restore", lab.path(name), fault="proposal.committed", code=None)
-        hold.unlink()
+        lab.run("run", lab.spec(name=name, search={"num_trials": 2}), fault="proposal.committed", code=DIED)
+        assert view.flows() == ["RUNNING"]
+        lab.run("restore", lab.path(name), fault="attempt.claimed", code=DIED)
         lab.run("restore", lab.path(name))
-        assert lab.statuses(name) == ["COMPLETED"] * 3
-        assert view.flows()[0] == "CRASHED"
-        assert view.flows()[-1] == "COMPLETED"
-        lab.until(lambda: not {"RUNNING", "PENDING"} & {state.split()[0] for state in view.tasks().values()})
-        assert view.tasks()["trial-1#1"] == "CRASHED Crashed"
+        assert lab.statuses(name) == ["COMPLETED"] * 2
+        assert view.flows() == ["CRASHED", "CRASHED", "COMPLETED"]
+        # What a killed process had not sent, the server never knows: the second drive's task run may be missing.
+        done = {"trial-0#2": DONE, "trial-1#1": DONE}
+        lab.until(lambda: view.tasks() in (done, {**done, "trial-0#1": "CRASHED Crashed"}))
 
     def test_a_copy_does_not_touch_the_runs_of_a_living_original(self, lab: Lab) -> None:
         name = "original"
@@ -284,7 +281,7 @@ def test_an_api_that_is_away_delays_nothing(make_lab: MakeLab) -> None:
     finally:
         server.stop()
     began = time.monotonic()
-    run.signal(signal.SIGINT)
-    assert run.wait().code == 130, run.output
+    run.signal(signal.SIGTERM)
+    assert run.wait().code == 143, run.output
     assert time.monotonic() - began < 30, run.output
-    assert record(lab, "away") == ("interrupted", "interrupted: SIGINT")
+    assert record(lab, "away") == ("interrupted", "interrupted: SIGTERM")

@@ -103,7 +103,8 @@ SCRIPT = textwrap.dedent(
             assert ids == [0, 1, 2, 3] and all(set(config) == {"x"} for config in configs)
             assert experiment.load(last_trial_id=2).ids == [3]
             assert len(experiment.history_df()) == 12
-            assert [row.action for row in experiment.audit()] == ["created", "started", "restored", "changed"]
+            actions = [row.action for row in experiment.audit()]
+            assert actions == ["created", "started", "driving", "restored", "changed", "driving"]
 
         assert not holdfast.can_restore(folder)
         try:
