@@ -27,15 +27,17 @@ from holdfast.tasks.workers.messages import Decision
 class Survey:
     """Stored trials with what their files say; reads only."""
 
-    def __init__(self, reader: Reader, folder: Folder, policy: ResumePolicy, spec: ExperimentSpec) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        folder: Folder,
+        policy: ResumePolicy,
+        spec: ExperimentSpec,
+        trials: Sequence[Trial] | None = None,
+    ) -> None:
         self._folder = folder
         self._policy = policy
-        self.trials = reader.trials()
-        self.attempts = reader.attempts()
-        self._checkpoints: dict[int, list[Checkpoint]] = {}
-        for checkpoint in reader.checkpoints():
-            self._checkpoints.setdefault(checkpoint.trial, []).append(checkpoint)
-        self._borrowed = reader.borrowed()
+        self.trials = reader.trials() if trials is None else trials
         self._cancelled = reader.cancel_requests()
         self._decisions = reader.last_decisions()
         self._reader, self._rules = reader, make(spec.stopping, spec.goals)
@@ -46,7 +48,29 @@ class Survey:
 
     def plan(self) -> list[Planned]:
         """Return what a restore does with each trial."""
-        return [plan_trial(self._standing(trial), self._policy) for trial in self.trials]
+        return [self._planned(trial) for trial in self.trials]
+
+    @cached_property
+    def _range(self) -> dict[str, int]:
+        """The first and the last trial of which more than its row can matter: only of those is the rest read."""
+        resumed = {status for status in TrialStatus if self._policy.resumes(status)} | {TrialStatus.RUNNING}
+        numbers = [trial.number for trial in self.trials if trial.status in resumed]
+        return {"first": min(numbers, default=0), "last": max(numbers, default=-1)}
+
+    @cached_property
+    def _attempts(self) -> dict[int, dict[int, Attempt]]:
+        return self._reader.attempts(**self._range)
+
+    @cached_property
+    def _checkpoints(self) -> dict[int, list[Checkpoint]]:
+        found: dict[int, list[Checkpoint]] = {}
+        for checkpoint in self._reader.checkpoints(**self._range):
+            found.setdefault(checkpoint.trial, []).append(checkpoint)
+        return found
+
+    @cached_property
+    def _borrowed(self) -> dict[int, dict[int, Checkpoint]]:
+        return self._reader.borrowed(**self._range)
 
     def valid_paths(self, trial: int) -> set[str]:
         """Return the paths of a trial's checkpoints that count, or are kept as they are."""
@@ -56,7 +80,7 @@ class Survey:
             if checkpoint.status is not CheckpointStatus.DELETED
         }
 
-    def _standing(self, trial: Trial) -> Standing:
+    def _planned(self, trial: Trial) -> Planned:
         persisted = decided = None
         if trial.status in ACTIVE and trial.number in self._cancelled:
             decided = Outcome.CANCELLED
@@ -66,15 +90,16 @@ class Survey:
                 decided = Outcome.PRUNED
         probe = plan_trial(Standing(trial=trial, persisted=persisted, decided=decided), self._policy)
         if probe.action is not Action.RESUME:
-            return Standing(trial=trial, persisted=persisted, decided=decided)
+            return probe
         found, reasons = self._newest(trial)
-        return Standing(
+        standing = Standing(
             trial=trial,
             checkpoint=None if found is None else (found.attempt, found.step),
             donor=None if found is None or found.trial == trial.number else found.trial,
             rejected=tuple(reasons),
             decided=decided,
         )
+        return plan_trial(standing, self._policy)
 
     def is_pruned(self, trial: Trial) -> bool:
         """Tell whether a stopping rule ended a trial with the last report of its open attempt.
@@ -99,7 +124,7 @@ class Survey:
         check = store.verify if self._folder.is_local else store.fetch  # what is read there is here for the worker, too
         reasons = []
         known, borrowed = self._checkpoints.get(trial.number, []), self._borrowed.get(trial.number)
-        candidates = eligible(trial.attempt.number, self.attempts[trial.number], known, borrowed)
+        candidates = eligible(trial.attempt.number, self._attempts[trial.number], known, borrowed)
         for candidate in candidates:
             try:
                 check(
@@ -175,7 +200,7 @@ def _joined(*notes: str) -> str:
 def apply(session: Session, plan: Sequence[Planned]) -> None:
     """Carry the plan out: trials to be run wait afterwards, trials to be left out are SKIPPED."""
     rows = session.reader.trial_ids()
-    current = {trial.number: trial for trial in session.reader.trials()}
+    current = {trial.number: trial for trial in session.followed.own()}
     skipped = []
     for planned in plan:
         trial = current[planned.trial]

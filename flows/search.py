@@ -84,7 +84,7 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
             raise
         raise session.error from error
     fast = reason.endswith("fail_fast is set")
-    result = result_of(session.opened, reason, fast_failed=fast)
+    result = result_of(session.opened, reason, fast_failed=fast, trials=session.followed.own())
     session.close()
     watcher.ended(result)
     return _state(result)
@@ -119,7 +119,7 @@ def _interrupted(session: Session, error: BaseException, watcher: Observer) -> N
     try:
         session.keeper.release(f"interrupted: {why}")
         _last_words(session)
-        result = result_of(session.opened, f"interrupted: {why}")
+        result = result_of(session.opened, f"interrupted: {why}", trials=session.followed.own())
     except HoldfastError:
         return  # somebody else holds it now, or the database is gone: there is nothing that we may write
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -476,10 +476,12 @@ def _ended(reader: Reader, spec: ExperimentSpec) -> tuple[int, ...]:
     return tuple(number for number, _ in reader.ended_since(0)) if len(spec.objectives) > 1 else ()
 
 
-def result_of(opened: Opened, reason: str, *, fast_failed: bool = False) -> SearchResult:
-    """Read the result of an experiment as it stands."""
+def result_of(
+    opened: Opened, reason: str, *, fast_failed: bool = False, trials: Sequence[Trial] | None = None
+) -> SearchResult:
+    """Return the result of an experiment as it stands; ``trials`` are its own as the caller has read them."""
     reader, spec = Reader(opened.database, opened.record.id), opened.spec
-    trials = reader.trials()
+    trials = reader.trials() if trials is None else list(trials)
     return SearchResult(
         name=opened.record.name,
         path=opened.folder.place,

@@ -46,6 +46,11 @@ class ResumePolicy:
         errored = Rerun.RESUME if resume_errored else Rerun.RESTART if restart_errored else Rerun.SKIP
         return cls(unfinished=Rerun.RESUME if resume_unfinished else Rerun.SKIP, errored=errored)
 
+    def resumes(self, status: TrialStatus) -> bool:
+        """Tell whether a trial of a status may go on from a checkpoint."""
+        wanted = self.unfinished if status in UNFINISHED else self.errored if status in ERRORED else self.finished
+        return wanted is Rerun.RESUME
+
 
 class Action(StrEnum):
     """What a restore does with one trial."""
