@@ -1,7 +1,7 @@
 """What a restore costs as a whole process, from start to exit, however many trials have finished; beside Ray Tune.
 
-Each arm is ``python -m holdfast.cli restore PATH`` as a child, of an experiment of N finished trials (4 parameters, a report and
-a final record of 2 metrics each) and one to resume: it was killed by SIGKILL right after its first checkpoint, and has one
+Each arm is ``python -m holdfast.cli restore PATH`` as a child, of an experiment of N finished trials (4 parameters, a report
+and a final record of 2 metrics each) and one to resume: it was killed by SIGKILL right after its first checkpoint, and has one
 step left. Database, journal and persisted results are there; a restore reads the results of unfinished trials only. The N
 trials are written through the store's own API; the one to resume is a real one of a real search.
 
@@ -311,7 +311,9 @@ def table(found: dict[str, list[Cost]], sizes: list[int]) -> Iterator[str]:
                 continue
             walls = sorted(cost.wall for cost in costs)
             ratio = median(rays, "wall") / statistics.median(walls) if rays else None
-            target = next((known.get(trials) for place, known in TARGETS.items() if name == f"{trials:,} random, {place}"), None)
+            target = next(
+                (known.get(trials) for place, known in TARGETS.items() if name == f"{trials:,} random, {place}"), None
+            )
             verdict = "" if target is None or ratio is None else "kept" if ratio >= target else "MISSED"
             yield (
                 f"| {name} | {statistics.median(walls):.2f} | {walls[0]:.2f} to {walls[-1]:.2f} | {median(costs, 'cpu'):.2f} "

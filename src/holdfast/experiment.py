@@ -476,9 +476,7 @@ def _ended(reader: Reader, spec: ExperimentSpec) -> tuple[int, ...]:
     return tuple(number for number, _ in reader.ended_since(0)) if len(spec.objectives) > 1 else ()
 
 
-def result_of(
-    opened: Opened, reason: str, *, fast_failed: bool = False, trials: Sequence[Trial] | None = None
-) -> SearchResult:
+def result_of(opened: Opened, reason: str, *, fast_failed: bool = False, trials: Sequence[Trial] | None = None) -> SearchResult:
     """Return the result of an experiment as it stands; ``trials`` are its own as the caller has read them."""
     reader, spec = Reader(opened.database, opened.record.id), opened.spec
     trials = reader.trials() if trials is None else list(trials)

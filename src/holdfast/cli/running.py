@@ -65,7 +65,6 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    gc.disable()  # see _collector
     from holdfast import api
 
     storage_options(options)  # what is no pair is refused under its own name
@@ -74,7 +73,6 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _restore(options: argparse.Namespace) -> int:
-    gc.disable()  # see _collector
     from holdfast import api
 
     arguments: dict[str, Any] = {
@@ -97,8 +95,8 @@ def _restore(options: argparse.Namespace) -> int:
 def _collector() -> Any:
     """Return an observer that lets Python look for garbage from the moment when trials start.
 
-    What is imported and read before that stays until the process ends; to look through it again and again takes a quarter of the
-    start. This process is ours, so nobody else's garbage waits.
+    What is imported and read before that stays until the process ends; to look through it again and again takes a quarter of
+    the start. This process is ours, so nobody else's garbage waits.
     """
     from holdfast.report.observer import Observer
 
@@ -130,12 +128,14 @@ def _driven(options: argparse.Namespace, call: Any) -> int:
     hush_prefect()
     console = Console(stderr=True, highlight=False) if options.json else terminal()
     progress = Progress(console)
+    gc.disable()  # see _collector
     try:
         with json_alone(options):
             result = call(Together(progress, _collector()))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
+        gc.enable()
         progress.close()
     if options.json:
         from holdfast.report.tables import trial_json
