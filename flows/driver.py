@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -88,7 +88,7 @@ class Drive:
         try:
             self._states = self._session.reader.states()
             self._runtime.learn()
-            self._refresh(fresh=False)
+            self._take_in(self._session.followed.look(), fresh=False)
             self._wishes.start(lambda: list(self._inflight))
             pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=self._session.spec.search.max_concurrent)
             with ExitStack() as stack:
@@ -254,10 +254,13 @@ class Drive:
         pruned = self._session.reader.last_decisions().get(stored.attempt.id) == Decision.PRUNE
         self._driver.end(stored.attempt.id, Ending(outcome=Outcome.PRUNED if pruned else Outcome.CRASHED, error=info))
 
-    def _refresh(self, *, fresh: bool = True) -> None:
+    def _refresh(self) -> None:
         """Take in every row that changed."""
+        self._take_in(self._session.reader.trials(since=self._seq, first=-ALL), fresh=True)
+
+    def _take_in(self, trials: Sequence[Trial], *, fresh: bool) -> None:
         inflight = set(self._inflight.values())
-        for trial in self._session.reader.trials(since=self._seq, first=-ALL):
+        for trial in trials:
             self._seq = max(self._seq, trial.seq)
             if trial.number < 0:
                 self._learn(trial)

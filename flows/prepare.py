@@ -47,6 +47,7 @@ from holdfast.locate import (
 )
 from holdfast.report.observer import Observer
 from holdfast.storage.database import experiments, requests
+from holdfast.storage.database.following import Followed
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.leasing import describe
@@ -236,6 +237,8 @@ class Restored:
     opened: Opened
     plan: Sequence[Planned]
     session: Session | None
+    trials: Sequence[Trial] = ()
+    """where nothing is left to do: the experiment's own, as they stand"""
 
 
 def changed_spec(opened: Opened, request: RestoreRequest) -> tuple[ExperimentSpec, dict[str, Json]]:
@@ -288,7 +291,8 @@ def plan_restore(request: RestoreRequest) -> tuple[Opened, list[Planned]]:
     """Return what a restore would do; changes nothing, whoever drives the experiment."""
     opened = open_path(request.path, database=request.database, options=request.storage_options, readonly=True)
     spec, _ = changed_spec(opened, request)
-    survey = reconcile.Survey(Reader(opened.database, opened.record.id), opened.folder, request.policy, spec)
+    reader = Reader(opened.database, opened.record.id)
+    survey = reconcile.Survey(reader, opened.folder, request.policy, spec)
     return replace(opened, spec=spec), survey.plan()
 
 
@@ -310,14 +314,15 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
     for note in opened.notes:
         observer.say(note)
     reader = Reader(opened.database, opened.record.id)
-    survey = reconcile.Survey(reader, opened.folder, request.policy, opened.spec)
+    followed = Followed(reader)
+    survey = reconcile.Survey(reader, opened.folder, request.policy, opened.spec, followed.own())
     plan = survey.plan()
     if not changes and not request.force and not work_left(spec, survey.trials, plan, opened, request.new_trials):
         _refuse_held(opened)
         requests.note(opened.database, opened.record.id, "restored", {"trials": 0})
         observer.opened(opened, restored=True)
         observer.planned(plan)
-        return Restored(opened=opened, plan=plan, session=None)
+        return Restored(opened=opened, plan=plan, session=None, trials=survey.trials)
     check_storage(spec.model_copy(update={"database": request.database or spec.database}))
     _refuse_held(opened, force=request.force)
     factory.check(spec, workdir=opened.record.workdir)
@@ -330,7 +335,7 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
             raise
         raise TrainableError(f"{error}; if it is elsewhere now, say where: --trainable FILE.py:FUNCTION") from error
     try:
-        session = _take_over(opened, pool, request, changes, observer)
+        session = _take_over(opened, pool, request, changes, observer, followed)
     except BaseException:
         if pool is not None:
             pool.close()
@@ -339,17 +344,22 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
 
 
 def _take_over(
-    opened: Opened, pool: WorkerPool | None, request: RestoreRequest, changes: dict[str, Json], observer: Observer
+    opened: Opened,
+    pool: WorkerPool | None,
+    request: RestoreRequest,
+    changes: dict[str, Json],
+    observer: Observer,
+    followed: Followed,
 ) -> Session:
     detail = {"policy": {name: str(value) for name, value in vars(request.policy).items()}, "force": request.force}
-    session = begin(opened, pool, observer, action="restored", detail=detail, force=request.force)
+    session = begin(opened, pool, observer, action="restored", detail=detail, force=request.force, followed=followed)
     try:
         faults.point("restore.lease-taken")
         observer.opened(opened, restored=True)
         reader = session.reader
-        dead = reconcile.open_attempts(reader.trials())
+        dead = reconcile.open_attempts(followed.own())
         end_children(dead)
-        survey = reconcile.Survey(reader, opened.folder, request.policy, opened.spec)
+        survey = reconcile.Survey(reader, opened.folder, request.policy, opened.spec, followed.own())
         plan = survey.plan()
         session.driver.set_code(
             trainable_digest=code_digest(opened.spec), workdir=opened.record.workdir, location=opened.folder.location

@@ -33,15 +33,17 @@ _ITS_OWN = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 class Survey:
     """Stored trials with what their files say; reads only."""
 
-    def __init__(self, reader: Reader, folder: Folder, policy: ResumePolicy, spec: ExperimentSpec) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        folder: Folder,
+        policy: ResumePolicy,
+        spec: ExperimentSpec,
+        trials: Sequence[Trial] | None = None,
+    ) -> None:
         self._folder = folder
         self._policy = policy
-        self.trials = reader.trials()
-        self.attempts = reader.attempts()
-        self._checkpoints: dict[int, list[Checkpoint]] = {}
-        for checkpoint in reader.checkpoints():
-            self._checkpoints.setdefault(checkpoint.trial, []).append(checkpoint)
-        self._borrowed = reader.borrowed()
+        self.trials = reader.trials() if trials is None else trials
         self._cancelled = reader.cancel_requests()
         self._decisions = reader.last_decisions()
         self._steps = canonical_steps(reader, policy)
@@ -55,7 +57,29 @@ class Survey:
 
     def plan(self) -> list[Planned]:
         """Return what a restore does with each trial."""
-        return [plan_trial(self._standing(trial), self._policy) for trial in self.trials]
+        return [self._planned(trial) for trial in self.trials]
+
+    @cached_property
+    def _range(self) -> dict[str, int]:
+        """The first and the last trial of which more than its row can matter: only of those is the rest read."""
+        resumed = {status for status in TrialStatus if self._policy.resumes(status)} | {TrialStatus.RUNNING}
+        numbers = [trial.number for trial in self.trials if trial.status in resumed]
+        return {"first": min(numbers, default=0), "last": max(numbers, default=-1)}
+
+    @cached_property
+    def _attempts(self) -> dict[int, dict[int, Attempt]]:
+        return self._reader.attempts(**self._range)
+
+    @cached_property
+    def _checkpoints(self) -> dict[int, list[Checkpoint]]:
+        found: dict[int, list[Checkpoint]] = {}
+        for checkpoint in self._reader.checkpoints(**self._range):
+            found.setdefault(checkpoint.trial, []).append(checkpoint)
+        return found
+
+    @cached_property
+    def _borrowed(self) -> dict[int, dict[int, Checkpoint]]:
+        return self._reader.borrowed(**self._range)
 
     def valid_paths(self, trial: int) -> set[str]:
         """Return the paths of a trial's checkpoints that count, or are kept as they are."""
@@ -65,7 +89,7 @@ class Survey:
             if checkpoint.status is not CheckpointStatus.DELETED
         }
 
-    def _standing(self, trial: Trial) -> Standing:
+    def _planned(self, trial: Trial) -> Planned:
         persisted, decided = None, None
         if trial.status in ACTIVE and trial.number in self._cancelled:
             decided = Outcome.CANCELLED
@@ -74,20 +98,21 @@ class Survey:
                 persisted = persisted_outcome(self._folder, trial)
                 if self.is_pruned(trial):
                     decided = Outcome.PRUNED
-            probe = plan_trial(Standing(trial=trial, persisted=persisted, decided=decided), self._policy)
+            reported = self._steps.get(trial.number, ())
+            probe = plan_trial(Standing(trial=trial, persisted=persisted, decided=decided, reported=reported), self._policy)
             if trial.status is TrialStatus.RUNNING or probe.action not in (Action.KEEP, Action.SKIP):
                 self._check_folders(trial.number)
-            reported = self._steps.get(trial.number, ())
             if probe.action is not Action.RESUME:
-                return Standing(trial=trial, persisted=persisted, decided=decided, reported=reported)
+                return probe
             found, reasons = self._newest(trial)
         except StorageError as error:  # no damage: what cannot be read now may be intact, so nothing is begun anew
             code = error.errno if error.errno is not None else getattr(error.__cause__, "errno", None)
             if code not in _ITS_OWN:
                 raise
             self.unusable[trial.number] = (error.strerror or str(error)).partition(";")[0]
-            return Standing(trial=trial, persisted=persisted, decided=decided, unusable=self.unusable[trial.number])
-        return Standing(
+            unusable = Standing(trial=trial, persisted=persisted, decided=decided, unusable=self.unusable[trial.number])
+            return plan_trial(unusable, self._policy)
+        standing = Standing(
             trial=trial,
             checkpoint=None if found is None else (found.attempt, found.step),
             donor=None if found is None or found.trial == trial.number else found.trial,
@@ -95,6 +120,7 @@ class Survey:
             decided=decided,
             reported=reported,
         )
+        return plan_trial(standing, self._policy)
 
     def _check_folders(self, trial: int) -> None:
         """Raise StorageError when a trial's folders are there and cannot be used."""
@@ -129,7 +155,7 @@ class Survey:
         check = store.verify if self._folder.is_local else store.fetch  # what is read there is here for the worker, too
         reasons = []
         known, borrowed = self._checkpoints.get(trial.number, []), self._borrowed.get(trial.number)
-        candidates = eligible(trial.attempt.number, self.attempts[trial.number], known, borrowed)
+        candidates = eligible(trial.attempt.number, self._attempts[trial.number], known, borrowed)
         for candidate in candidates:
             try:
                 check(
@@ -206,7 +232,7 @@ def _joined(*notes: str) -> str:
 def apply(session: Session, plan: Sequence[Planned]) -> None:
     """Carry the plan out: trials to be run wait afterwards, trials to be left out are SKIPPED."""
     rows = session.reader.trial_ids()
-    current = {trial.number: trial for trial in session.reader.trials()}
+    current = {trial.number: trial for trial in session.followed.own()}
     skipped = []
     for planned in plan:
         trial = current[planned.trial]

@@ -109,7 +109,7 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
         if reason.startswith("stopped"):
             hasten(wishes)
         fast = reason.endswith("fail_fast is set")
-        result = result_of(session.opened, reason, fast_failed=fast, plan=session.plan)
+        result = result_of(session.opened, reason, fast_failed=fast, plan=session.plan, trials=session.followed.own())
         session.close()
         watcher.ended(result)
     if session.stuck:
@@ -161,7 +161,7 @@ def _interrupted(session: Session, error: BaseException, watcher: Observer) -> N
     try:
         session.keeper.release(reason)
         _last_words(session)
-        result = result_of(session.opened, reason, plan=session.plan)
+        result = result_of(session.opened, reason, plan=session.plan, trials=session.followed.own())
     except HoldfastError:
         return  # somebody else holds it now, or the database is gone: there is nothing that we may write
     finally:

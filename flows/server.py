@@ -8,6 +8,7 @@ rest of the program still does.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -147,12 +148,16 @@ def main() -> None:
     sys.stdout.write(f"{listener.getsockname()[1]}\n")
     sys.stdout.flush()
 
+    gc.disable()  # until everything is imported, which stays: to look through it for garbage takes a quarter of the start
     import uvicorn
     from prefect.server.api.server import create_app
 
     if not template.exists():
         _make_template(folder / "prefect.db", template)
-    config = uvicorn.Config(create_app(), log_level="error", lifespan="on", access_log=False)
+    app = create_app()
+    gc.freeze()
+    gc.enable()
+    config = uvicorn.Config(app, log_level="error", lifespan="on", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
 
 

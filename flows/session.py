@@ -18,6 +18,7 @@ from holdfast.report.observer import Observer
 from holdfast.settings import visible_gpus
 from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Driver
+from holdfast.storage.database.following import Followed
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
@@ -38,6 +39,7 @@ class Session:
     keeper: Keeper
     driver: Driver
     reader: Reader
+    followed: Followed
     runtime: Runtime
     journal: JournalWriter
     new_trials: bool = True
@@ -110,9 +112,16 @@ def _end_suspended(opened: Opened, observer: Observer) -> None:
 
 
 def begin(
-    opened: Opened, pool: WorkerPool | None, observer: Observer, *, action: str, detail: dict[str, Json], force: bool = False
+    opened: Opened,
+    pool: WorkerPool | None,
+    observer: Observer,
+    *,
+    action: str,
+    detail: dict[str, Json],
+    force: bool = False,
+    followed: Followed | None = None,
 ) -> Session:
-    """Take the lease of an opened experiment and start to renew it."""
+    """Take the lease of an opened experiment and start to renew it; ``followed`` are its trials as they were seen before."""
     if force:
         _end_suspended(opened, observer)
     claimant = Claimant(holder=holder(), liveness=liveness, say=observer.say, force=force)
@@ -149,4 +158,12 @@ def begin(
     )
     keeper.start(lambda: runtime.order(Decision.KILL))
     driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=opened.record.seed)
-    return Session(opened=opened, keeper=keeper, driver=driver, reader=reader, runtime=runtime, journal=writer)
+    return Session(
+        opened=opened,
+        keeper=keeper,
+        driver=driver,
+        reader=reader,
+        followed=followed or Followed(reader),
+        runtime=runtime,
+        journal=writer,
+    )

@@ -94,7 +94,7 @@ class Watch:
             return
         if verdict is Verdict.RESTORE:
             self._due.append((row, examined))
-        elif examined.flow is not None:
+        elif examined.drives:
             with suppress(HoldfastError):
                 self._around.close_runs(examined)
 

@@ -264,7 +264,7 @@ def _finish(restored: Restored, watcher: _Recorder, server: EmbeddedServer, *, r
     """Drive what is left to do, if there is anything; return the result."""
     if restored.session is not None:
         return _drive(restored.session, watcher, server, restoring=restoring)
-    result = result_of(restored.opened, "nothing is left to do", plan=restored.plan)
+    result = result_of(restored.opened, "nothing is left to do", plan=restored.plan, trials=restored.trials)
     restored.opened.close()
     watcher.ended(result)
     return result
@@ -275,8 +275,8 @@ def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, rest
     session_token, watcher_token = prepared.set(session), watching.set(watcher)
     try:
         with _engine(server) as url:
-            watcher.running(url)
             flow, arguments = _flow(session, restoring=restoring)
+            watcher.running(url)
             # In a context of its own: what a search changes in Prefect's settings, at its end, is its own affair.
             state = contextvars.copy_context().run(_called, flow, arguments, session, watcher)
             if session.error is not None:

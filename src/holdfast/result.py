@@ -61,10 +61,20 @@ def ended_in(reader: Reader, spec: ExperimentSpec) -> tuple[int, ...]:
     return tuple(number for number, _ in reader.ended_since(0)) if len(spec.objectives) > 1 else ()
 
 
-def result_of(opened: Opened, reason: str, *, fast_failed: bool = False, plan: Sequence[Planned] | None = None) -> SearchResult:
-    """Read the result of an experiment as it stands; ``plan`` is that of the restore which led there, if one did."""
+def result_of(
+    opened: Opened,
+    reason: str,
+    *,
+    fast_failed: bool = False,
+    plan: Sequence[Planned] | None = None,
+    trials: Sequence[Trial] | None = None,
+) -> SearchResult:
+    """Return the result of an experiment as it stands.
+
+    ``plan`` is that of the restore which led there, if one did; ``trials`` are its own as the caller has read them.
+    """
     reader, spec = Reader(opened.database, opened.record.id), opened.spec
-    trials = reader.trials()
+    trials = reader.trials() if trials is None else list(trials)
     return SearchResult(
         name=opened.record.name,
         path=opened.folder.place,

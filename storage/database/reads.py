@@ -289,10 +289,10 @@ class Reader:
             borrowed = self._borrowed(state, first=trial, last=trial)
         return eligible(attempt, _by_trial(rows).get(trial, {}), checkpoints, borrowed.get(trial))
 
-    def borrowed(self) -> dict[int, dict[int, Checkpoint]]:
+    def borrowed(self, *, first: int = 0, last: int = ALL) -> dict[int, dict[int, Checkpoint]]:
         """Return the checkpoints that attempts go on from though they are other trials', by trial and attempt."""
         with self.database.snapshot() as state:
-            return self._borrowed(state, first=0, last=ALL)
+            return self._borrowed(state, first=first, last=last)
 
     def _borrowed(self, state: Transaction, *, first: int, last: int) -> dict[int, dict[int, Checkpoint]]:
         found: dict[int, dict[int, Checkpoint]] = {}

@@ -91,10 +91,10 @@ def candidates(
             continue
         if conditions and not all(feasible(trial.metrics, conditions) for trial, _ in members):
             continue
-        columns = zip(*(found for _, found in members), strict=True)
         if len(members) == 1:
             point = tuple(members[0][1])
         else:
+            columns = zip(*(found for _, found in members), strict=True)
             point = tuple(aggregate(column, how, goal) for column, goal in zip(columns, objectives, strict=True))
         if all(map(math.isfinite, point)):
             result.append(Candidate(members=tuple(trial for trial, _ in members), values=point))

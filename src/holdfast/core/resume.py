@@ -70,6 +70,11 @@ class ResumePolicy:
             raise SpecError(form)
         return cls(**named)  # type: ignore[arg-type]  # checked there
 
+    def resumes(self, status: TrialStatus) -> bool:
+        """Tell whether a trial of a status may go on from a checkpoint."""
+        wanted = self.unfinished if status in UNFINISHED else self.errored if status in ERRORED else self.finished
+        return wanted is Rerun.RESUME
+
 
 class Action(StrEnum):
     """What a restore does with one trial."""

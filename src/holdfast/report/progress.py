@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from rich.text import Text
 from holdfast.core.failure_section import FailureSection
 from holdfast.core.ranking import Candidate, candidates_of, group_of, ranked
 from holdfast.core.resume import Planned
+from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer, is_retry, restore_command, waiting_words
@@ -38,6 +40,9 @@ class Progress(Observer):
         self._live: Live | None = None
         self._groups: dict[int, dict[int, Trial]] = {}
         self._leader: Candidate | None = None
+        self._comparing = threading.Lock()
+        self._behind = False
+        """whether there are trials to be compared that nobody has looked for since: then all of them are, at once"""
 
     def say(self, text: str) -> None:
         self._print(text)
@@ -65,8 +70,9 @@ class Progress(Observer):
 
     def trial(self, trial: Trial) -> None:
         before = self._trials.get(trial.number)
-        self._trials[trial.number] = trial
-        self._lead(trial, before)
+        with self._comparing:
+            self._trials[trial.number] = trial
+            self._lead(trial, before)
         if self._live is not None and trial.error is None and not is_retry(trial):
             if trial.status not in ACTIVE and before is not None:
                 self._ended_here += 1
@@ -153,18 +159,31 @@ class Progress(Observer):
         members = self._groups.setdefault(group_of(trial), {})
         members[trial.number] = trial
         counts = trial.status in _COUNTED or (before is not None and before.status in _COUNTED)
-        if self._opened is None or not counts:
+        if self._opened is None or self._behind or not counts:
+            return
+        if before is None:
+            self._behind = True
             return
         spec, leader = self._opened.spec, self._leader
         if leader is None or group_of(leader.trial) != group_of(trial):
             found = [*candidates_of(members.values(), spec), *([] if leader is None else [leader])]
         else:
             found = candidates_of(self._trials.values(), spec)
-        order = ranked(sorted(found, key=lambda candidate: candidate.trial.number), spec.goals)
-        self._leader = order[0][1] if order else None
+        self._leader = _first(found, spec)
 
     def _best(self) -> str | None:
-        leader = self._leader  # the thread of the search changes it
-        if self._opened is None or leader is None:
+        if self._opened is None:
+            return None
+        with self._comparing:  # the thread of the search changes it
+            if self._behind:
+                self._leader = _first(candidates_of(list(self._trials.values()), self._opened.spec), self._opened.spec)
+                self._behind = False
+            leader = self._leader
+        if leader is None:
             return None
         return f"best {self._opened.spec.goals[0].name} {brief(leader.values[0])} (trial {leader.trial.number})"
+
+
+def _first(found: Sequence[Candidate], spec: ExperimentSpec) -> Candidate | None:
+    order = ranked(sorted(found, key=lambda candidate: candidate.trial.number), spec.goals)
+    return order[0][1] if order else None
