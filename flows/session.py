@@ -155,6 +155,7 @@ def begin(
         checkpoints=checkpoints_in(opened.folder),
         pool=pool,
         journal=writer,
+        held=keeper.check,
     )
     keeper.start(lambda: runtime.order(Decision.KILL))
     driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=opened.record.seed)

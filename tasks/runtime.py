@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -39,6 +39,8 @@ class Runtime:
     pool: WorkerPool | None
     """None with ``isolation: inline``"""
     journal: JournalWriter | None = None
+    held: Callable[[], None] = lambda: None
+    """raises when the lease is somebody else's by now: the database alone does not know who took over by the path"""
     cancelled: set[int] = field(default_factory=set)
     """numbers of trials that somebody asked to cancel"""
     lost: HoldfastError | None = None

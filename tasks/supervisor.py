@@ -152,6 +152,7 @@ class Supervisor:
         if report.staged is not None:
             self._note_saved()
             self._prune()
+        self.runtime.held()  # suspended meanwhile: the trial must not go on to stage files where somebody else drives
         return decision
 
     def _note_saved(self) -> None:
@@ -169,6 +170,7 @@ class Supervisor:
     def publication(self, report: Report) -> Callable[[], Published]:
         """Return what publishes a checkpoint whose report is committed; its manifest tells what is known now."""
         assert report.staged is not None
+        self.runtime.held()
         self.writer.check()
         manifest = self._manifest(report, report.staged)
         return partial(self.runtime.checkpoints.publish, Path(report.staged.path), manifest)

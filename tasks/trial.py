@@ -99,6 +99,7 @@ def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any] | State[Any
         supervisor.logger.warning("after it was told to stop: %s", failure)
         ended = Ended(outcome=Outcome.PRUNED)
     faults.point("result.returned")
+    runtime.held()  # Prefect is about to write the result into the path
     if supervisor.pruned is not None:
         ended = Ended(outcome=Outcome.PRUNED)  # as it was decided, also if this process is told to end meanwhile
     if ended.outcome in (Outcome.PREEMPTED, Outcome.CANCELLED):

@@ -401,5 +401,6 @@ def test_of_several_processes_one_takes_the_lease(opened: Opened) -> None:
             assert answers.count(epoch) == 1, answers
             (refused,) = (answer for answer in answers if answer != epoch)
             assert refused.startswith("LeaseHeld")
+            assert "drives the experiment; its lease runs" in refused  # also who comes at the same moment is told by whom
             Leases(opened.database, opened.record.id).release(epoch=epoch, active=0.0, ended="done")
             set_path(opened, None, epoch=epoch)
