@@ -13,7 +13,7 @@ from rich.console import Console
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 some trials errored, or checkpoints are bad; 2 bad input; 3 somebody else holds the experiment; "
-    "4 database, storage or Prefect failed; 130/143 on a signal"
+    "4 database, storage or Prefect failed; 129/130/143 on a signal"
 )
 
 Row = TypeVar("Row")
