@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shlex
+import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -253,18 +255,34 @@ def check_file(file: Path) -> None:
 def _is_empty(file: Path) -> bool:
     """Tell whether a SQLite file is empty; Corrupt when it is shorter than its header says, which SQLite finds out late."""
     try:
-        with file.open("rb") as stream:
-            header = stream.read(100)
+        pages = _pages(file)
         log = Path(f"{file}-wal")
         in_log = log.exists() and log.stat().st_size > 0  # then pages may be there still
         size = file.stat().st_size
+        if pages is None and not in_log:
+            pages = _pages(file)  # a log may have been written into the file meanwhile
     except OSError as error:
         raise DatabaseError(f"database {file} cannot be read: {error.strerror}; name a file that you may read") from error
-    page = int.from_bytes(header[16:18], "big")
-    pages = int.from_bytes(header[28:32], "big") if header[24:28] == header[92:96] else 0
-    if len(header) == 100 and not in_log and size < pages * (65536 if page == 1 else page):
-        raise Corrupt(f"database {file} is truncated; restore it from a backup")
-    return not header
+    if not in_log and (pages is None or size < pages):
+        raise Corrupt(f"database {file} is {'malformed or ' if pages is None else ''}truncated; restore it from a backup")
+    return size == 0
+
+
+def _pages(file: Path) -> int | None:
+    """Return how many bytes of pages a SQLite file has by its header; None when SQLite finds it malformed; 0 where it is no such file.
+
+    SQLite itself reads it: closing any descriptor of a file gives up all locks of this process on it, those of its open
+    connections too, unless SQLite knows of both.
+    """
+    if file.is_dir() or not os.access(file, os.R_OK):
+        code = errno.EISDIR if file.is_dir() else errno.EACCES
+        raise OSError(code, os.strerror(code), str(file))
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+            (count,), (page,) = (connection.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
+            return int(count) * int(page)
+    except sqlite3.DatabaseError as error:
+        return None if error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_IOERR_SHORT_READ) else 0
 
 
 def _unborn(file: Path) -> bool:
