@@ -269,7 +269,7 @@ def _is_empty(file: Path) -> bool:
 
 
 def _pages(file: Path) -> int | None:
-    """Return how many bytes of pages a SQLite file has by its header; None when SQLite finds it malformed; 0 where it is no such file.
+    """Return how many bytes of pages a SQLite file has by its header; None when it is malformed, 0 when it is no SQLite file.
 
     SQLite itself reads it: closing any descriptor of a file gives up all locks of this process on it, those of its open
     connections too, unless SQLite knows of both.
