@@ -25,8 +25,13 @@ from holdfast.tasks.workers.output import Output
 from holdfast.tasks.workers.trainables import Trainable, load
 from holdfast.tasks.workers.wire import Channel, SupervisorGone
 
+OURS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that the parent answers."""
 TELEMETRY_ROWS = 200
 TELEMETRY_SECONDS = 1.0
+
+_held = threading.local()
+"""The signals that a forking thread had blocked itself"""
 
 
 def main() -> None:
@@ -35,11 +40,11 @@ def main() -> None:
     for descriptor in (receive_fd, send_fd):
         os.set_inheritable(descriptor, False)
     _end_with(parent, receive_fd)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in OURS:
         signal.signal(number, _leave_it_to_the_parent)
     faulthandler.enable(2)
     channel = Channel(receive_fd, send_fd)
-    os.register_at_fork(after_in_child=lambda: _after_fork(channel))
+    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=lambda: _after_fork(channel))
     try:
         channel.send({"t": "ready"})
         Server(channel, Output()).serve()
@@ -76,11 +81,21 @@ def _leave_it_to_the_parent(number: int, frame: FrameType | None) -> None:
     """
 
 
+def _hold() -> None:
+    """Keep signals waiting while this thread forks: one that comes before the new process answers for itself would be lost."""
+    _held.before = signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.before)
+
+
 def _after_fork(channel: Channel) -> None:
     channel.close()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in OURS:
         if signal.getsignal(number) is _leave_it_to_the_parent:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+    _let_go()
 
 
 class _PipeLink:

@@ -13,6 +13,15 @@ from holdfast.flows.signals import Terminated, explained, raised, why
 BOTH = (signal.SIGTERM, signal.SIGHUP)
 
 
+@pytest.fixture(autouse=True)
+def as_by_default():
+    """Under nohup, or in the background of a script, the tests themselves are begun with signals ignored."""
+    before = [signal.signal(number, signal.SIG_DFL) for number in BOTH]
+    yield
+    for number, handler in zip(BOTH, before, strict=True):
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", BOTH)
 def test_a_signal_raises_in_the_body_and_everything_is_as_before_afterwards(number):
     with pytest.raises(Terminated) as caught, raised(*BOTH, pass_on=False):  # noqa: PT012

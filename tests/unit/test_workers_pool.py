@@ -292,6 +292,10 @@ def test_signals_to_the_whole_job_are_the_parents(pool: WorkerPool, tmp_path: Pa
     assert run(pool, tmp_path, "survives_sigterm")[0].metrics == {"code": -signal.SIGTERM}
 
 
+def test_forks_can_be_ended_from_their_first_moment(pool: WorkerPool, tmp_path: Path) -> None:
+    assert run(pool, tmp_path, "ends_its_forks")[0].metrics == {"codes": [-signal.SIGTERM]}
+
+
 def test_multiprocessing_works(pool: WorkerPool, tmp_path: Path) -> None:
     assert run(pool, tmp_path, "uses_pool")[0].metrics == {"forked": [1, 2], "spawned": [10, 20]}
 

@@ -347,6 +347,18 @@ def uses_pool(trial):
         return {"forked": forked, "spawned": pool.map(helper, [1, 2])}
 
 
+def ends_its_forks(trial):
+    codes = set()
+    for _ in range(300):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(pid, signal.SIGTERM)  # it may not have come to its first instruction yet
+        codes.add(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    return {"codes": sorted(codes)}
+
+
 def helper(value):
     return value * 10
 
