@@ -23,7 +23,7 @@ from holdfast.testing.racing import url_of
 from holdfast.testing.samples import sample_spec
 
 SUSPENDED = """
-import os, signal, sys
+import os, signal, sys, threading
 from holdfast.core import faults
 name, count = sys.argv[1].split(":")
 passed = []
@@ -34,7 +34,7 @@ def suspend(point):
             from holdfast.tasks.runtime import _runtimes
             (runtime,) = _runtimes.values()
             with runtime.database._lock:  # no other thread is within a transaction: that would keep the database locked
-                os.kill(os.getpid(), signal.SIGSTOP)
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread stops first: here
 faults.install(suspend)
 from holdfast.cli import main
 sys.exit(main(sys.argv[2:]))

@@ -15,13 +15,13 @@ from support import HOLDFAST, Lab, MakeLab, Running, starts, tree
 from holdfast.tasks.workers import processes
 
 SUSPENDED = """
-import os, signal, sys
+import os, signal, sys, threading
 from holdfast.storage.database.engine import Transaction
 run = Transaction.run
 def suspending(self, statement, **values):
     rows = run(self, statement, **values)
     if values.get("step") == 1 and "decision" in values:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread stops first: here
     return rows
 Transaction.run = suspending
 from holdfast.cli import main
