@@ -137,12 +137,15 @@ def examine(path: str, places: Places, alive: Alive) -> tuple[Row, Examined | No
         return found.row, found
     except ExperimentNotFound as error:
         return replace(row, verdict=GONE, why=_said(error)), None
-    except (HoldfastError, OSError) as error:
+    except Exception as error:  # rows that nobody can read, say: one damaged experiment must not stop the watch over the others
         return replace(row, why=_said(error)), None
 
 
 def _said(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    words = str(error) or type(error).__name__
+    if isinstance(error, (HoldfastError, OSError)):
+        return words
+    return f"what is stored of it cannot be read ({type(error).__name__}: {error}); restore the database from a backup"
 
 
 def _examined(row: Row, opened: Opened, alive: Alive) -> Examined:
@@ -224,13 +227,13 @@ def claim(examined: Examined, places: Places, alive: Alive) -> Claimed | Row:
     row = examined.row
     try:
         opened = open_path(row.path, database=places.database, options=places.options)
-    except (HoldfastError, OSError) as error:
+    except Exception as error:
         return replace(row, verdict=UNREADABLE, why=_said(error), next=None)
     outcome: Claimed | Row | None = None
     try:
         now = _examined(row, opened, alive)
         outcome = _claimed(now, opened) if now.decision.verdict is Verdict.RESTORE else now.row
-    except (HoldfastError, OSError) as error:
+    except Exception as error:
         outcome = replace(row, verdict=UNREADABLE, why=_said(error), next=None)
     finally:
         if not isinstance(outcome, Claimed):

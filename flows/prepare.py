@@ -29,7 +29,7 @@ from holdfast.engines.choosing import chosen
 from holdfast.engines.own import engine_name
 from holdfast.flows import reconcile
 from holdfast.flows.session import Session, begin, make_pool, runnable
-from holdfast.flows.signals import why
+from holdfast.flows.signals import undisturbed, why
 from holdfast.holding import WentOn, end_children, liveness
 from holdfast.locate import (
     Opened,
@@ -368,14 +368,15 @@ def _take_over(
             opened.folder.relocate(opened.folder.location)
         if changes:
             session.driver.change_spec(opened.spec.stored(), strict(changes))
-        reconcile.close_attempts(session, survey, {planned.trial: planned for planned in plan})
+        session.dead = reconcile.close_attempts(session, survey, {planned.trial: planned for planned in plan})
         faults.point("restore.reconciled")
         reconcile.apply(session, plan)
         faults.point("restore.planned")
     except BaseException as error:
-        session.keeper.release_quietly(why(error))
+        with undisturbed():
+            session.keeper.release_quietly(why(error))
         raise
-    session.plan, session.dead, session.new_trials = plan, dead, request.new_trials
+    session.plan, session.new_trials = plan, request.new_trials
     observer.planned(plan)
     return session
 

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 
 from holdfast.core.checkpoint import Checkpoint, CheckpointStatus, eligible
@@ -189,10 +190,11 @@ def open_attempts(trials: Sequence[Trial]) -> list[Attempt]:
     return [trial.attempt for trial in trials if trial.status is TrialStatus.RUNNING]
 
 
-def close_attempts(session: Session, survey: Survey, plan: Mapping[int, Planned]) -> None:
-    """Give every open attempt its outcome: adopted, as decided, or lost; sweep what it left half-written."""
+def close_attempts(session: Session, survey: Survey, plan: Mapping[int, Planned]) -> list[Attempt]:
+    """Give every open attempt its outcome: adopted, as decided, or lost; sweep what it left half-written. Return them."""
     if survey.rejected:
         session.driver.reject(survey.rejected)
+    closed = []
     for trial in survey.trials:
         if trial.status is not TrialStatus.RUNNING:
             continue
@@ -201,28 +203,29 @@ def close_attempts(session: Session, survey: Survey, plan: Mapping[int, Planned]
         if trial.number not in survey.unusable:
             session.runtime.checkpoints.sweep(trial.number, survey.valid_paths(trial.number))
         if plan[trial.number].action is Action.ADOPT:
-            _adopt(session, trial, survey)
+            ending = _adopted(session, trial, survey)
         else:
-            session.driver.end(trial.attempt.id, Ending(outcome=Outcome.LOST, note="its driver died"))
+            ending = Ending(outcome=Outcome.LOST, note="its driver died")
+        session.driver.end(trial.attempt.id, ending)
+        closed.append(replace(trial.attempt, outcome=ending.outcome))
+    return closed
 
 
-def _adopt(session: Session, trial: Trial, survey: Survey) -> None:
+def _adopted(session: Session, trial: Trial, survey: Survey) -> Ending:
     folder = session.opened.folder
     outcome = persisted_outcome(folder, trial)
     if outcome is None:
         decided = Outcome.PRUNED if survey.is_pruned(trial) else Outcome.CANCELLED
         why = trial.attempt.note or survey.stopped.get(trial.number, "")
         note = _joined(why, "decided before a crash")
-        session.driver.end(trial.attempt.id, Ending(outcome=decided, note=note))
-        return
+        return Ending(outcome=decided, note=note)
     result = folder.result(trial.number, trial.attempt.number) or {}
-    ending = Ending(
+    return Ending(
         outcome=outcome,
         metrics=result.get("metrics"),
         result=folder.result_name(trial.number, trial.attempt.number),
         note=_joined(trial.attempt.note or str(result.get("note") or ""), "adopted: its result was persisted before a crash"),
     )
-    session.driver.end(trial.attempt.id, ending)
 
 
 def _joined(*notes: str) -> str:

@@ -124,10 +124,7 @@ def _dead_runs(session: Session) -> Closing:
     uuid, before = session.opened.record.uuid, session.runtime.epoch
     session.driver.audit(DRIVING, {"flow_run_id": str(flow_run.id), "uuid": uuid, "times": times_run()})
     drives = session.reader.drives(uuid, before=before)
-    ids = {attempt.id for attempt in session.dead}
-    known = session.reader.attempts() if ids else {}
-    closed = [attempt for of_trial in known.values() for attempt in of_trial.values() if attempt.id in ids]
-    closing = Closing(DeadRuns(drives=drives, attempts=closed))
+    closing = Closing(DeadRuns(drives=drives, attempts=session.dead))
     closing.start()
     return closing
 

@@ -11,7 +11,7 @@ from holdfast.core.resume import Planned
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import Attempt
 from holdfast.core.values import Json
-from holdfast.flows.signals import why
+from holdfast.flows.signals import undisturbed, why
 from holdfast.holding import check_path, holder, liveness
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer
@@ -140,7 +140,8 @@ def begin(
     try:
         writer.start()
     except BaseException as error:
-        keeper.release_quietly(why(error))
+        with undisturbed():
+            keeper.release_quietly(why(error))
         raise
     reader = Reader(opened.database, opened.record.id)
     runtime = Runtime(

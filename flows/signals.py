@@ -7,10 +7,16 @@ import signal
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import FrameType
+from typing import Any
+
+
+SAME_SECONDS = 5.0
+"""Signals that come so soon after the first one say the same: a shell, and whoever ends a group of processes, send several."""
 
 
 class Terminated(BaseException):
@@ -31,6 +37,7 @@ def raised(*numbers: signal.Signals, pass_on: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    came: list[float] = []
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     terminals = [descriptor for descriptor in (1, 2) if _is_terminal(descriptor)]
 
@@ -38,6 +45,9 @@ def raised(*numbers: signal.Signals, pass_on: bool) -> Iterator[None]:
         if number == signal.SIGHUP:
             signal.signal(number, signal.SIG_IGN)  # a shell sends it once more
             _leave(terminals)
+        came.append(time.monotonic())
+        if came[-1] - came[0] < SAME_SECONDS and len(came) > 1:
+            return  # what the first one began must not be cut short: a lease would stay behind
         raise Terminated(number)
 
     for number in ours:
@@ -45,8 +55,9 @@ def raised(*numbers: signal.Signals, pass_on: bool) -> Iterator[None]:
     passed_on: Sequence[int] = ()
     try:
         yield
-    except Terminated as error:
-        passed_on = [error.signal] if pass_on and error.signal in ours else []
+    except BaseException as error:
+        number = getattr(error, "signal", None)  # of Terminated, and of Prefect's TerminationSignal
+        passed_on = [number] if pass_on and number in ours else []
         raise
     finally:
         for number in ours:
@@ -55,6 +66,38 @@ def raised(*numbers: signal.Signals, pass_on: bool) -> Iterator[None]:
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
             os.kill(os.getpid(), again)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let no further signal cut the body short for its first seconds: it ends what a signal, or an error, interrupted.
+
+    A person presses Ctrl-C twice; the first one has said it all, and a lease that is not given back looks like a crash.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    begun = time.monotonic()
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - begun >= SAME_SECONDS:
+            restore()
+            os.kill(os.getpid(), number)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        found = signal.getsignal(number)
+        if callable(found) or found is signal.SIG_DFL:  # what is ignored, or C's, stays as it is
+            before[number] = found
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _is_terminal(descriptor: int) -> bool:

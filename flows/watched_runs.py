@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any, cast
 
 import httpx
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
@@ -17,7 +16,7 @@ from prefect.settings import PREFECT_API_URL
 
 from holdfast.core.errors import EngineError
 from holdfast.flows.abandoned import Examined, Row
-from holdfast.flows.prefect_runs import DeadRuns, close_dead_runs
+from holdfast.flows.prefect_runs import DeadRuns, close_dead_runs, impatient_client
 
 _UNREACHED = (PrefectHTTPStatusError, httpx.HTTPError)
 
@@ -49,11 +48,11 @@ def is_open(run: str) -> bool | None:
     if not has_api():
         return None
     try:
-        with get_client(sync_client=True) as client:
+        with impatient_client() as client:  # asked at each look, for each experiment: an API that is away must not hold it up
             state = client.read_flow_run(uuid.UUID(run)).state
     except ObjectNotFound:
         return False
-    except _UNREACHED:
+    except (*_UNREACHED, OSError):
         return None
     return state is None or not state.is_final()
 

@@ -134,6 +134,8 @@ class Watch:
         restoring = None
         try:
             restoring = self._launcher.start(found)
+            if self._launcher.awaits:  # first of all: who ends this watch ends it, too
+                self._running.append(_Running(found, restoring, row))
             self._note(found, STARTED, dict(restoring.detail))
         except (EngineError, OSError) as error:
             self._note(found, ENDED, {"error": str(error)})
@@ -141,9 +143,7 @@ class Watch:
             self._around.warn(f"{row.name}: the restore was not started: {error}")
         finally:
             found.opened.close()  # an idle connection to a file that another process writes to is in its way
-        if restoring is not None and self._launcher.awaits:
-            self._running.append(_Running(found, restoring, row))
-        elif restoring is not None:
+        if restoring is not None and not self._launcher.awaits:
             self._replace(row, replace(row, result=f"handed over to flow run {restoring.detail.get('flow_run_id')}"))
 
     def _replace(self, row: Row, new: Row) -> Row:
@@ -156,7 +156,7 @@ class Watch:
     def _note(self, claimed: Claimed, action: str, detail: dict[str, Json]) -> None:
         """Add an audit row about a restore; where that is not possible, another watcher finds out by itself."""
         told: dict[str, Json] = {"epoch": claimed.examined.epoch, "attempt": claimed.attempt, **detail}
-        with suppress(HoldfastError):
+        with suppress(HoldfastError, OSError):
             requests.note(claimed.opened.database, claimed.opened.record.id, action, told)
 
     def _note_later(self, claimed: Claimed, action: str, detail: dict[str, Json]) -> None:

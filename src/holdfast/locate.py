@@ -62,7 +62,8 @@ class Opened:
 def folder_at(location: str | Path, options: Mapping[str, Any] | None = None) -> Folder:
     """Return the folder at a location; SpecError for one that cannot be used."""
     place = absolute(location)
-    work = settings().cache_folder / "work" / digest(place)[:16]
+    spelled = place.encode("utf-8", "backslashreplace").decode()  # a file's name need not be Unicode text
+    work = settings().cache_folder / "work" / digest(spelled)[:16]
     return Folder.at(place, options=options, work=work, cache_bytes=settings().cache_bytes)
 
 

@@ -137,17 +137,23 @@ class Database:
             with self._lock:
                 if self._writing:
                     raise RuntimeError("a write transaction is open in this thread already")
-                cursor = self._begin()
+                cursor = None
                 self._writing = True
                 try:
+                    cursor = self._begin()
                     yield Transaction(cursor, self.engine.dialect)
                     doubtful = self._commit(cursor)
                 except BaseException as error:
-                    self._abandon(cursor, error)
+                    if cursor is None:
+                        self._drop_writer()  # a signal may come between the two: nobody would end the transaction
+                    else:
+                        self._abandon(cursor, error)
                     raise
                 finally:
                     self._writing = False
-                    cursor.close()
+                    if cursor is not None:
+                        with suppress(Exception):  # of a connection that is gone: what ended the body counts, not that
+                            cursor.close()
             if doubtful is not None:  # without the lock: other threads need not wait for the answer
                 self._find_out(doubtful)
 

@@ -143,8 +143,11 @@ def test_a_restore_that_never_took_the_lease_is_counted_and_numbered() -> None:
 
 def test_a_clock_that_was_set_back_makes_no_wait_longer() -> None:
     notes = (STARTED_ROW, claimed(5, 1, at=10**9), take(6, 2))
-    decision = judge(replace(LOST, epoch=2, notes=notes), SETTINGS)
-    assert decision.at == LOST.now + 10.0
+    assert judge(replace(LOST, epoch=2, notes=notes), SETTINGS).verdict is Verdict.RESTORE
+    begun = (claimed(5, 1, at=10**9), about(STARTED, 6, 1, pid=3))
+    assert not is_under_way(begun, 1, LOST.now, lambda _: None)
+    ahead = (STARTED_ROW, claimed(5, 1, at=LOST.now + 3.0), take(6, 2))  # of a host whose clock is a little ahead
+    assert judge(replace(LOST, epoch=2, notes=ahead), SETTINGS).at == LOST.now + 13.0
 
 
 def test_a_signal_that_a_watch_passed_on_is_no_reason_to_leave_it() -> None:

@@ -14,9 +14,9 @@ from store_kit import create
 
 from holdfast.core.resume import Action, Rerun, ResumePolicy
 from holdfast.core.trial import ErrorInfo, Outcome
-from holdfast.experiment import result_of
 from holdfast.flows.prepare import Restored, RestoreRequest, plan_restore, prepare_restore
 from holdfast.report.observer import Observer
+from holdfast.result import result_of
 from holdfast.storage.database.attempts import Saved
 from holdfast.storage.database.driver import Driver, Ending
 from holdfast.storage.database.leases import Leases

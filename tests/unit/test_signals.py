@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from holdfast.flows.signals import Terminated, explained, raised, why
+from holdfast.flows.signals import Terminated, explained, raised, undisturbed, why
 
 BOTH = (signal.SIGTERM, signal.SIGHUP)
 
@@ -97,3 +97,48 @@ def test_words():
     with explained(lambda error: "stopped: by a person" if isinstance(error, ValueError) else None):
         assert why(ValueError("no")) == "stopped: by a person"
         assert why(Terminated(signal.SIGTERM)) == "interrupted: SIGTERM"
+
+
+def test_what_comes_right_after_a_signal_interrupts_nothing():
+    """A lease that is being given back would stay behind."""
+    ended = []
+    with pytest.raises(Terminated) as caught, raised(*BOTH, pass_on=False):  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+            signal.pause()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append(True)
+    assert ended == [True]
+    assert caught.value.signal == signal.SIGHUP
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *BOTH])
+def test_nobody_is_disturbed_while_what_was_begun_is_ended(monkeypatch, number):
+    before = signal.getsignal(signal.SIGINT)
+    with undisturbed():
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr("holdfast.flows.signals.SAME_SECONDS", 0.0)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), undisturbed():  # it takes too long: the signal does what it is for
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
+
+
+def test_undisturbed_lets_other_threads_alone_and_ignored_signals_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    found = []
+
+    def work():
+        with undisturbed():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    with undisturbed():
+        found.append(signal.getsignal(signal.SIGHUP))
+    assert found == [signal.SIG_DFL, signal.SIG_IGN]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,6 +13,17 @@ from holdfast.core.trial import Outcome
 
 Cause = Literal["lost", "terminated", "failed"]
 """How a drive was cut off: its process died without a word; SIGTERM ended it; storage, database or Prefect failed."""
+
+
+_ENDS = (Outcome.CRASHED.value, Outcome.TIMED_OUT.value)
+"""What ``retry_on`` calls attempts that ended without an exception."""
+
+
+def a_list(given: Any, example: str) -> Any:
+    """Return what was given for a list; ValueError for a single word."""
+    if isinstance(given, str):
+        raise ValueError(f"{given!r} is a single word; give a list, such as {example}")
+    return given
 
 
 class FailureSection(Section):
@@ -29,10 +40,17 @@ class FailureSection(Section):
     fail_fast: bool = Field(default=False, description="the first errored trial ends the search")
     trial_timeout: Number | None = Field(default=None, gt=0, description="seconds that one attempt may take")
 
+    @field_validator("retry_on", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        return a_list(given, "[OSError, crashed]")
+
     @field_validator("retry_on")
     @classmethod
     def _names(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in names or ():
+            if name.lower() in _ENDS and name not in _ENDS:
+                raise ValueError(f"retry_on holds {name!r}, which no exception is called; write {name.lower()}")
             if not all(part.isidentifier() for part in name.split(".")):
                 raise ValueError(
                     f"retry_on holds {name!r}; name exceptions, such as OSError or package.module.Error, or crashed, timed_out"
@@ -72,6 +90,11 @@ class RecoverySection(Section):
         default=60.0, ge=0, description="seconds before the second restore in a row; it doubles with each one"
     )
     max_delay: Number = Field(default=3600.0, ge=0, description="seconds that a restore waits at most")
+
+    @field_validator("after", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        return a_list(given, "[lost, terminated]")
 
     @property
     def policy(self) -> ResumePolicy:

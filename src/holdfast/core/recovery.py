@@ -137,7 +137,7 @@ def is_under_way(notes: Sequence[Note], epoch: int, now: float, alive: Callable[
     if not claimed:
         return False
     last = claimed[-1]
-    age = now - _at(last)
+    age = abs(now - _at(last))  # what lies ahead was noted before the clock was set back: how long ago, nobody knows
     about = [note for note in notes if note.concerns(epoch, len(claimed))]
     if any(note.action == ENDED for note in about):
         return False
@@ -176,9 +176,10 @@ def judge(found: Situation, settings: RecoverySection) -> Decision:
         return replace(left, verdict=Verdict.GAVE_UP, why=f"{words}; {tries if restores else 'recovery.max_restores is 0'}")
     at = found.now
     if restores:
-        last = next(note for note in reversed(found.notes) if note.action == RECOVERING)
+        last = _at(next(note for note in reversed(found.notes) if note.action == RECOVERING))
         wait = pause(restores, settings)
-        at = min(_at(last), found.now) + wait  # a clock that was set back makes no wait longer
+        # What lies further ahead than one wait was noted before the clock was set back: nobody can tell how long ago.
+        at = last + wait if last <= found.now + wait else found.now
     verdict = Verdict.WAIT if at > found.now else Verdict.RESTORE
     return replace(left, verdict=verdict, attempt=len(claimed) + 1, at=at)
 
