@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.core import faults
-from holdfast.core.errors import Contention, Corrupt, DatabaseError, Fenced, HoldfastError, Infrastructure, LeaseHeld
+from holdfast.core.errors import Contention, Corrupt, DatabaseError, Fenced, HoldfastError, Infrastructure
 from holdfast.core.values import Json
 from holdfast.storage.database.engine import Database
-from holdfast.storage.database.leases import TERMS, Leases, Terms, held
-from holdfast.storage.database.leases import describe as describe
+from holdfast.storage.database.leases import TERMS, Leases, Terms, describe, held
 from holdfast.storage.folder import Folder, PathLease
 
 Liveness = Callable[[Mapping[str, Any]], bool | None]
