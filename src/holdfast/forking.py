@@ -144,8 +144,11 @@ def _fork(
         raise
     try:
         opened = open_path(plan.location, database=database, options=there)
-    except ExperimentExists:  # another experiment took the name in the database a moment ago
-        target.delete()
+    except BaseException:  # another experiment took the name a moment ago, or the database could not be written
+        with suppress(HoldfastError, OSError):
+            if target.lease() is None:  # else somebody drives it already
+                target.delete()
+        _remove_made(made)
         raise
     log.debug("forked %s from %s", identity.uuid, identity.forked_from)
     return replace(opened, notes=tuple(plan.notes))
