@@ -20,9 +20,9 @@ from holdfast.holding import holder, liveness
 from holdfast.locate import Opened, folder_at, open_path
 from holdfast.report.observer import restore_command
 from holdfast.storage.database import recovering
+from holdfast.storage.database.leases import describe
 from holdfast.storage.database.reads import Drove, Reader
 from holdfast.storage.database.recovering import Known
-from holdfast.storage.leasing import describe
 from holdfast.storage.root import absolute, is_url, name_of, parent_of
 from holdfast.storages import experiments_of, paths_in
 

@@ -48,9 +48,8 @@ from holdfast.locate import (
 from holdfast.report.observer import Observer
 from holdfast.storage.database import experiments, requests
 from holdfast.storage.database.following import Followed
-from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.leases import Leases, describe
 from holdfast.storage.database.reads import Reader
-from holdfast.storage.leasing import describe
 from holdfast.tasks.workers.pool import WorkerPool
 
 

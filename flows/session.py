@@ -19,12 +19,12 @@ from holdfast.settings import visible_gpus
 from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.following import Followed
-from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.leases import Leases, describe
 from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import TRAINABLE, Folder
 from holdfast.storage.journal import JournalWriter
-from holdfast.storage.leasing import Claimant, Keeper, describe, take
+from holdfast.storage.leasing import Claimant, Keeper, take
 from holdfast.tasks.runtime import Runtime
 from holdfast.tasks.workers import processes
 from holdfast.tasks.workers.messages import Decision

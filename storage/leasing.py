@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.core import faults
-from holdfast.core.errors import Contention, Corrupt, DatabaseError, Fenced, HoldfastError, Infrastructure, LeaseHeld
+from holdfast.core.errors import Contention, Corrupt, DatabaseError, Fenced, HoldfastError, Infrastructure
 from holdfast.core.values import Json
 from holdfast.storage.database.engine import Database
-from holdfast.storage.database.leases import TERMS, Leases, Terms
+from holdfast.storage.database.leases import TERMS, Leases, Terms, describe, held
 from holdfast.storage.folder import Folder, PathLease
 
 Liveness = Callable[[Mapping[str, Any]], bool | None]
@@ -22,6 +22,16 @@ Liveness = Callable[[Mapping[str, Any]], bool | None]
 
 _LONG_GONE = 86400.0
 """Seconds after which another host's lease is over whatever its clock says: more than any wrong time zone makes."""
+
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def elapsed() -> float:
+    """Return seconds since some moment, by a clock that goes on while the host sleeps: leases run out meanwhile.
+
+    ``time.monotonic`` stands still then, on Linux. Elsewhere the system's own monotonic clock counts the sleep, too.
+    """
+    return time.clock_gettime(_CLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +44,7 @@ class Claimant:
     force: bool = False
     terms: Terms = TERMS
     pause: Callable[[float], None] = time.sleep
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = elapsed
     drives: bool = True
     """whether its time counts as active, and what ended the last drive is forgotten"""
 
@@ -48,21 +58,6 @@ class _Sight:
     holder: Mapping[str, Any] | None
     remaining: float
     renewed: float
-
-
-def describe(holder: Mapping[str, Any]) -> str:
-    """Say who a holder is."""
-    return f"process {holder.get('pid')} on {holder.get('hostname')}"
-
-
-def _held(holder: Mapping[str, Any] | None, remaining: float) -> LeaseHeld:
-    """Return the refusal that names a holder; without one it came and went while we looked."""
-    if holder is None:
-        return LeaseHeld("another process took the experiment at the same moment; nothing was changed")
-    return LeaseHeld(
-        f"{describe(holder)} drives the experiment; its lease runs {max(remaining, 0):.0f} s unless renewed; "
-        "wait for it, end it with `holdfast stop`, or take over with --force"
-    )
 
 
 def _look(leases: Leases, folder: Folder, uuid: str) -> tuple[int, int, list[_Sight]]:
@@ -105,7 +100,7 @@ def _blocks(sight: _Sight, first: Mapping[str, _Sight], claimant: Claimant, wait
     before = first.get(sight.source)
     renewed = before is not None and sight.renewed != before.renewed
     if renewed or (alive and sight.remaining > 0):
-        raise _held(sight.holder, sight.remaining)
+        raise held(sight.holder, sight.remaining)
     if sight.source == "path" and alive is None:
         # Written by another host's clock: silence for two renewals counts, not what our clock makes of the expiry.
         terms = claimant.terms
@@ -126,6 +121,7 @@ class Keeper:
         terms: Terms = TERMS,
         *,
         drives: bool = True,
+        clock: Callable[[], float] = elapsed,
     ) -> None:
         self.epoch = lease.epoch
         self.token = lease.token
@@ -142,7 +138,9 @@ class Keeper:
         self._lock = threading.RLock()
         self._losing = threading.Lock()
         self._ended = threading.Event()
-        self._renewed = self._counted = time.monotonic()
+        self._clock = clock
+        """of the lease's age; how long the process worked, or asked in vain, leaves the sleep of its host out"""
+        self._renewed, self._counted = clock(), time.monotonic()
         self._asked: float | None = None
         """since when a renewal has been asked for in vain"""
         self._refusal: HoldfastError | None = None
@@ -160,8 +158,8 @@ class Keeper:
         """Raise what ended the lease, if it was lost."""
         if self._lost is not None:
             raise self._lost
-        if time.monotonic() - self._renewed > self._terms.duration:
-            # Suspended and continued: somebody may have taken over meanwhile.
+        if self._clock() - self._renewed > self._terms.duration:
+            # Suspended and continued, or the whole host slept: somebody may have taken over meanwhile.
             self._renew()
 
     def _beat(self) -> None:
@@ -176,7 +174,7 @@ class Keeper:
             except HoldfastError as error:
                 self._refusal = error
                 # Stop writing before the lease runs out, or another host might drive at the same time.
-                if time.monotonic() - self._renewed > self._terms.duration - 2 * self._terms.renewal:
+                if self._clock() - self._renewed > self._terms.duration - 2 * self._terms.renewal:
                     self._lose(error)
                     return
 
@@ -208,7 +206,7 @@ class Keeper:
         with self._lock:
             if self._ended.is_set():
                 return
-            moment = time.monotonic()
+            moment = self._clock()
             active = self._active()
             try:
                 _, stop, self.active_seconds = self._leases.renew(epoch=self.epoch, active=active)
@@ -292,7 +290,7 @@ def take(
     with folder.changing_lease() as file:
         found = _own(file.found, uuid)
         if found is not None and found.epoch > path_epoch:
-            raise _held(found.holder, found.expires - now)
+            raise held(found.holder, found.expires - now)
         check()
         leases.take(
             seen=database_epoch,

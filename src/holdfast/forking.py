@@ -25,11 +25,11 @@ from holdfast.storage.atomic import make_folder
 from holdfast.storage.database import rebuild
 from holdfast.storage.database.engine import connect
 from holdfast.storage.database.experiments import has_schema, open_database
+from holdfast.storage.database.leases import describe
 from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.folder import FORKING, Folder, Identity
 from holdfast.storage.inheriting import Staged, cut, let_go
 from holdfast.storage.journal import COLUMNS, Batch, Contents, JournalWriter
-from holdfast.storage.leasing import describe
 from holdfast.storage.objects import ObjectRoot
 from holdfast.storage.root import LOCK, absolute, is_url, join, parent_of
 
@@ -144,8 +144,11 @@ def _fork(
         raise
     try:
         opened = open_path(plan.location, database=database, options=there)
-    except ExperimentExists:  # another experiment took the name in the database a moment ago
-        target.delete()
+    except BaseException:  # another experiment took the name a moment ago, or the database could not be written
+        with suppress(HoldfastError, OSError):
+            if target.lease() is None:  # else somebody drives it already
+                target.delete()
+        _remove_made(made)
         raise
     log.debug("forked %s from %s", identity.uuid, identity.forked_from)
     return replace(opened, notes=tuple(plan.notes))
@@ -177,6 +180,8 @@ def _checked(
                 f"at_trial is {at_trial!r}; it is the number of the first trial that does not come along, from 0 to {count}: "
                 f"{source.identity.name} has {count} trials"
             )
+    if storage is not None and (not storage.strip() or "\0" in storage):
+        raise SpecError(f"storage {storage!r} names no folder; name one, or leave it out for that of {source.identity.name}")
     place = absolute(storage) if storage is not None else parent_of(original)
     spec, changed = _changed_spec(source.spec, dated(name, datetime.now().astimezone()), place, changes, options)
     location = join(place, spec.name)
@@ -306,8 +311,8 @@ def _staged(reopen: Reopen, target: Folder, plan: _Plan) -> Identity:
         source = _carried(reopen, target, plan)
         identity = _identity(source, plan)
         batch = _rows(source, identity, plan)
-        if target.root.read(FORKING) != marker:
-            raise Contention(f"another process is making {target.location} by now; this one stops")
+        if target.exists() or target.root.read(FORKING) != marker:
+            raise Contention(f"another process makes, or has made, {target.location}; this one stops")
         JournalWriter(target.root, source.contents.epoch, lambda since: batch).start()
         faults.point("fork.linked")
     except Contention:

@@ -31,7 +31,7 @@ from holdfast.storage.database import experiments, merging
 from holdfast.storage.database.engine import Database, Location, connect, sqlite_url
 from holdfast.storage.database.experiments import Record, has_schema, open_database
 from holdfast.storage.database.rebuild import copied_at
-from holdfast.storage.folder import TRAINABLE, Folder, Identity
+from holdfast.storage.folder import FORKING, TRAINABLE, Folder, Identity
 from holdfast.storage.root import absolute, is_url, join, parent_of
 
 DATABASE_FILE = "holdfast.db"
@@ -113,6 +113,9 @@ def open_path(
         raise ExperimentNotFound("a path has no NUL character; `holdfast list` shows the experiments of a storage")
     folder = folder_at(path, options)
     identity = folder.identity()
+    if identity.forked_from is not None and not readonly:
+        with suppress(StorageError):
+            folder.root.delete(FORKING)  # its maker died with the last step
     url = database_url(parent_of(folder.location), database)
     found = _database(url, folder, readonly=readonly)
     notes: list[str] = []
@@ -261,6 +264,11 @@ def check_free(spec: ExperimentSpec) -> None:
             f"the name {spec.name!r} is taken: {folder.location} holds an experiment; continue it with "
             f"`holdfast restore {folder.location}`, choose another name, or set if_exists: restore or new"
         )
+    if FORKING in names and (not folder.is_local or len(folder.leftovers()) < len(names)):
+        raise ExperimentExists(
+            f"{folder.location} is no experiment yet: a fork is being made there, or its making was cut off; wait for it, make "
+            f"that fork again, which begins anew, or delete the folder; or choose another name than {spec.name!r}"
+        )
     if is_file or len(folder.leftovers()) < len(names):
         raise ExperimentExists(f"{folder.location} exists and is no experiment; choose another name or storage")
 
@@ -337,6 +345,7 @@ def create(
         faults.point("experiment.path-made")
         with folder.root.exclusive():
             check_free(spec)
+            folder.root.delete(FORKING)  # of a fork that was cut off before it had anything
             database = open_database(url, create_missing=True)
             try:
                 record = _add_rows(database, spec, location, seed=seed, workdir=workdir, source=source, commit=commit)

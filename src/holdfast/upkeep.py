@@ -24,13 +24,13 @@ from holdfast.storage.checkpoints.ports import Checkpoints, checkpoints_in
 from holdfast.storage.database import queueing, requests
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.experiments import by_uuid
-from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.leases import Leases, describe
 from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.database.rebuild import copied_at
 from holdfast.storage.folder import JOURNAL, Folder
 from holdfast.storage.journal import JournalWriter
-from holdfast.storage.leasing import Claimant, Keeper, describe, take
+from holdfast.storage.leasing import Claimant, Keeper, take
 from holdfast.storage.root import LocalRoot
 
 log = logging.getLogger(__name__)

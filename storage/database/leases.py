@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,21 @@ class Terms:
 
 
 TERMS = Terms()
+
+
+def describe(holder: Mapping[str, Any]) -> str:
+    """Say who a holder is."""
+    return f"process {holder.get('pid')} on {holder.get('hostname')}"
+
+
+def held(holder: Mapping[str, Any] | None, remaining: float) -> LeaseHeld:
+    """Return the refusal that names a holder and its seconds; without a holder, it came and went while we looked."""
+    if holder is None:
+        return LeaseHeld("another process took the experiment at the same moment; nothing was changed")
+    return LeaseHeld(
+        f"{describe(holder)} drives the experiment; its lease runs {max(remaining, 0):.0f} s unless renewed; "
+        "wait for it, end it with `holdfast stop`, or take over with --force"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +92,11 @@ class Leases:
         )
 
     def look(self) -> Lease:
-        """Return the lease as it stands."""
-        rows = self._database.run(self._look, experiment=self._experiment)
+        """Return the lease as it stands; ExperimentNotFound when its experiment is gone."""
+        return self._read(self._database.run(self._look, experiment=self._experiment))
+
+    @staticmethod
+    def _read(rows: Sequence[tuple[Any, ...]]) -> Lease:
         if not rows:
             raise ExperimentNotFound("the experiment's row is gone from the database; it was deleted meanwhile")
         epoch, holder, remaining, renewed = rows[0]
@@ -115,7 +133,8 @@ class Leases:
                 drives=int(drives),
             )
             if not rows:
-                raise LeaseHeld("another process took the experiment at the same moment; nothing was changed")
+                faster = self._read(tx.run(self._look, experiment=self._experiment))
+                raise held(faster.holder, faster.remaining)
             add_audit(tx, self._experiment, rows[0][0], epoch, action, detail)
 
     def renew(self, *, epoch: int, active: float) -> tuple[int, bool, float]:

@@ -15,6 +15,7 @@ from holdfast.core.trial import ERRORED, UNFINISHED, Attempt, TrialStatus
 from holdfast.core.values import Json, loads
 from holdfast.storage.database.driver import add_audit
 from holdfast.storage.database.engine import Database, Statement, Transaction
+from holdfast.storage.database.leases import describe
 from holdfast.storage.database.losses import repeatable
 from holdfast.storage.database.requests import begin_request
 
@@ -144,7 +145,7 @@ def claim(
             raise AlreadyClaimed(f"epoch {epoch} is over: somebody took the experiment meanwhile; nothing was changed")
         found = json.loads(holder) if holder else None
         if found is not None and found != gone and float(remaining) > 0:
-            raise LeaseHeld(f"process {found.get('pid')} on {found.get('hostname')} holds the lease; nothing was changed")
+            raise LeaseHeld(f"{describe(found)} holds the lease, for another {float(remaining):.0f} s; nothing was changed")
         if any(
             note.action == RECOVERING and note.detail.get("attempt") == attempt for note in _of_epoch(tx, experiment, epoch)
         ):

@@ -18,8 +18,9 @@ from holdfast.core.errors import Corrupt, DatabaseError, HoldfastError, LeaseHel
 from holdfast.storage.atomic import sync_folder
 from holdfast.storage.database.engine import Database, Location, connect, translated
 from holdfast.storage.database.experiments import check_file, refuse_newer, version_of
+from holdfast.storage.database.leases import describe
 from holdfast.storage.database.schema import VERSION
-from holdfast.storage.leasing import Liveness, describe
+from holdfast.storage.leasing import Liveness
 
 
 @dataclass(frozen=True, kw_only=True)

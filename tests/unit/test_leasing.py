@@ -338,14 +338,14 @@ BREAK: dict[str, tuple[Callable[[Opened], object], type[HoldfastError]]] = {
 
 
 @pytest.mark.parametrize("kind", BREAK)
-def test_what_cannot_be_renewed_is_lost_before_it_runs_out(opened: Opened, kind: str) -> None:
+def test_what_cannot_be_renewed_is_lost_untouchedit_runs_out(opened: Opened, kind: str) -> None:
     kept = Kept(take(opened, terms=Terms(duration=1.0, renewal=0.02)))
     kept.start()
     renewed = kept.keeper._renewed
     spoil, expected = BREAK[kind]
     spoil(opened)
     assert kept.lost.wait(20)
-    assert time.monotonic() - kept.keeper._renewed < 1.0 or renewed == kept.keeper._renewed
+    assert leasing.elapsed() - kept.keeper._renewed < 1.0 or renewed == kept.keeper._renewed
     with pytest.raises(expected):
         kept.keeper.check()
     assert kept.calls == 1
@@ -388,6 +388,61 @@ def test_a_short_absence_of_the_database_is_survived(opened: Opened) -> None:
     kept.keeper.check()
     kept.keeper.release("done")
     assert not kept.keeper.is_lost
+
+
+@dataclass
+class Slept:
+    """A clock that goes on while its host sleeps."""
+
+    asleep: float = 0.0
+
+    def __call__(self) -> float:
+        return leasing.elapsed() + self.asleep
+
+
+def drowsy(opened: Opened) -> tuple[Keeper, Slept]:
+    """Return a keeper whose thread has not been back since its host slept, and its clock."""
+    clock, taken = Slept(), take(opened)
+    return Keeper(opened.database, opened.record.id, opened.folder, taken._lease, clock=clock), clock
+
+
+def test_who_slept_with_the_host_looks_at_the_lease_untouchedanything_else(opened: Opened) -> None:
+    keeper, clock = drowsy(opened)
+    keeper.check()
+    before = Leases(opened.database, opened.record.id).look().renewed
+    keeper.check()
+    assert Leases(opened.database, opened.record.id).look().renewed == before  # asked for nothing while it lasts
+    clock.asleep = 31.0
+    keeper.check()
+    assert Leases(opened.database, opened.record.id).look().renewed > before
+    assert keeper.active_seconds_now() < 30  # sleep is no work
+    clock.asleep = 3600.0
+    successor = take(opened, force=True)
+    untouched = state(opened)
+    with pytest.raises(Fenced):
+        keeper.check()
+    assert state(opened) == untouched
+    successor.release("done")
+
+
+def test_a_clock_that_counts_sleep() -> None:
+    """Where there is one; it is never behind the one that does not."""
+    name = "CLOCK_BOOTTIME" if hasattr(time, "CLOCK_BOOTTIME") else "CLOCK_MONOTONIC"
+    earliest = time.clock_gettime(getattr(time, name))
+    assert earliest <= leasing.elapsed() <= time.clock_gettime(getattr(time, name))
+    assert leasing.Claimant(holder={}, liveness=lambda _: None, say=print).clock is leasing.elapsed
+
+
+def test_who_comes_too_late_is_told_by_whom_and_for_how_long(opened: Opened) -> None:
+    leases = Leases(opened.database, opened.record.id)
+    leases.take(seen=0, epoch=1, holder=FOREIGN, action="started", detail={})
+    before = state(opened)
+    with pytest.raises(LeaseHeld, match=r"process 4 on elsewhere drives the experiment; its lease runs (30|29) s"):
+        leases.take(seen=0, epoch=1, holder={"pid": 5}, action="started", detail={})
+    assert state(opened) == before
+    leases.release(epoch=1, active=0.0, ended="done")
+    with pytest.raises(LeaseHeld, match="at the same moment; nothing was changed"):
+        leases.take(seen=0, epoch=1, holder={"pid": 5}, action="started", detail={})
 
 
 # Several processes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from holdfast.experiment import Experiment
-from holdfast.storage.leasing import describe
+from holdfast.storage.database.leases import describe
 
 
 def lease_json(experiment: Experiment) -> dict[str, Any]:
