@@ -137,7 +137,7 @@ def examine(path: str, places: Places, alive: Alive) -> tuple[Row, Examined | No
         return found.row, found
     except ExperimentNotFound as error:
         return replace(row, verdict=GONE, why=_said(error)), None
-    except Exception as error:  # rows that nobody can read, say: one damaged experiment must not stop the watch over the others
+    except Exception as error:  # noqa: BLE001  # rows that nobody can read, say: the others are looked after all the same
         return replace(row, why=_said(error)), None
 
 
@@ -227,13 +227,13 @@ def claim(examined: Examined, places: Places, alive: Alive) -> Claimed | Row:
     row = examined.row
     try:
         opened = open_path(row.path, database=places.database, options=places.options)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # as above
         return replace(row, verdict=UNREADABLE, why=_said(error), next=None)
     outcome: Claimed | Row | None = None
     try:
         now = _examined(row, opened, alive)
         outcome = _claimed(now, opened) if now.decision.verdict is Verdict.RESTORE else now.row
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # as above
         outcome = replace(row, verdict=UNREADABLE, why=_said(error), next=None)
     finally:
         if not isinstance(outcome, Claimed):

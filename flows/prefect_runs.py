@@ -248,6 +248,8 @@ class Closing:
     dead: DeadRuns
     own: uuid.UUID | None = field(default_factory=this_run)
     _ended: threading.Event = field(default_factory=threading.Event)
+    _known: set[uuid.UUID] = field(default_factory=set)
+    """flow runs that the server knows"""
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -277,6 +279,9 @@ class Closing:
                 with suppress(*_AWAY):
                     self._close_tasks(client, tasks)
                     self._close_open(client, self._close_flows(client, flows))
+                    # A server that does not know a flow run, such as another embedded one, never hears of its tasks either.
+                    strangers = flows.keys() - self._known
+                    tasks = {run: a for run, a in tasks.items() if uuid.UUID(str(a.flow_run_id)) not in strangers}
                     if not tasks:
                         return
                 if self._ended.wait(RETRY_SECONDS):
@@ -288,6 +293,7 @@ class Closing:
         for start in range(0, len(ids), PAGE):
             wanted = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + PAGE]))
             for run in client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.ID_DESC, limit=PAGE):
+                self._known.add(run.id)
                 times = flows[run.id]
                 if times is not None and run.run_count != times:
                     continue

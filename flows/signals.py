@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
-
 SAME_SECONDS = 5.0
 """Signals that come so soon after the first one say the same: a shell, and whoever ends a group of processes, send several."""
 
@@ -56,8 +55,8 @@ def raised(*numbers: signal.Signals, pass_on: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        number = getattr(error, "signal", None)  # of Terminated, and of Prefect's TerminationSignal
-        passed_on = [number] if pass_on and number in ours else []
+        by = getattr(error, "signal", None)  # of Terminated, and of Prefect's TerminationSignal
+        passed_on = [number for number in ours if pass_on and number == by]
         raise
     finally:
         for number in ours:

@@ -62,6 +62,8 @@ class Watch:
         self._due: list[tuple[Row, Examined]] = []
         self._said: set[tuple[str, int]] = set()
         """what was given up and said: experiment and epoch"""
+        self._unreadable: dict[str, str] = {}
+        """what cannot be looked at, and why: said once, however often it is looked at"""
         self.rows: list[Row] = []
         """what the last look found, and what became of it since"""
 
@@ -79,7 +81,8 @@ class Watch:
                 continue
             self.rows.append(row)
             if examined is None:
-                if row.verdict == UNREADABLE:
+                if row.verdict == UNREADABLE and self._unreadable.get(row.path) != row.why:
+                    self._unreadable[row.path] = row.why
                     self._around.warn(f"{row.path} cannot be looked at: {row.why}")
             else:
                 self._found(row, examined)

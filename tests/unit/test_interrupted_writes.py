@@ -34,10 +34,10 @@ def test_a_signal_in_a_write_is_neither_replaced_nor_remembered(tmp_path: Path) 
         database.run(Statement(text("SELECT 1")))  # the file is made by whoever opens it first
         with database.write() as tx:
             tx.run(Statement(text("CREATE TABLE kept (number INTEGER)")))
-        with pytest.raises(Terminated), database.write() as tx:
+        with pytest.raises(Terminated), database.write() as tx:  # noqa: PT012
             tx.run(ADD, number=1)
             raise Terminated(signal.SIGTERM)
-        with pytest.raises(Terminated), database.write() as tx:
+        with pytest.raises(Terminated), database.write() as tx:  # noqa: PT012
             tx.run(ADD, number=2)
             tx.run(Statement(text("COMMIT")))  # it comes when the commit has just been done
             raise Terminated(signal.SIGTERM)

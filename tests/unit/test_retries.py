@@ -246,3 +246,20 @@ def test_what_is_said_of_a_trial_that_waits() -> None:
     assert waiting_words(retry(3), RULE, NOW - timedelta(days=1)) == "trial 3 waits 20 s for attempt 2 (retry)"
     assert waiting_words(retry(3), RULE, NOW + timedelta(days=1)) == "trial 3 waits for attempt 2 (retry)"
     assert waiting_words(retry(3), FailureSection(), NOW) == "trial 3 waits for attempt 2 (retry)"
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (
+            {"failure": {"retry_on": "OSError"}},
+            "failure.retry_on: 'OSError' is a single word; give a list, such as [OSError, crashed]",
+        ),
+        ({"failure": {"retry_on": ["CRASHED"]}}, "write crashed"),
+        ({"recovery": {"after": "lost"}}, "recovery.after: 'lost' is a single word; give a list, such as [lost, terminated]"),
+    ],
+)
+def test_what_is_no_list_and_what_nothing_is_called(section: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        sample_spec(**section)
+    assert words in str(caught.value)

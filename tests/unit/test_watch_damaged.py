@@ -9,7 +9,8 @@ import pytest
 from restoring_kit import alter, deserted, made
 
 from holdfast.flows.abandoned import UNREADABLE, Claimed, Places, Row, claim, examine, survey
-from holdfast.flows.launching import alive
+from holdfast.flows.launching import Restoring, alive
+from holdfast.flows.watching import Surroundings, Watch
 from holdfast.locate import Opened
 from holdfast.storages import paths_in
 
@@ -31,6 +32,7 @@ def looked(opened: Opened) -> dict[str, Row]:
 def test_rows_that_cannot_be_read_are_one_experiments_affair(tmp_path: Path, damage: str) -> None:
     with made(tmp_path) as opened:
         deserted(opened).lab.driver.propose({"x": 0.5, "n": 1})
+        alter(opened, """UPDATE audit SET detail = '{"token": "t"}' WHERE action = 'started'""")  # as whoever drives writes it
         places = Places(storages=(str(opened.folder.path.parent),))
         _, before = examine(str(opened.folder.path), places, alive)
         assert before is not None
@@ -42,6 +44,23 @@ def test_rows_that_cannot_be_read_are_one_experiments_affair(tmp_path: Path, dam
         late = claim(before, places, alive)  # it was damaged between the look and the claim
         assert not isinstance(late, Claimed)
         assert late.verdict == UNREADABLE
+
+
+class NoRestores:
+    awaits = True
+
+    def start(self, claimed: Claimed) -> Restoring:
+        raise AssertionError(f"{claimed.examined.row} was to be left alone")
+
+
+def test_a_storage_that_is_not_there_is_said_once_while_that_lasts(tmp_path: Path) -> None:
+    said: list[str] = []
+    watch = Watch(Places(storages=(str(tmp_path / "runs"),)), NoRestores(), Surroundings(say=said.append, warn=said.append))
+    for _ in range(3):
+        assert [row.verdict for row in watch.look()] == [UNREADABLE]
+        assert watch.exit_code() == 4
+    assert len(said) == 1
+    assert "does not exist" in said[0]
 
 
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
