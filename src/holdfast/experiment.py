@@ -28,7 +28,7 @@ from holdfast.standing import driven_elsewhere
 from holdfast.storage.checkpoints.local import Loaded
 from holdfast.storage.database import experiments, merging, queueing, requests
 from holdfast.storage.database.engine import Database
-from holdfast.storage.database.leases import Lease, Leases
+from holdfast.storage.database.leases import Lease
 from holdfast.storage.database.loading import LoadedTrials, listed, load
 from holdfast.storage.database.reads import ALL, AuditRow, Reader, ReportRow
 from holdfast.transfer import export
@@ -100,7 +100,7 @@ class Experiment:
     @property
     def lease(self) -> Lease:
         """Who drives the experiment now, or whose process was killed a moment ago: see :attr:`is_driven`."""
-        return Leases(self._opened.database, self._opened.record.id).look()
+        return upkeep.lease_of(self._opened)
 
     @property
     def is_driven(self) -> bool:

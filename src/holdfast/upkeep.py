@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from holdfast.core.errors import CheckpointNotFound, Corrupt, HoldfastError, Lea
 from holdfast.core.trial import Attempt, TrialStatus
 from holdfast.holding import check_path, end_children, holder, is_driven, liveness
 from holdfast.locate import Opened
-from holdfast.standing import driven_elsewhere
+from holdfast.standing import driven_elsewhere, own_lease
 from holdfast.storage import journal
 from holdfast.storage.atomic import is_draft
 from holdfast.storage.checkpoints import pins
@@ -24,7 +25,7 @@ from holdfast.storage.checkpoints.ports import Checkpoints, checkpoints_in
 from holdfast.storage.database import queueing, requests
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.experiments import by_uuid
-from holdfast.storage.database.leases import Leases, describe
+from holdfast.storage.database.leases import Lease, Leases, describe
 from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.database.rebuild import copied_at
@@ -159,8 +160,20 @@ def _refuse_driven(opened: Opened) -> None:
 
 
 def driven(opened: Opened) -> bool:
-    """Tell whether somebody drives the experiment with its database, or may do so on another host."""
-    return is_driven(Leases(opened.database, opened.record.id).look())
+    """Tell whether somebody drives the experiment, or may do so on another host."""
+    return is_driven(lease_of(opened))
+
+
+def lease_of(opened: Opened) -> Lease:
+    """Return the lease: its database's or, where the rows are but a copy of what the path told, the path's."""
+    lease = Leases(opened.database, opened.record.id).look()
+    if lease.holder is not None or (opened.scratch is None and opened.copied_at is None):
+        return lease
+    path = own_lease(opened.folder, opened.folder.identity())
+    if path is None or path.holder is None:
+        return lease
+    epoch = max(lease.epoch, path.epoch)
+    return Lease(epoch=epoch, holder=path.holder, remaining=path.expires - time.time(), renewed=path.renewed)
 
 
 def _collect(opened: Opened, keeper: Keeper, *, corrupt: bool) -> Collected:

@@ -89,7 +89,8 @@ _LINEAGE = _sql(
 _COPY = _sql(
     "SELECT detail FROM audit WHERE experiment_id = :experiment AND action = 'rebuilt' AND id >"
     " COALESCE((SELECT MAX(id) FROM audit WHERE experiment_id = :experiment AND id IN"
-    " (SELECT MIN(id) FROM audit WHERE experiment_id = :experiment AND epoch > 0 GROUP BY epoch)), 0) ORDER BY id DESC"
+    " (SELECT MIN(id) FROM audit WHERE experiment_id = :experiment AND epoch > 0 GROUP BY epoch)"
+    " AND action <> 'rebuilt'), 0) ORDER BY id DESC"
 )
 _TOUCHED = _sql("SELECT COALESCE(MAX(seq), 0) FROM trial WHERE experiment_id = :experiment")
 _RENAME = _sql(

@@ -78,9 +78,25 @@ def terminal() -> Console:
 
 
 def print_json(value: object) -> None:
-    """Print strict JSON; what is no Unicode text (an undecodable file name) as an escape, which JSON has for it."""
+    """Print strict JSON; what no terminal may get, or stdout cannot encode, as an escape, which JSON has for it."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    print(text.encode("utf-8", "backslashreplace").decode())
+    if not _encodable(text):
+        text = json.dumps(value, indent=2, allow_nan=False)
+    if not text.replace("\n", "").isprintable():
+        text = "".join(letter if letter == "\n" or letter.isprintable() else _escaped(letter) for letter in text)
+    print(text)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _escaped(letter: str) -> str:
+    return f"\\u{ord(letter):04x}" if ord(letter) < 0x10000 else json.dumps(letter)[1:-1]
 
 
 @contextmanager

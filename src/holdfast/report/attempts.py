@@ -43,7 +43,7 @@ def attempt_lines(attempts: Sequence[Attempt]) -> Iterator[str]:
             yield f"  {printable(attempt.note)}"
         if attempt.error is not None:
             message = [printable(line) for line in attempt.error.message.splitlines()] or [""]
-            yield f"  {attempt.error.kind}: {message[0]}"
+            yield f"  {printable(attempt.error.kind)}: {message[0]}"
             yield from (f"    {line}" for line in message[1:])
             yield from (f"    {printable(line)}".rstrip() for line in attempt.error.traceback.splitlines())
 

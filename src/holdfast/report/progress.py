@@ -21,7 +21,7 @@ from holdfast.locate import Opened
 from holdfast.report.observer import Observer, is_retry, restore_command, waiting_words
 from holdfast.report.ranking import Ranking
 from holdfast.report.restored import restored_lines
-from holdfast.report.tables import brief, config_words, plan_words
+from holdfast.report.tables import brief, config_words, plan_words, printable
 from holdfast.result import SearchResult
 
 _COUNTED = SCORED | ERRORED
@@ -132,7 +132,7 @@ class Progress(Observer):
             words += f"  {trial.attempt.note}"
         elif trial.error is not None:
             words += f"  {trial.error.kind}: {trial.error.message.splitlines()[0] if trial.error.message else ''}"
-        return f"{words}  {config_words(trial)}"
+        return printable(f"{words}  {config_words(trial)}")
 
     def _render(self) -> Group:
         counts = Counter(trial.status for trial in list(self._trials.values()))
