@@ -16,7 +16,7 @@ from holdfast import specfile
 from holdfast.callables import dump, keep
 from holdfast.core import faults
 from holdfast.core.budget import Budget
-from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, LeaseHeld, SpecError, TrainableError
+from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, SpecError, TrainableError
 from holdfast.core.loop import Ledger
 from holdfast.core.resume import Action, Planned, ResumePolicy
 from holdfast.core.search_section import is_own
@@ -50,7 +50,7 @@ from holdfast.storage.database import experiments, requests
 from holdfast.storage.database.following import Followed
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.reads import Reader
-from holdfast.storage.leasing import describe
+from holdfast.storage.leasing import refusal
 from holdfast.tasks.workers.pool import WorkerPool
 
 
@@ -417,7 +417,4 @@ def _refuse_held(opened: Opened, *, force: bool = False) -> None:
         return
     lease = Leases(opened.database, opened.record.id).look()
     if lease.is_held and lease.holder is not None and liveness(lease.holder):
-        raise LeaseHeld(
-            f"{describe(lease.holder)} drives the experiment; its lease runs {lease.remaining:.0f} s unless renewed; "
-            "wait for it, or end it with `holdfast stop`"
-        )
+        raise refusal(lease.holder, lease.remaining)

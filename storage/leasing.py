@@ -55,13 +55,13 @@ def describe(holder: Mapping[str, Any]) -> str:
     return f"process {holder.get('pid')} on {holder.get('hostname')}"
 
 
-def _held(holder: Mapping[str, Any] | None, remaining: float) -> LeaseHeld:
+def refusal(holder: Mapping[str, Any] | None, remaining: float) -> LeaseHeld:
     """Return the refusal that names a holder; without one it came and went while we looked."""
     if holder is None:
         return LeaseHeld("another process took the experiment at the same moment; nothing was changed")
     return LeaseHeld(
         f"{describe(holder)} drives the experiment; its lease runs {max(remaining, 0):.0f} s unless renewed; "
-        "wait for it, end it with `holdfast stop`, or take over with --force"
+        "wait for it, end it with `holdfast stop`, or take over with `holdfast restore --force`"
     )
 
 
@@ -105,7 +105,7 @@ def _blocks(sight: _Sight, first: Mapping[str, _Sight], claimant: Claimant, wait
     before = first.get(sight.source)
     renewed = before is not None and sight.renewed != before.renewed
     if renewed or (alive and sight.remaining > 0):
-        raise _held(sight.holder, sight.remaining)
+        raise refusal(sight.holder, sight.remaining)
     if sight.source == "path" and alive is None:
         # Written by another host's clock: silence for two renewals counts, not what our clock makes of the expiry.
         terms = claimant.terms
@@ -292,7 +292,7 @@ def take(
     with folder.changing_lease() as file:
         found = _own(file.found, uuid)
         if found is not None and found.epoch > path_epoch:
-            raise _held(found.holder, found.expires - now)
+            raise refusal(found.holder, found.expires - now)
         check()
         leases.take(
             seen=database_epoch,

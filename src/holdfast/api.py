@@ -27,7 +27,7 @@ from holdfast.flows.prepare import (
 from holdfast.flows.requesting import request_of
 from holdfast.flows.server import EmbeddedServer
 from holdfast.flows.session import Session, prepared
-from holdfast.flows.signals import Terminated, raised, why
+from holdfast.flows.signals import Terminated, raised, signal_of, why
 from holdfast.holding import is_driven_by_path
 from holdfast.locate import find
 from holdfast.report.observer import Observer, restore_command, watching
@@ -285,8 +285,12 @@ def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, rest
                 raise EngineError(f"the flow ended without a result: {state}")
             return watcher.result
     except BaseException as error:
-        session.keeper.release_quietly(why(error))
+        reason = why(error)
+        session.keeper.release_quietly(reason)
         session.close()
+        if watcher.result is None and signal_of(error) is not None:  # before the flow began, which would have said it
+            with suppress(OSError):  # the terminal may be gone
+                watcher.say(f"{reason}; go on with: {restore_command(session.opened)}")
         raise
     finally:
         prepared.reset(session_token)
