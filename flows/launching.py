@@ -13,7 +13,6 @@ from contextlib import suppress
 from typing import IO, Any, Protocol
 from urllib.parse import urlsplit
 
-from holdfast.core.errors import EngineError
 from holdfast.core.values import Json
 from holdfast.flows.abandoned import Claimed, Places, restore_words
 from holdfast.holding import holder, liveness
@@ -182,11 +181,3 @@ def end_all(running: list[Restoring], pause: Callable[[float], object] = time.sl
     for one in running:
         if one.poll() is None:
             one.kill()
-
-
-def no_deployment(name: str, why: object) -> EngineError:
-    """Return the error for a deployment that cannot be used."""
-    return EngineError(
-        f"deployment {name!r} cannot be run ({why}); `prefect deployment ls` lists them: name one of the flow restore, as "
-        "restore/NAME, or name none: restores then run where the watch runs"
-    )

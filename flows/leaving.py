@@ -21,6 +21,7 @@ from prefect.runtime import flow_run
 from prefect.states import Crashed, Failed
 
 from holdfast.core.errors import HoldfastError
+from holdfast.flows.signals import signal_of
 
 LAST_SECONDS = 10.0
 """What giving the lease back and telling Prefect may take altogether; then the process ends in any case."""
@@ -29,11 +30,9 @@ _DRAIN_SECONDS = 2
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a process that ``error`` ends."""
-    number = getattr(error, "signal", None)  # of Terminated, and of Prefect's TerminationSignal
-    if isinstance(number, int):
+    number = signal_of(error)
+    if number is not None:
         return 128 + number
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
     return error.exit_code if isinstance(error, HoldfastError) else 1
 
 

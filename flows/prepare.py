@@ -16,7 +16,7 @@ from holdfast import specfile
 from holdfast.callables import dump, keep
 from holdfast.core import faults
 from holdfast.core.budget import Budget
-from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, LeaseHeld, SpecError, TrainableError
+from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, SpecError, TrainableError
 from holdfast.core.loop import Ledger
 from holdfast.core.resume import Action, Planned, ResumePolicy
 from holdfast.core.search_section import is_own
@@ -48,7 +48,7 @@ from holdfast.locate import (
 from holdfast.report.observer import Observer
 from holdfast.storage.database import experiments, requests
 from holdfast.storage.database.following import Followed
-from holdfast.storage.database.leases import Leases, describe
+from holdfast.storage.database.leases import Leases, held
 from holdfast.storage.database.reads import Reader
 from holdfast.tasks.workers.pool import WorkerPool
 
@@ -417,7 +417,4 @@ def _refuse_held(opened: Opened, *, force: bool = False) -> None:
         return
     lease = Leases(opened.database, opened.record.id).look()
     if lease.is_held and lease.holder is not None and liveness(lease.holder):
-        raise LeaseHeld(
-            f"{describe(lease.holder)} drives the experiment; its lease runs {lease.remaining:.0f} s unless renewed; "
-            "wait for it, or end it with `holdfast stop`"
-        )
+        raise held(lease.holder, lease.remaining)

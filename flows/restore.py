@@ -40,14 +40,14 @@ def restore(
     Args:
         path: The experiment's folder, or its URL on an object store.
         resume_unfinished: Go on with unfinished trials from their newest checkpoints; else leave them out.
-        resume_errored: Go on with errored trials from their newest checkpoints.
-        restart_errored: Begin errored trials again at step 0.
+        resume_errored: Go on with errored trials from their newest checkpoints; else keep them as they are.
+        restart_errored: Begin errored trials again at step 0; else keep them as they are.
         new_trials: Propose new trials up to the budget.
-        force: Take over from a holder that seems alive.
-        storage_options: An object store's, such as its endpoint; no credentials, because Prefect keeps parameters.
-        policy: What becomes of unfinished, errored and finished trials, in place of the flags: {"errored": "restart"}, say.
-            Values are resume, restart and skip.
-        trainable: Where the same trainable is now.
+        force: Take over from a process that drives the experiment and seems alive.
+        storage_options: Options of an object store, such as its endpoint; no credentials, because Prefect keeps parameters.
+        policy: What becomes of unfinished, errored and finished trials, in place of the three flags: resume, restart or skip
+            for each, such as {"errored": "restart"}; as by default where it is not named.
+        trainable: Where the same trainable is now, if it was moved, such as /new/place/train.py:train.
         changes: New values of what a restore may change, such as {"search.num_trials": 40}.
         database: URL of the experiment's database, if it is not beside it; without a password, because Prefect keeps
             parameters: leave that to HOLDFAST_DATABASE_URL, or to what the database's own client reads.

@@ -47,11 +47,11 @@ def _run_name() -> str:
 
 @flow(name="search", flow_run_name=_run_name, persist_result=False)
 def search(spec: ExperimentSpec | str, overrides: list[str] | None = None) -> State[Any]:
-    """Search as a spec says.
+    """Create an experiment as a spec says, and run its search to the end of its budget.
 
     Args:
-        spec: A spec, or the path of its file.
-        overrides: Changes to a spec from a file, such as search.seed=1.
+        spec: A spec, or the path of its YAML file.
+        overrides: Changes to a spec that is read from a file, such as search.seed=1.
     """
     watcher = watcher_here()
     session = prepared_session()

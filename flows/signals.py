@@ -121,13 +121,17 @@ def why(error: BaseException) -> str:
     return _explain.get()(error) or f"interrupted: {_words(error)}"
 
 
-def _words(error: BaseException) -> str:
-    number = getattr(error, "signal", None)  # of Terminated, and of Prefect's TerminationSignal
-    if isinstance(number, int):
-        return signal.Signals(number).name
+def signal_of(error: BaseException) -> int | None:
+    """Return the number of the signal that an error stands for; None when it is no signal's."""
     if isinstance(error, KeyboardInterrupt):
-        return "SIGINT"
-    return f"{type(error).__name__}: {error}"
+        return signal.SIGINT
+    number = getattr(error, "signal", None)  # of Terminated, and of Prefect's TerminationSignal
+    return number if isinstance(number, int) else None
+
+
+def _words(error: BaseException) -> str:
+    number = signal_of(error)
+    return f"{type(error).__name__}: {error}" if number is None else signal.Signals(number).name
 
 
 _explain: ContextVar[Callable[[BaseException], str | None]] = ContextVar("holdfast_explain", default=lambda error: None)

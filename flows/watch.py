@@ -30,9 +30,9 @@ def watch(
         database: URL of their database, if it is not beside them; without a password, because Prefect keeps parameters: leave
             that to HOLDFAST_DATABASE_URL.
         deployment: A deployment of the flow restore, such as restore/gpu, that restores run on; else they run here.
-        at_once: Restores that run here side by side at most.
-        dry_run: Only say what would be done.
-        storage_options: An object store's, such as its endpoint; no credentials, because Prefect keeps parameters.
+        at_once: How many restores run here side by side at most.
+        dry_run: Only say what would be done; nothing is written.
+        storage_options: Options of an object store, such as its endpoint; no credentials, because Prefect keeps parameters.
     """
     log = get_run_logger()
     places = Places(storages=tuple(storages), database=database, options=storage_options)

@@ -202,16 +202,19 @@ class Watch:
             code = one.restoring.poll()
             self._end(one, 128 + 9 if code is None else code, passed_on=True)
 
-    def lines(self) -> list[str]:
-        """Return the last look as a table of text."""
+    def lines(self, width: int | None = None) -> list[str]:
+        """Return the last look as a table of text; where it is wider than ``width``, without empty columns and paths."""
         if not self.rows:
             return ["no experiments"]
         header = ("name", "verdict", "restores", "next", "what", "path")
         cells = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(header) - 1)]
-        return [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) for line in cells
-        ]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+        columns = [*range(len(header))]
+        filled = [any(line[column] for line in cells[1:]) for column in columns]
+        for dispensable in [*(column for column in columns if not filled[column]), header.index("path")]:
+            if width is not None and sum(widths[column] + 2 for column in columns) - 2 > width:
+                columns.remove(dispensable)
+        return ["  ".join(line[column].ljust(widths[column]) for column in columns).rstrip() for line in cells]
 
     def summary(self) -> dict[str, Any]:
         """Return what was found and done, as JSON values."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 import holdfast
@@ -307,6 +308,41 @@ MakeLab = Callable[..., Lab]
 def steps_of(lab: Lab, number: int) -> list[int]:
     """Return the canonical steps of a trial."""
     return [step for step, _ in lab.outcome()[number][3]]
+
+
+def begin(lab: Lab, *command: str) -> Running:
+    """Start a command of any program in the laboratory."""
+    log = lab.folder / f"begun-{len(lab.running)}.txt"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=lab.folder,
+            env=dict(lab.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    run = Running(process, log)
+    lab.running.append(run)
+    return run
+
+
+@contextmanager
+def small_disk(folder: Path, *, megabytes: int) -> Iterator[Path]:
+    """Have a small file system at a new folder; where it cannot be mounted, the test is skipped."""
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "holdfast-test", str(folder)]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("the program mount is missing")
+    if done.returncode != 0:
+        pytest.skip(f"the right to mount a small file system is missing: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def holdfast_environment(**changes: str) -> dict[str, str]:

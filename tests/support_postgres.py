@@ -181,12 +181,6 @@ class Postgres:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(TEMPLATE)))
         open_database(self.url(TEMPLATE), create_missing=True).close()
 
-    def backends(self, database: str) -> list[int]:
-        """Return the processes that serve connections to a database."""
-        with self.admin() as connection:
-            words = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND backend_type = 'client backend'"
-            return [row[0] for row in connection.execute(words, [database]).fetchall()]
-
     def terminate(self, database: str) -> int:
         """End every connection to a database; return how many there were."""
         with self.admin() as connection:

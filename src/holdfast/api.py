@@ -6,7 +6,7 @@ import contextvars
 import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,9 @@ from holdfast.flows.prepare import (
 from holdfast.flows.requesting import request_of
 from holdfast.flows.server import EmbeddedServer
 from holdfast.flows.session import Session, prepared
-from holdfast.flows.signals import Terminated, raised, undisturbed, why
+from holdfast.flows.signals import Terminated, raised, signal_of, undisturbed, why
 from holdfast.holding import is_driven_by_path
-from holdfast.locate import find
+from holdfast.locate import Opened, find
 from holdfast.report.observer import Observer, restore_command, watching
 from holdfast.result import SearchResult, result_of
 from holdfast.settings import names_api
@@ -52,11 +52,16 @@ class _Recorder(Observer):
         self.inner = inner
         self.server = server
         self.result: SearchResult | None = None
+        self.command: str | None = None
+        """what goes on with the experiment, once there is one"""
         self.say = inner.say  # type: ignore[method-assign]  # plain delegation
-        self.opened = inner.opened  # type: ignore[method-assign]
         self.planned = inner.planned  # type: ignore[method-assign]
         self.running = inner.running  # type: ignore[method-assign]
         self.trial = inner.trial  # type: ignore[method-assign]
+
+    def opened(self, opened: Opened, *, restored: bool) -> None:
+        self.command = restore_command(opened)
+        self.inner.opened(opened, restored=restored)
 
     def preparing(self) -> None:
         if not names_api():  # a guess, made without importing Prefect: the server starts beside everything else
@@ -90,7 +95,7 @@ def search(
         checked = checked.model_copy(update={"storage": str(storage), "storage_options": dict(options or {})})
     server = EmbeddedServer()
     watcher = _Recorder(observer or Observer(), server)
-    with _signals():
+    with _signals(watcher):
         try:
             return _finish(prepare_search(checked, watcher, origin), watcher, server, restoring=False)
         finally:
@@ -154,7 +159,7 @@ def restore(
     )
     server = EmbeddedServer()
     watcher = _Recorder(observer or Observer(), server)
-    with _signals():
+    with _signals(watcher):
         try:
             return _finish(prepare_restore(request, watcher), watcher, server, restoring=True)
         finally:
@@ -255,9 +260,18 @@ def import_experiment(file: str | Path, *, database: str | None = None) -> str:
     return record.location
 
 
-def _signals() -> AbstractContextManager[None]:
-    """Turn the signals that end a process into an exception, until what was begun is ended in order."""
-    return raised(signal.SIGTERM, signal.SIGHUP, pass_on=True)
+@contextmanager
+def _signals(watcher: _Recorder) -> Iterator[None]:
+    """Turn the signals that end a process into an exception, until what was begun is ended in order; say how to go on."""
+    with raised(signal.SIGTERM, signal.SIGHUP, pass_on=True):
+        try:
+            yield
+        except BaseException as error:
+            # The end of a flow says so by itself.
+            if signal_of(error) is not None and watcher.result is None and watcher.command is not None:
+                with suppress(OSError):  # the terminal may be gone
+                    watcher.say(f"{why(error)}; go on with: {watcher.command}")
+            raise
 
 
 def _finish(restored: Restored, watcher: _Recorder, server: EmbeddedServer, *, restoring: bool) -> SearchResult:

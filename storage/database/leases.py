@@ -41,7 +41,7 @@ def held(holder: Mapping[str, Any] | None, remaining: float) -> LeaseHeld:
         return LeaseHeld("another process took the experiment at the same moment; nothing was changed")
     return LeaseHeld(
         f"{describe(holder)} drives the experiment; its lease runs {max(remaining, 0):.0f} s unless renewed; "
-        "wait for it, end it with `holdfast stop`, or take over with --force"
+        "wait for it, end it with `holdfast stop`, or take over with `holdfast restore --force`"
     )
 
 

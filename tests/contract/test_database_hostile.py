@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
 import time
 import traceback
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import pytest
 import yaml
 from psycopg import sql
 from sqlalchemy import text
-from support import Lab, holdfast_environment, tree
+from support import Lab, holdfast_environment, small_disk, tree
 from support_postgres import Postgres
 
 import holdfast
@@ -200,17 +199,8 @@ def test_a_role_that_may_only_look(postgres: Postgres, name: str, role: str) -> 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "holdfast-test", str(folder)]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("the program mount is missing")
-    if done.returncode != 0:
-        pytest.skip(f"the right to mount a small file system is missing: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "small", megabytes=1) as folder:
+        yield folder
 
 
 def test_a_disk_that_is_really_full(small: Path) -> None:

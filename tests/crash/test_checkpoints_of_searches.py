@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import DIED, Lab, MakeLab, Running, steps_of
+from support import DIED, Lab, MakeLab, Running, begin, steps_of
 
 import holdfast
 from holdfast import locate
@@ -44,21 +44,9 @@ KEEP_ONE = {"keep_last": 1, "keep_top_k": None}
 
 def suspended(lab: Lab, point: str, spec: Path) -> Running:
     """Start a search that suspends itself at a pass of a point, and wait until it has."""
-    log = lab.folder / "suspended.txt"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SUSPENDED, point, "run", str(spec)],
-            cwd=lab.folder,
-            env=dict(lab.environment),
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    run = Running(process, log)
-    lab.running.append(run)
-    started = processes.identity(process.pid)
-    lab.until(lambda: processes.is_suspended(processes.same_host(), process.pid, str(started)), run)
+    run = begin(lab, sys.executable, "-c", SUSPENDED, point, "run", str(spec))
+    started = processes.identity(run.process.pid)
+    lab.until(lambda: processes.is_suspended(processes.same_host(), run.process.pid, str(started)), run)
     return run
 
 

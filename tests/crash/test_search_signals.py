@@ -152,6 +152,7 @@ class TestBeforeAnythingRuns:
         ended = lab.python(AT_POINT, "lease.database-taken", int(signal.SIGTERM), "run", lab.spec(name="early"))
         assert ended.code == -signal.SIGTERM, ended.output
         assert "Traceback" not in ended.output
+        assert f"interrupted: SIGTERM; go on with: holdfast restore {lab.path('early')}" in ended.output
         assert record(lab, "early") == ("interrupted", "interrupted: SIGTERM")
         lab.run("restore", lab.path("early"))
         assert lab.statuses("early") == ["COMPLETED"] * 4

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import HOLDFAST, Lab, MakeLab, Running, starts, tree
+from support import HOLDFAST, Lab, MakeLab, Running, begin, starts, tree
 
 from holdfast.tasks.workers import processes
 
@@ -31,24 +31,6 @@ sys.exit(main(sys.argv[1:]))
 
 ELSEWHERE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"]
 """Runs what follows among other processes, none of ours; its host may have a name of its own."""
-
-
-def begin(lab: Lab, *command: str) -> Running:
-    """Start a command in the laboratory."""
-    log = lab.folder / f"begun-{len(lab.running)}.txt"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command,
-            cwd=lab.folder,
-            env=dict(lab.environment),
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    run = Running(process, log)
-    lab.running.append(run)
-    return run
 
 
 def until_suspended(lab: Lab, run: Running) -> None:

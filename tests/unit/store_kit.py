@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,3 +71,21 @@ def driven_by(opened: Opened, *, release: bool = True) -> None:
     leases.take(seen=0, epoch=1, holder={"pid": 1, "hostname": "here"}, action="started", detail={})
     if release:
         leases.release(epoch=1, active=0.0, ended="stopped")
+
+
+def on_terminal(columns: int, *command: str) -> tuple[int, str, str]:
+    """Run a command of ``holdfast`` on a terminal; return its exit code, what it printed, and its errors."""
+    ours, theirs = os.openpty()
+    words = [sys.executable, "-m", "holdfast.cli", *command]
+    environment = {**os.environ, "COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "xterm"}
+    with subprocess.Popen(words, stdout=theirs, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        os.close(theirs)
+        text = b""
+        try:
+            while part := os.read(ours, 65536):
+                text += part
+        except OSError:
+            pass  # the other end is closed
+        _, err = process.communicate()
+        os.close(ours)
+    return process.returncode, text.decode().replace("\r\n", "\n"), err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_kit import content, create, unprivileged
+from store_kit import content, create, on_terminal, unprivileged
 from upkeep_kit import Shop, end, reachable
 
 from holdfast.cli import main
@@ -293,29 +292,11 @@ def test_a_pipe_gets_every_checkpoint_in_a_line(many: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(("given", "shown"), [([], 100), (["--all"], MANY), (["--limit", "3"], 3)])
 def test_a_terminal_gets_the_last_ones_unless_told_otherwise(many: Path, given: list[str], shown: int) -> None:
-    code, text, err = on_terminal(80, str(many), *given)
+    code, text, err = on_terminal(80, "checkpoints", str(many), *given)
     assert code == 0
     steps = [int(line.split()[2]) for line in text.splitlines() if " valid " in line]
     assert steps == list(range(MANY - shown, MANY - 1))
     assert (f"{MANY - shown} earlier checkpoints are not shown" in err) == (shown < MANY)
-
-
-def on_terminal(columns: int, *arguments: str) -> tuple[int, str, str]:
-    """Run ``holdfast checkpoints`` on a terminal; return its exit code, what it printed, and its errors."""
-    ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "holdfast.cli", "checkpoints", *arguments]
-    environment = {**os.environ, "COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "xterm"}
-    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        os.close(theirs)
-        text = b""
-        try:
-            while part := os.read(ours, 65536):
-                text += part
-        except OSError:
-            pass  # the other end is closed
-        _, err = process.communicate()
-        os.close(ours)
-    return process.returncode, text.decode().replace("\r\n", "\n"), err
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
@@ -326,7 +307,7 @@ def test_a_narrow_terminal_gets_each_row_in_a_line_and_each_reason_once(shop: Sh
     damage(shop, paths[1])
     damage(shop, paths[2])
     for given in (["--verify"], []):
-        code, text, _ = on_terminal(columns, str(shop.path), *given)
+        code, text, _ = on_terminal(columns, "checkpoints", str(shop.path), *given)
         lines = text.splitlines()
         assert code == len(given)
         assert [line.split()[:3] for line in lines[1:4]] == [["0", "1", str(step)] for step in range(3)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import small_disk
 
 from holdfast.core.errors import StorageError
 from holdfast.storage.checkpoints.cache import Cache
@@ -168,17 +169,8 @@ def test_a_damaged_copy_is_replaced_and_a_store_without_it_says_so(root: ObjectR
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of two megabytes."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=2m", "holdfast-test", str(folder)]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("the program mount is missing")
-    if done.returncode != 0:
-        pytest.skip(f"the right to mount a small file system is missing: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "small", megabytes=2) as folder:
+        yield folder
 
 
 def test_a_full_disk_evicts_and_goes_on(

@@ -175,7 +175,6 @@ def test_repeats_come_back_as_a_list(opened: Opened) -> None:
     assert trials == experiment.trials
 
 
-START = datetime(2026, 1, 1, tzinfo=UTC)
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "NaN": ({"x": math.nan}, {}, "x = nan is no finite number"),
     "infinite": ({"x": -math.inf}, {}, "finite"),

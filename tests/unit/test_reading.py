@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from store_kit import create
+from store_kit import create, on_terminal
 
 from holdfast.cli import main
 from holdfast.core.trial import ErrorInfo, Outcome
@@ -74,21 +71,9 @@ def test_a_bad_limit_is_refused(path: Path, given: list[str], capsys: pytest.Cap
 
 @pytest.mark.parametrize(("given", "shown"), [([], 100), (["--all"], COUNT), (["--limit", "3"], 3)])
 def test_a_terminal_gets_the_last_ones_unless_told_otherwise(path: Path, given: list[str], shown: int) -> None:
-    ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "holdfast.cli", "trials", str(path), *given]
-    environment = {**os.environ, "COLUMNS": "400", "NO_COLOR": "1", "TERM": "xterm"}
-    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        os.close(theirs)
-        text = b""
-        try:
-            while part := os.read(ours, 65536):
-                text += part
-        except OSError:
-            pass  # the other end is closed
-        _, err = process.communicate()
-        os.close(ours)
-    assert process.returncode == 0
-    numbers = [line.split()[0] for line in text.decode().splitlines() if " COMPLETED " in line]
+    code, text, err = on_terminal(400, "trials", str(path), *given)
+    assert code == 0
+    numbers = [line.split()[0] for line in text.splitlines() if " COMPLETED " in line]
     assert numbers == [str(number) for number in range(max(COUNT - shown, 1), COUNT)]
     assert (f"{COUNT - shown} earlier trials are not shown" in err) == (shown < COUNT)
 

@@ -150,6 +150,18 @@ def test_a_clock_that_was_set_back_makes_no_wait_longer() -> None:
     assert judge(replace(LOST, epoch=2, notes=ahead), SETTINGS).at == LOST.now + 13.0
 
 
+def test_a_restore_that_ended_with_its_watch_is_gone_on_with_at_once() -> None:
+    told = about(ENDED, 9, 1, passed_on=True, cause="lost", code=143)
+    notes = (STARTED_ROW, claimed(5, 1, at=999.0), take(6, 2), told)
+    due = judge(replace(LOST, epoch=2, ended="interrupted: SIGTERM", notes=notes), SETTINGS)
+    assert (due.verdict, due.restores, due.attempt) == (Verdict.RESTORE, 0, 1)
+    # It neither counts nor excuses those before it.
+    before = (STARTED_ROW, claimed(2, 1, at=995.0), take(3, 2), claimed(5, 2, at=999.0), take(6, 3))
+    ended = (*before, about(ENDED, 9, 2, passed_on=True, cause="lost", code=143))
+    waits = judge(replace(LOST, epoch=3, ended="interrupted: SIGTERM", notes=ended), SETTINGS)
+    assert (waits.verdict, waits.restores, waits.at) == (Verdict.WAIT, 1, 1005.0)
+
+
 def test_a_signal_that_a_watch_passed_on_is_no_reason_to_leave_it() -> None:
     notes = (STARTED_ROW, claimed(5, 1, at=0.0), take(6, 2), about(ENDED, 9, 1, passed_on=True, cause="lost", code=143))
     found = replace(LOST, epoch=2, ended="interrupted: SIGTERM", notes=notes)
@@ -193,7 +205,7 @@ def test_the_count_is_that_of_restores_since_something_was_done(events: list[str
             count, pending = (count if pending else 0), False
         if event == "progress":
             progress, count = seq, 0
-    assert in_a_row(notes, progress) == count
+    assert len(in_a_row(notes, progress)) == count
 
 
 @given(

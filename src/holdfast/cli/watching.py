@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import threading
@@ -120,5 +121,6 @@ def _show(options: argparse.Namespace, watch: Watch) -> None:
     if options.json:
         print_json(watch.summary())
     else:
-        sys.stdout.writelines(f"{line}\n" for line in watch.lines())
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        sys.stdout.writelines(f"{line}\n" for line in watch.lines(width))
     sys.stdout.flush()

@@ -111,16 +111,29 @@ def cut_off(ended: str | None) -> Cause | None:
     return "terminated" if why.startswith(("SIGTERM", "SIGHUP", "TerminationSignal")) else "failed"
 
 
-def in_a_row(notes: Sequence[Note], progress: int) -> int:
-    """Return how many of a watcher's restores got nothing done since something was, or since a person restored it."""
-    count, pending = 0, False
+def in_a_row(notes: Sequence[Note], progress: int) -> Sequence[Note]:
+    """Return a watcher's restores that got nothing done since something was, or since a person restored it.
+
+    Those that had to end because their watcher was ended are no failures, and are left out.
+    """
+    ended = {(note.detail.get("epoch"), note.detail.get("attempt")) for note in notes if _is_passed_on(note)}
+    found: list[Note] = []
+    pending = False
     for note in notes:
         if note.action == RECOVERING:
-            count, pending = (count + 1 if note.seq > progress else 0), True
+            pending = True
+            if note.seq <= progress:
+                found = []
+            elif (note.epoch, note.detail.get("attempt")) not in ended:
+                found.append(note)
         elif note.is_take:
-            count = count if pending else 0
+            found = found if pending else []
             pending = False
-    return count
+    return found
+
+
+def _is_passed_on(note: Note) -> bool:
+    return note.action == ENDED and bool(note.detail.get("passed_on"))
 
 
 def claims(notes: Sequence[Note], epoch: int) -> list[Note]:
@@ -163,7 +176,8 @@ def judge(found: Situation, settings: RecoverySection) -> Decision:
     if not _is_work_left(found, settings):
         return Decision(verdict=Verdict.LEFT, why="nothing is left to do")
     claimed = claims(found.notes, found.epoch)
-    restores = in_a_row(found.notes, found.progress)
+    vain = in_a_row(found.notes, found.progress)
+    restores = len(vain)
     cause = _before_the_signal(found) or cause
     words = _words(cause, found.ended)
     left = Decision(verdict=Verdict.LEFT, why=words, cause=cause, restores=restores)
@@ -176,7 +190,7 @@ def judge(found: Situation, settings: RecoverySection) -> Decision:
         return replace(left, verdict=Verdict.GAVE_UP, why=f"{words}; {tries if restores else 'recovery.max_restores is 0'}")
     at = found.now
     if restores:
-        last = _at(next(note for note in reversed(found.notes) if note.action == RECOVERING))
+        last = _at(vain[-1])
         wait = pause(restores, settings)
         # What lies further ahead than one wait was noted before the clock was set back: nobody can tell how long ago.
         at = last + wait if last <= found.now + wait else found.now
@@ -211,7 +225,7 @@ def _before_the_signal(found: Situation) -> Cause | None:
     for note in reversed(found.notes):
         if note.is_take:
             return None
-        if note.action == ENDED and note.detail.get("passed_on"):
+        if _is_passed_on(note):
             cause = note.detail.get("cause")
             return cause if cause in ("lost", "terminated", "failed") else None
     return None
