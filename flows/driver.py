@@ -28,6 +28,7 @@ from holdfast.engines.factory import make_proposer
 from holdfast.engines.random_engine import draw
 from holdfast.flows.prefect_runs import Wishes, wish_behind
 from holdfast.flows.session import Session
+from holdfast.flows.signals import Deferred
 from holdfast.report.observer import Observer
 from holdfast.settings import settings
 from holdfast.storage.database import requests
@@ -51,7 +52,7 @@ class Unwanted(BaseException):
 class Drive:
     """One run of the loop over a session."""
 
-    def __init__(self, session: Session, observer: Observer, wishes: Wishes) -> None:
+    def __init__(self, session: Session, observer: Observer, wishes: Wishes, signals: Deferred) -> None:
         self._session = session
         self._observer = observer
         self._wishes = wishes
@@ -76,7 +77,10 @@ class Drive:
         """number of the trial and of its attempt"""
         self._heeded: set[Any] = set()
         """task runs whose cancellation was passed on"""
-        self._done: queue.SimpleQueue[PrefectConcurrentFuture[Any]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[PrefectConcurrentFuture[Any] | None] = queue.SimpleQueue()
+        """tasks that have ended; None: a signal came"""
+        self._signals = signals
+        signals.wake = lambda: self._done.put(None)
         self._seq = -1
         self._task = run_trial.with_options()
         self._task.result_storage = results_in(session.opened.folder)
@@ -122,6 +126,7 @@ class Drive:
 
     def _until_done(self, runner: ThreadPoolTaskRunner[Any]) -> str:
         for action in actions(self.ledger, lambda: datetime.now(UTC)):
+            self._signals.check()
             if self._wishes.stop is not None:
                 raise Unwanted(self._wishes.stop)
             match action:
@@ -141,7 +146,8 @@ class Drive:
 
     def _propose(self, number: int) -> None:
         try:
-            proposal = as_proposal(self._proposer.propose(number))
+            with self._signals.opened():
+                proposal = as_proposal(self._proposer.propose(number))
         except Exhausted as error:
             self.ledger.exhausted, self.ledger.exhaustion = True, str(error)
             return
@@ -197,7 +203,10 @@ class Drive:
         except queue.Empty:
             self._tick()
         else:
-            self._finish(future)
+            if future is None:
+                self._signals.check()
+            else:
+                self._finish(future)
 
     def _finish(self, future: PrefectConcurrentFuture[Any]) -> None:
         """Commit the end of a trial's task."""
@@ -376,5 +385,8 @@ class Drive:
 
     def _drain(self, expired: Callable[[], bool]) -> None:
         while self._inflight and not expired():
+            self._signals.check()
             with suppress(queue.Empty, HoldfastError):
-                self._finish(self._done.get(timeout=0.2))
+                future = self._done.get(timeout=0.2)
+                if future is not None:
+                    self._finish(future)

@@ -30,7 +30,7 @@ from holdfast.flows.prefect_runs import (
 )
 from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared, prepared_session
-from holdfast.flows.signals import explained, raised, why
+from holdfast.flows.signals import deferred, explained, raised, why
 from holdfast.report.observer import Observer, RunLog, Together, watching
 from holdfast.result import SearchResult, result_of
 from holdfast.specfile import ExperimentSpec
@@ -85,11 +85,12 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
     wishes = Wishes()
     with raised(signal.SIGHUP, pass_on=False):
         try:
-            closing = _dead_runs(session)
-            reason = Drive(session, watcher, wishes).run()
-            session.journal.flush()
-            session.keeper.release(_ended(reason))
-            _last_words(session)
+            with deferred() as signals:
+                closing = _dead_runs(session)
+                reason = Drive(session, watcher, wishes, signals).run()
+                session.journal.flush()
+                session.keeper.release(_ended(reason))
+                _last_words(session)
         except BaseException as error:
             if session.stuck:
                 hurry(exit_code(error))

@@ -99,6 +99,75 @@ def undisturbed() -> Iterator[None]:
         restore()
 
 
+class Deferred:
+    """Signals that are taken where nothing is held: within :func:`deferred`.
+
+    An exception that a signal raises anywhere can leave a lock held for as long as it is being handled: a context manager
+    that was entered a moment ago does not know yet that it was. Whoever ends the search then waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self.wake: Callable[[], object] = lambda: None
+        """called when a signal comes: whoever waits is to come to a check"""
+        self._pending: int | None = None
+        self._since = 0.0
+        self._is_open = False
+        self._before: dict[int, Any] = {}
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; raise what it stands for where it may, and when an earlier one has not been taken for seconds."""
+        waits = self._pending is not None
+        if self._is_open or (waits and time.monotonic() - self._since >= SAME_SECONDS):
+            self._pending = None
+            self._before[number](number, frame)
+        elif not waits:
+            self._pending, self._since = number, time.monotonic()
+            self.wake()
+
+    def check(self) -> None:
+        """Raise what a signal that came meanwhile stands for."""
+        number, self._pending = self._pending, None
+        if number is not None:
+            self._before[number](number, None)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Let signals raise at once in the body: somebody else's code, which may take its time and holds nothing of ours."""
+        self.check()
+        self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = False
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before = signal.getsignal(number)
+            if callable(before):  # what ends the process at once, or is ignored, raises nothing
+                self._before[number] = before
+                signal.signal(number, self.handle)
+
+    def remove(self) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def deferred() -> Iterator[Deferred]:
+    """Take signals that would raise somewhere in the body at its checks alone.
+
+    What has not been taken by the end of the body is raised there. Only the main thread gets signals.
+    """
+    signals = Deferred()
+    if threading.current_thread() is threading.main_thread():
+        signals.install()
+    try:
+        yield signals
+    finally:
+        signals.remove()
+    signals.check()
+
+
 def _is_terminal(descriptor: int) -> bool:
     try:
         termios.tcgetattr(descriptor)

@@ -1,14 +1,20 @@
 """Signals that become exceptions, and what they are called."""
 
+import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import closing
 
 import pytest
+from sqlalchemy import text
 
-from holdfast.flows.signals import Terminated, explained, raised, undisturbed, why
+from holdfast.flows.signals import Terminated, deferred, explained, raised, undisturbed, why
+from holdfast.storage.database.engine import Statement, sqlite_url
+from holdfast.storage.database.experiments import open_database
 
 BOTH = (signal.SIGTERM, signal.SIGHUP)
 
@@ -142,3 +148,53 @@ def test_undisturbed_lets_other_threads_alone_and_ignored_signals_ignored():
     with undisturbed():
         found.append(signal.getsignal(signal.SIGHUP))
     assert found == [signal.SIG_DFL, signal.SIG_IGN]
+
+
+def test_a_deferred_signal_is_taken_where_nothing_is_held():
+    woken = []
+    with pytest.raises(KeyboardInterrupt), deferred() as signals:  # noqa: PT012
+        signals.wake = lambda: woken.append(True)
+        signals.check()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert woken == [True]
+        os.kill(os.getpid(), signal.SIGINT)  # the same wish once more
+        assert woken == [True]
+        signals.check()
+        pytest.fail("the check raises")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_deferred_signal_ends_other_peoples_code_at_once_and_is_not_lost_at_the_end():
+    with pytest.raises(KeyboardInterrupt), deferred() as signals, signals.opened():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    passed = []
+    with pytest.raises(KeyboardInterrupt), deferred():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        passed.append(True)
+    assert passed == [True]
+
+
+def test_a_signal_within_a_transaction_keeps_no_other_thread_waiting(tmp_path):
+    """While the exception is handled, what it came in stays on the stack: a lock that was being taken would stay, too."""
+    with closing(open_database(sqlite_url(tmp_path / "holdfast.db"), create_missing=True)) as database:
+        add = Statement(text("INSERT INTO config (digest, body) VALUES (:digest, '{}')"))
+
+        def write(digest):
+            with database.write() as tx:
+                tx.run(add, digest=digest)
+
+        for number in range(40):
+            timer = threading.Timer(random.Random(number).uniform(0.0, 0.01), os.kill, [os.getpid(), signal.SIGINT])
+            try:
+                with deferred() as signals:
+                    timer.start()
+                    for again in itertools.count():
+                        signals.check()
+                        write(f"{number} {again}")
+            except KeyboardInterrupt:
+                other = threading.Thread(target=write, args=(f"{number} other",), daemon=True)
+                other.start()
+                other.join(60)
+                assert not other.is_alive()
+            timer.join()
