@@ -15,8 +15,8 @@ def watch_of(*rows: Row) -> Watch:
     return watch
 
 
-LEFT = Row(path="/home/me/work/runs/digits", name="digits", verdict="left alone", why="stopped on request")
-WAITS = Row(path="/home/me/work/runs/b", name="b", verdict="waits", why="its process died", restores=1, next=0.0)
+LEFT = Row(path="/data/runs/digits", name="digits", verdict="left alone", why="stopped on request")
+WAITS = Row(path="/data/runs/b", name="b", verdict="waits", why="its process died", restores=1, next=0.0)
 
 
 def test_a_pipe_gets_every_column() -> None:
