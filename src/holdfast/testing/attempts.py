@@ -208,7 +208,7 @@ class AttemptContract:
         assert [(trial.status, trial.attempts, trial.config_id) for trial in trials] == [
             (TrialStatus.RUNNING, 1, trials[0].config_id)
         ] * 2
-        first, second = (replace(trial.attempt, id=0, started=None) for trial in trials)
+        first, second = (replace(trial.attempt, id=0, created=None, started=None) for trial in trials)
         assert first == second
         assert [trial.seed for trial in trials] == [trial_seed(lab.record.seed, place) for place in range(2)]
         assert [row[1:3] for row in dump(lab.database)["proposer_state"]] == [(0, b"s"), (1, b"s")]

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
@@ -176,8 +177,10 @@ class _Forker:
             _say(teller, os.waitstatus_to_exitcode(status))
 
     def _end(self) -> NoReturn:
-        for pid, _ in self._runs.values():
-            os.killpg(pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+        for pid, _ in self._runs.values():  # not reaped yet, so the number is still its own
+            with suppress(ProcessLookupError):  # it has not come to its session yet
+                os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         os._exit(0)
 
 
