@@ -20,8 +20,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 NAME = "search"
-RESUMED = "resumed"
-"""A file that tells that the one to resume has been run once."""
 
 
 def trainable(config: dict[str, object]) -> None:
