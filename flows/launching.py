@@ -51,6 +51,9 @@ class Launcher(Protocol):
     awaits: bool
     """whether a started restore belongs to us until it ends"""
 
+    def check(self) -> None:
+        """Raise EngineError where no restore could be started at all: nothing is claimed then."""
+
     def start(self, claimed: Claimed) -> Restoring:
         """Start a claimed restore; EngineError when that is not possible."""
 
@@ -109,6 +112,9 @@ class Children:
         self._places = places
         self._environment = environment
 
+    def check(self) -> None:
+        """Do nothing: a process can always be started, as far as can be known."""
+
     def start(self, claimed: Claimed) -> Child:
         # Not by the command line: everybody can read that, and the URL may hold a password.
         url = {"HOLDFAST_DATABASE_URL": self._places.database} if self._places.database else {}
@@ -143,6 +149,11 @@ class Deployment:
     def __init__(self, name: str, places: Places) -> None:
         self.name = name
         self._places = places
+
+    def check(self) -> None:
+        from holdfast.flows.watched_runs import check_deployment
+
+        check_deployment(self.name)
 
     def start(self, claimed: Claimed) -> HandedOver:
         from holdfast.flows.watched_runs import run_restore

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import httpx
@@ -26,20 +27,32 @@ def has_api() -> bool:
     return bool(PREFECT_API_URL.value()) or flow_run.id is not None
 
 
-def run_restore(deployment: str, parameters: dict[str, Any], key: str) -> str:
-    """Let a deployment of the flow ``restore`` run, once for each ``key``; return the flow run's id.
+def check_deployment(deployment: str) -> None:
+    """Raise EngineError when there is no such deployment, or no API to ask for it."""
+    with _asking_for(deployment), impatient_client() as client:
+        client.read_deployment_by_name(deployment)
 
-    EngineError when there is no such deployment, or its flow does not take the parameters.
-    """
+
+@contextmanager
+def _asking_for(deployment: str) -> Iterator[None]:
     try:
         if not has_api():
             raise ValueError("Prefect's settings name no API: set PREFECT_API_URL")
-        run = run_deployment(deployment, parameters=parameters, timeout=0, idempotency_key=key, as_subflow=False)
+        yield
     except (ObjectNotFound, *_UNREACHED, ValueError) as error:
         raise EngineError(
             f"deployment {deployment!r} cannot be run ({error}); `prefect deployment ls` lists them: name one of the flow "
             "restore, as restore/NAME, or name none: restores then run where the watch runs"
         ) from error
+
+
+def run_restore(deployment: str, parameters: dict[str, Any], key: str) -> str:
+    """Let a deployment of the flow ``restore`` run, once for each ``key``; return the flow run's id.
+
+    EngineError when there is no such deployment, or its flow does not take the parameters.
+    """
+    with _asking_for(deployment):
+        run = run_deployment(deployment, parameters=parameters, timeout=0, idempotency_key=key, as_subflow=False)
     return str(cast(FlowRun, run).id)
 
 

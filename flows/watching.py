@@ -125,6 +125,12 @@ class Watch:
             self._start(row, examined)
 
     def _start(self, row: Row, examined: Examined) -> None:
+        try:
+            self._launcher.check()
+        except EngineError as error:
+            self._replace(row, replace(row, result=f"not started: {error}"))
+            self._around.warn(f"{row.name}: the restore was not started: {error}")
+            return
         found = claim(examined, self._places, alive)
         if isinstance(found, Row):
             self._replace(row, found)

@@ -41,6 +41,8 @@ def look(lab: Lab) -> dict[str, Row]:
 class NoRestores:
     awaits = True
 
+    def check(self) -> None: ...
+
     def start(self, claimed: Claimed) -> Restoring:
         raise AssertionError(f"{claimed.examined.row} was to be left alone")
 

@@ -65,6 +65,10 @@ def test_a_deployment_restores_once_for_a_crash_however_often_it_is_watched(serv
     lab = served
     spec = lab.spec(name="handed", search={"num_trials": 2}, recovery={"delay": 3600})
     lab.run("run", spec, fault="checkpoint.committed:4", code=DIED)
+    mistyped = lab.run("watch", lab.folder / "runs", "--deployment", "restore/nobody", code=4)
+    assert "'restore/nobody' cannot be run" in mistyped.output
+    with lab.open("handed") as experiment:
+        assert "recovering" not in {row.action for row in experiment.audit()}  # so it takes none of the restores away
     found = []
     for _ in range(3):
         ended = lab.python(WATCH, lab.folder / "runs")

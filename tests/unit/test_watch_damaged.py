@@ -49,6 +49,8 @@ def test_rows_that_cannot_be_read_are_one_experiments_affair(tmp_path: Path, dam
 class NoRestores:
     awaits = True
 
+    def check(self) -> None: ...
+
     def start(self, claimed: Claimed) -> Restoring:
         raise AssertionError(f"{claimed.examined.row} was to be left alone")
 
