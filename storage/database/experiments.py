@@ -309,12 +309,11 @@ def _make(file: Path) -> None:
         _sweep(file.parent)
         with _draft_folder(file.parent) as folder:
             draft = folder / _DRAFT_FILES[0]
-            fresh = connect(sqlite_url(draft), create=True)
-            _migrate(fresh)
-            with fresh.engine.connect() as connection:
-                connection.exec_driver_sql("COMMIT")
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-            fresh.close()
+            with closing(connect(sqlite_url(draft), create=True)) as fresh:
+                _migrate(fresh)
+                with fresh.engine.connect() as connection:
+                    connection.exec_driver_sql("COMMIT")
+                    connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
             faults.point("experiment.database-drafted")
             try:
                 os.link(draft, file)  # fails when another process was faster: its database is as good as ours

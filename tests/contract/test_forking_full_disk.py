@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from support import small_disk
 from support_forks import story
 
 import holdfast
@@ -19,13 +19,8 @@ from holdfast.upkeep import verify
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """An empty file system of one MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"a tmpfs cannot be mounted, which takes root: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with small_disk(tmp_path / "small", megabytes=1) as place:
+        yield place
 
 
 def fill(small: Path, left: int) -> Path:
@@ -34,6 +29,15 @@ def fill(small: Path, left: int) -> Path:
     ballast = small / "ballast"
     ballast.write_bytes(b"\0" * (state.f_bavail * state.f_frsize - left))
     return ballast
+
+
+def open_files() -> list[str]:
+    """Return what this process has open, by the names that the system knows."""
+    found = []
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # that of the listing itself
+            found.append(os.readlink(f"/proc/self/fd/{entry}"))
+    return found
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -57,6 +61,7 @@ def test_a_full_disk_leaves_nothing_and_the_next_try_works(tmp_path: Path, small
             assert not (storage / "fork").exists()
             assert {entry.name for entry in small.rglob("*")} <= {"ballast", "below", "forks", "holdfast.db"}
             assert content(path) == before
+            assert not [file for file in open_files() if file.startswith(str(small))]
             ballast.unlink()
         assert set(refused) == {StorageError, DatabaseError}
         with holdfast.fork(path, "fork", storage=str(storage)) as forked:
