@@ -35,7 +35,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -208,7 +208,9 @@ class Experiments:
         return self._children.run(command, {**os.environ, **environment}, code=code)
 
     def prepare(self, trials: int, engine: str) -> None:
-        """Make one, and let its last trial be killed."""
+        """Make one, unless it was made before, and let its last trial be killed."""
+        if (self._folder / f"{engine}-{trials}").exists():
+            return
         shutil.rmtree(self._at, ignore_errors=True)
         self._at.mkdir()
         command = [sys.executable, __file__, "--make", str(self._at), str(trials), engine]
@@ -232,7 +234,9 @@ class Experiments:
                 yield ", nothing to do", cost
 
     def prepare_ray(self, trials: int) -> None:
-        """Let Ray make one."""
+        """Let Ray make one, unless it did so before."""
+        if (self._folder / f"ray-{trials}").exists():
+            return
         shutil.rmtree(self._at, ignore_errors=True)
         self._at.mkdir()
         self._ray("make", min(trials, RAY_RUNS))
@@ -342,7 +346,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="100,1000,10000", metavar="N,...", help="finished trials (100,1000,10000)")
     parser.add_argument("--engines", default="random,tpe", metavar="NAME,...", help="(random,tpe)")
     parser.add_argument("--ray", metavar="PYTHON", help="Python of an environment with ray[tune]")
-    parser.add_argument("--folder", type=Path, help="where to put the experiments (a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where experiments are kept for the next time (a temporary folder)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure")
     parser.add_argument("--make", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -355,8 +359,10 @@ def main() -> None:
     server = EmbeddedServer()
     server.begin()
     try:
-        with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir=options.folder) as folder:
-            experiments = Experiments(Path(folder), Children(), server.url(), options.ray)
+        with ExitStack() as stack:
+            folder = options.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-bench-"))
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            experiments = Experiments(Path(folder).resolve(), Children(), server.url(), options.ray)
             found = measure(arms_of(experiments, sizes, options.engines.split(",")), options.rounds)
     finally:
         server.stop()
