@@ -25,7 +25,7 @@ from prefect.client.schemas.filters import (
     TaskRunFilterState,
     TaskRunFilterStateType,
 )
-from prefect.client.schemas.objects import TERMINAL_STATES, State, StateType, TaskRun
+from prefect.client.schemas.objects import TERMINAL_STATES, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.context import SettingsContext, get_settings_context
 from prefect.events.worker import EventsWorker
@@ -37,7 +37,7 @@ from prefect.states import Cancelled, Completed, Crashed
 
 from holdfast.core.trial import Attempt, Outcome
 from holdfast.storage.database.reads import Drove
-from holdfast.tasks.trial import PREEMPTED
+from holdfast.tasks.trial import PREEMPTED, run_trial
 
 POLL_SECONDS = 3.0
 """How often Prefect is asked what people want of this run."""
@@ -48,6 +48,8 @@ LAST_SECONDS = 3.0
 CLOSING_SECONDS = 60.0
 """How long the runs of dead processes are looked for; what the server was not told of by then never comes."""
 RETRY_SECONDS = 1.0
+LATE_SECONDS = 10.0
+"""After this long, a task run that the server was not told of is made there, in its final state."""
 BUSY_TRIES = 3
 PAGE = 200
 """Runs that the API returns at once, at most."""
@@ -219,6 +221,8 @@ def hasten(wishes: Wishes) -> None:
 class DeadRuns:
     """What a crash left open in Prefect."""
 
+    experiment: str
+    """its name"""
     drives: Sequence[Drove] = ()
     """the flow runs that drove in epochs that are over"""
     attempts: Sequence[Attempt] = ()
@@ -243,7 +247,11 @@ class DeadRuns:
 
 @dataclass
 class Closing:
-    """Puts dead runs into a final state, in a thread of its own; events that the server has not recorded yet are waited for."""
+    """Puts dead runs into a final state, in a thread of its own.
+
+    A server records task runs late, or, when their process died with what it had to say, never. Those are made, in their final
+    state: what comes after that is older, and the server leaves the newer state as it is.
+    """
 
     dead: DeadRuns
     own: uuid.UUID | None = field(default_factory=this_run)
@@ -268,24 +276,31 @@ class Closing:
 
     def finish(self, seconds: float = ANSWER_SECONDS) -> None:
         """Wait for it, not for long, and end it."""
+        self._ended.set()
         if self._thread is not None:
             self._thread.join(seconds)
-        self._ended.set()
 
     def _work(self, flows: Mapping[uuid.UUID, int | None], tasks: dict[uuid.UUID, Attempt]) -> None:
-        deadline = time.monotonic() + CLOSING_SECONDS
+        began = time.monotonic()
+        deadline, is_last = began + CLOSING_SECONDS, False
         with impatient_client() as client:
             while time.monotonic() < deadline:
+                if self._ended.is_set() and not is_last:
+                    is_last, deadline = True, time.monotonic() + ANSWER_SECONDS
                 with suppress(*_AWAY):
                     self._close_tasks(client, tasks)
                     self._close_open(client, self._close_flows(client, flows))
                     # A server that does not know a flow run, such as another embedded one, never hears of its tasks either.
                     strangers = flows.keys() - self._known
                     tasks = {run: a for run, a in tasks.items() if uuid.UUID(str(a.flow_run_id)) not in strangers}
-                    if not tasks:
+                    if is_last or time.monotonic() > began + LATE_SECONDS:
+                        self._make_tasks(client, tasks)
+                    if is_last or not tasks:
                         return
-                if self._ended.wait(RETRY_SECONDS):
-                    return
+                if is_last:
+                    time.sleep(RETRY_SECONDS / 2)
+                else:
+                    self._ended.wait(RETRY_SECONDS)
 
     def _close_flows(self, client: SyncPrefectClient, flows: Mapping[uuid.UUID, int | None]) -> list[uuid.UUID]:
         """Close flow runs; return those that are dead for certain: none that was begun again since."""
@@ -316,8 +331,6 @@ class Closing:
         )
         while page := client.read_task_runs(task_run_filter=wanted, **_TASKS):
             for run in page:
-                if self._ended.is_set():
-                    return
                 client.set_task_run_state(run.id, Crashed(message=self.dead.message), force=True)
             if len(page) < PAGE:
                 return
@@ -328,15 +341,28 @@ class Closing:
         for start in range(0, len(ids), PAGE):
             wanted = TaskRunFilter(id=TaskRunFilterId(any_=ids[start : start + PAGE]))
             for run in client.read_task_runs(task_run_filter=wanted, **_TASKS):
-                state = self._final(run, tasks[run.id].outcome)
+                state = self._final(run.state, tasks[run.id].outcome)
                 if state is not None:
                     client.set_task_run_state(run.id, state, force=True)
                 del tasks[run.id]
 
-    def _final(self, run: TaskRun, outcome: Outcome | None) -> State[Any] | None:
+    def _make_tasks(self, client: SyncPrefectClient, tasks: dict[uuid.UUID, Attempt]) -> None:
+        """Make the task runs of attempts that the server does not know, each as its attempt ended; forget them."""
+        for identity, attempt in list(tasks.items()):
+            client.create_task_run(
+                run_trial,
+                uuid.UUID(str(attempt.flow_run_id)),
+                str(identity),
+                id=identity,
+                name=f"{self.dead.experiment}/trial-{attempt.trial}#{attempt.number}",
+                state=self._final(None, attempt.outcome),
+            )
+            del tasks[identity]
+
+    def _final(self, known: State[Any] | None, outcome: Outcome | None) -> State[Any] | None:
         """Return the state that a task run has to have, or None when it may stay as it is."""
-        is_final = run.state is not None and run.state.is_final()
-        is_completed = run.state is not None and run.state.is_completed()
+        is_final = known is not None and known.is_final()
+        is_completed = known is not None and known.is_completed()
         if outcome in (Outcome.COMPLETED, Outcome.PRUNED):
             return None if is_final else Completed(message="its result was persisted; its process died before Prefect knew")
         if is_final and not is_completed:  # completed, and the result was not persisted any more: the trial runs again

@@ -207,7 +207,7 @@ def close_attempts(session: Session, survey: Survey, plan: Mapping[int, Planned]
         else:
             ending = Ending(outcome=Outcome.LOST, note="its driver died")
         session.driver.end(trial.attempt.id, ending)
-        closed.append(replace(trial.attempt, outcome=ending.outcome))
+        closed.append(replace(trial.attempt, outcome=ending.outcome, trial=trial.number))
     return closed
 
 

@@ -125,7 +125,7 @@ def _dead_runs(session: Session) -> Closing:
     uuid, before = session.opened.record.uuid, session.runtime.epoch
     session.driver.audit(DRIVING, {"flow_run_id": str(flow_run.id), "uuid": uuid, "times": times_run()})
     drives = session.reader.drives(uuid, before=before)
-    closing = Closing(DeadRuns(drives=drives, attempts=session.dead))
+    closing = Closing(DeadRuns(session.spec.name, drives=drives, attempts=session.dead))
     closing.start()
     return closing
 

@@ -74,7 +74,8 @@ def close_runs(examined: Examined) -> None:
     """Put the runs of a dead process into a final state though its experiment is not restored now."""
     if not examined.drives or not is_open(examined.drives[0].flow_run):
         return  # closed already, or another API's
-    close_dead_runs(DeadRuns(examined.drives, examined.runs, "its process died; its experiment can be restored"))
+    message = "its process died; its experiment can be restored"
+    close_dead_runs(DeadRuns(examined.row.name, examined.drives, examined.runs, message))
 
 
 def emit(event: str, row: Row) -> None:

@@ -41,7 +41,7 @@ _PROGRESS = _sql(
 )
 
 _OPEN = _sql(
-    "SELECT a.id, a.number, a.flow_run_id, a.task_run_id FROM trial t"
+    "SELECT t.number, a.id, a.number, a.flow_run_id, a.task_run_id FROM trial t"
     " JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
     " WHERE t.experiment_id = :experiment AND t.number >= 0 AND t.status = 'RUNNING' AND a.outcome IS NULL ORDER BY t.number"
 )
@@ -175,9 +175,9 @@ def _of_epoch(tx: Transaction, experiment: int, epoch: int) -> list[Note]:
 
 
 def open_runs(database: Database, experiment: int) -> list[Attempt]:
-    """Return the attempts that are open, with no more of them than their numbers and their runs in Prefect."""
+    """Return the attempts that are open, with no more of them than numbers and their runs in Prefect."""
     rows = database.run(_OPEN, experiment=experiment)
     return [
-        Attempt(id=identity, number=number, claimed=True, flow_run_id=flow, task_run_id=task)
-        for identity, number, flow, task in rows
+        Attempt(id=identity, number=number, trial=trial, claimed=True, flow_run_id=flow, task_run_id=task)
+        for trial, identity, number, flow, task in rows
     ]

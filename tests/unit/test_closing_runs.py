@@ -51,7 +51,7 @@ def test_runs_of_another_server_are_asked_for_once() -> None:
     flow, task = str(uuid.uuid4()), str(uuid.uuid4())
     attempt = Attempt(id=1, number=1, outcome=Outcome.LOST, flow_run_id=flow, task_run_id=task)
     with empty_server() as (url, asked), temporary_settings({PREFECT_API_URL: url}):
-        closing = Closing(DeadRuns(drives=[Drove(flow, 1)], attempts=[attempt]))
+        closing = Closing(DeadRuns("mine", drives=[Drove(flow, 1)], attempts=[attempt]))
         closing.start()
         closing.finish(30)
     assert asked == ["/api/task_runs/filter", "/api/flow_runs/filter"]

@@ -145,6 +145,8 @@ class Attempt:
     ended: datetime | None = None
     created: datetime | None = None
     """when it began to wait"""
+    trial: int | None = None
+    """number of its trial, where it is looked at without that one"""
 
 
 @dataclass(frozen=True, kw_only=True)
