@@ -1,0 +1,1 @@
+"""The webhook receiver: signed deliveries start restores and searches."""
