@@ -45,8 +45,9 @@ MISSING = "no PostgreSQL: neither the package pgserver (Python 3.12 and older) n
 class Postgres:
     """One server. Roles: ``postgres`` needs no password by the socket; by TCP every role needs its own."""
 
-    def __init__(self) -> None:
-        source = binaries()
+    def __init__(self, source: Path | None = None) -> None:
+        """Start one with the programs of ``source``, or of :func:`binaries`."""
+        source = source or binaries()
         assert source is not None, MISSING
         self._user = _NOBODY if os.geteuid() == 0 else None  # it refuses to run as root
         self.folder = Path(tempfile.mkdtemp(prefix="holdfast-pg-", dir="/tmp"))  # a socket's path must be short

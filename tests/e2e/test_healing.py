@@ -1,0 +1,208 @@
+"""Searches that a worker runs die by SIGKILL, and come back: by a webhook, by the automations, by a watch, by the UI's form."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support_deployed import Process, Refused, Site, browsing, http, postgres_for_prefect
+from support_healing import Crash
+from support_pages import Pages
+
+from holdfast.flows.naming import RESTORE, WATCH
+
+BY_HAND: dict[str, Any] = {"recovery": {"after": []}}
+"""What a spec says that no watch restores."""
+SILENCE = 90
+"""seconds without a heartbeat that make a flow run Crashed; Prefect's heartbeats are 30 s apart at least"""
+SECRET = base64.b64encode(b"a secret of this test alone, long enough").decode()
+
+THEIRS = """
+import sys, time
+from prefect import flow
+
+@flow(name="search", flow_run_name="theirs")
+def search(spec: str) -> None:
+    print("running", flush=True)
+    time.sleep(3600)
+
+search(sys.argv[1])
+"""
+
+
+class Others:
+    """Runs of another team on the same server, of flows that are called as ours are: one is silent, one has crashed."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._processes = [
+            Process.start(site.folder / f"theirs-{name}.txt", site.environment, sys.executable, "-c", THEIRS, name)
+            for name in ("silent", "crashed")
+        ]
+        site.started += self._processes
+
+    def die(self) -> None:
+        """Let one go silent for ever, after its first heartbeat, and the other one crash."""
+        silent, crashed = self._processes
+        for each in self._processes:
+            each.until(lambda each=each: "running" in each.output, "another team's flow run")
+        silent.until(lambda: beats(self._site, self.run("silent")["id"]), "its first heartbeat")
+        silent.kill()
+        crashed.process.send_signal(signal.SIGTERM)
+        crashed.process.wait()
+        assert self.states() == ["CRASHED", "RUNNING"]
+
+    def run(self, name: str) -> dict[str, Any]:
+        (found,) = [run for run in self.runs() if run["parameters"]["spec"] == name]
+        return found
+
+    def runs(self) -> list[dict[str, Any]]:
+        return self._site.runs(name={"any_": ["theirs"]})
+
+    def states(self) -> list[str]:
+        """Return the states of their runs, which nobody may change or add to."""
+        return sorted(str(run["state_type"]) for run in self.runs())
+
+
+def beats(site: Site, run: str) -> int:
+    """Return how many heartbeats of a flow run the server knows."""
+    return len(site.events("prefect.flow-run.heartbeat", f"prefect.flow-run.{run}"))
+
+
+class Healing:
+    """What the tests of one server share: a search died there with its worker, so that only silence can tell of it."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.others = Others(site)
+        site.deploy("--silence", SILENCE)
+        first = site.worker()
+        self.silent = Crash.begin(site, "silent")
+        self.others.die()
+        self.silent.until_held()
+        self.silent.until(lambda: beats(site, self.silent.run), "its first heartbeat")
+        self.silent.kill(first)
+        assert site.state(self.silent.run) == "RUNNING"
+        site.worker()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.xdist_group(f"healing-{name}")) for name in ("sqlite", "postgresql")
+    ],
+)
+def healing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Healing]:
+    folder = tmp_path_factory.mktemp(f"healing-{request.param}")
+    if request.param == "sqlite":
+        site = Site.start(folder)
+        try:
+            yield Healing(site)
+        finally:
+            site.close()
+        return
+    with postgres_for_prefect() as (server, experiments):
+        site = Site.start(folder, server, experiments)
+        try:
+            yield Healing(site)
+        finally:
+            site.close()
+
+
+@pytest.fixture
+def site(healing: Healing) -> Site:
+    return healing.site
+
+
+@pytest.fixture(scope="module")
+def receiver(healing: Healing) -> str:
+    """A webhook receiver, by its address."""
+    config = healing.site.folder / "hooks.yaml"
+    config.write_text(HOOKS.format(storage=healing.site.storage))
+    return healing.site.receiver(config)
+
+
+HOOKS = ""
+
+
+def deliver(address: str, body: dict[str, Any], delivery: str, *, secret: str = SECRET) -> Any:
+    """Send a delivery that is signed as Standard Webhooks says."""
+    text, now = json.dumps(body).encode(), str(int(time.time()))
+    signed = hmac.new(base64.b64decode(secret), f"{delivery}.{now}.".encode() + text, hashlib.sha256).digest()
+    headers = {
+        "webhook-id": delivery,
+        "webhook-timestamp": now,
+        "webhook-signature": f"v1,{base64.b64encode(signed).decode()}",
+    }
+    return http("POST", address, text, headers)
+
+
+def test_a_signed_webhook_restores(site: Site, receiver: str) -> None:
+    crash = Crash.begin(site, "by-webhook", **BY_HAND)
+    crash.until_held()
+    delivery = f"msg_{uuid.uuid4().hex}"
+    with pytest.raises(Refused) as refused:  # while it runs
+        deliver(f"{receiver}/hooks/restore", {"path": str(crash.path)}, f"{delivery}_early")
+    assert refused.value.code == 409
+    crash.kill()
+    with pytest.raises(Refused) as refused:
+        deliver(f"{receiver}/hooks/restore", {"path": str(crash.path)}, delivery, secret=base64.b64encode(b"guessed").decode())
+    assert refused.value.code == 401
+    answers = [deliver(f"{receiver}/hooks/restore", {"path": str(crash.path)}, delivery) for _ in range(3)]
+    assert answers[1:] == answers[:1] * 2
+    crash.ends_well(claims=0)
+    assert crash.flow_runs()[-1]["id"] == answers[0]["flow_run_id"]
+    crash.told()
+
+
+def test_the_automation_restores_what_crashed(site: Site) -> None:
+    """However many look at it at the same time."""
+    crash = Crash.begin(site, "by-automation")
+    crash.kill()
+    site.start_run(WATCH, {})  # by hand, beside the automation
+    crash.ends_well(claims=1)
+    crash.told()
+
+
+def test_a_person_restores_by_the_form(site: Site) -> None:
+    crash = Crash.begin(site, "by-form", **BY_HAND)
+    crash.kill()
+    with browsing() as browser:
+        pages = Pages.open(browser, site)
+        pages.custom_run(RESTORE)
+        pages.fill("Path", str(crash.path))
+        pages.submit()
+    crash.ends_well(claims=0)
+    crash.told()
+
+
+def test_silence_is_a_crash_that_is_healed(healing: Healing) -> None:
+    """Worker and process died together: nobody but the automation can tell that the flow run does not run any more."""
+    healing.silent.ends_well(claims=1)
+    healing.silent.told()
+    assert healing.others.states() == ["CRASHED", "RUNNING"]
+
+
+def test_a_watch_restores_where_automations_are_off(healing: Healing) -> None:
+    site = healing.site
+    site.deploy("--no-automations")
+    crash = Crash.begin(site, "by-watch")
+    crash.kill()
+    crash.until(lambda: site.state(crash.run) == "CRASHED", "its worker says so")
+    assert crash.states() == ["CRASHED"]
+    site.start_run(WATCH, {})
+    crash.ends_well(claims=1)
+    crash.told()
+    assert healing.others.states() == ["CRASHED", "RUNNING"]
