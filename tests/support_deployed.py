@@ -30,7 +30,7 @@ PREFECT = Path(sys.executable).with_name("prefect")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NO_BROWSER = f"no browser: none of {', '.join(BROWSERS)} is on the PATH"
 TRIGRAMS = "extension/pg_trgm.control"
-NO_TRIGRAMS = "no PostgreSQL with the extension pg_trgm, which Prefect's server needs and the package pgserver lacks: install postgresql"
+NO_TRIGRAMS = "no PostgreSQL with the extension pg_trgm, which Prefect's server needs and the package pgserver lacks"
 START_SECONDS = 90.0
 WINDOW = {"width": 1440, "height": 900}
 

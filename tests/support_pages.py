@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlencode
 
 from playwright.sync_api import Browser, Locator, Page
@@ -57,6 +56,11 @@ class Pages:
     def fill(self, label: str, value: str) -> None:
         self.field(label).fill(value)
 
+    def add(self, value: str) -> None:
+        """Add an item to the form's list."""
+        self.page.get_by_role("button", name="Add item").first.click()
+        self.page.locator("fieldset textarea").last.fill(value)
+
     def tab(self, name: str) -> None:
         """Choose one of several forms of a parameter."""
         self.page.get_by_role("tab", name=name, exact=True).first.click()
@@ -69,6 +73,7 @@ class Pages:
     def refused(self) -> str:
         """Send the form, and return what is said against it; the form stays."""
         self.page.get_by_role("button", name="Submit").click()
-        said: Any = self.page.locator("[role=alert], [data-sonner-toast], .text-destructive, .text-red-500").filter(visible=True)
+        marks = "[role=alert], [data-sonner-toast], .text-destructive, .text-red-500"
+        said = self.page.locator(marks).filter(visible=True)
         said.first.wait_for()
         return "\n".join(said.all_inner_texts())

@@ -6,14 +6,11 @@ import base64
 import hashlib
 import hmac
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +18,7 @@ from support_deployed import Process, Refused, Site, browsing, http, postgres_fo
 from support_healing import Crash
 from support_pages import Pages
 
-from holdfast.flows.naming import RESTORE, WATCH
+from holdfast.flows.naming import RESTORE, SEARCH, WATCH
 
 BY_HAND: dict[str, Any] = {"recovery": {"after": []}}
 """What a spec says that no watch restores."""
@@ -100,9 +97,7 @@ class Healing:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.xdist_group(f"healing-{name}")) for name in ("sqlite", "postgresql")
-    ],
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(f"healing-{name}")) for name in ("sqlite", "postgresql")],
 )
 def healing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Healing]:
     folder = tmp_path_factory.mktemp(f"healing-{request.param}")
@@ -182,10 +177,46 @@ def test_a_person_restores_by_the_form(site: Site) -> None:
     with browsing() as browser:
         pages = Pages.open(browser, site)
         pages.custom_run(RESTORE)
-        pages.fill("Path", str(crash.path))
+        pages.fill("Experiment", str(crash.path))
         pages.submit()
     crash.ends_well(claims=0)
     crash.told()
+
+
+def test_wrong_values_are_refused_and_nothing_starts(site: Site) -> None:
+    """The form says so before a run exists, and so does the server to whoever asks without the form."""
+    before = site.runs()
+    with browsing() as browser:
+        pages = Pages.open(browser, site)
+        pages.custom_run(RESTORE)
+        assert "required" in pages.refused()
+        pages.custom_run(SEARCH)
+        pages.fill("Spec", "digits.yaml")
+        pages.add("no assignment")
+        assert "no assignment" in pages.refused()
+    for deployment, parameters, reason in WRONG:
+        with pytest.raises(Refused, match=reason) as refused:
+            site.start_run(deployment, parameters)
+        assert refused.value.code in (409, 422)
+    assert site.runs() == before
+    missing = site.start_run(RESTORE, {"path": str(site.storage / "nothing")})
+    finished = Crash(site, site.lab("missing"), "missing", missing, site.folder)
+    finished.until(lambda: site.state(missing) == "FAILED", "the run of an experiment that is not there")
+    assert "nothing" in site.flow_run(missing)["state"]["message"]
+    assert not (site.storage / "nothing").exists()
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    (RESTORE, {}, "path"),
+    (RESTORE, {"path": ""}, "path"),
+    (RESTORE, {"path": "x", "new_trials": "perhaps"}, "new_trials"),
+    (RESTORE, {"path": "x", "policy": {"errored": "sometimes"}}, "sometimes"),
+    (RESTORE, {"path": "x", "changes": {"space": {}}}, "space"),
+    (RESTORE, {"path": "x", "storage_options": {"secret": "s"}}, "secret"),
+    (SEARCH, {}, "spec"),
+    (SEARCH, {"spec": 7}, "spec"),
+    (SEARCH, {"spec": "digits.yaml", "overrides": ["no assignment"]}, "overrides"),
+]
 
 
 def test_silence_is_a_crash_that_is_healed(healing: Healing) -> None:
