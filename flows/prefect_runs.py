@@ -36,6 +36,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed
 
 from holdfast.core.trial import Attempt, Outcome
+from holdfast.flows.naming import TAG, experiment_tag, trial_tag
 from holdfast.storage.database.reads import Drove
 from holdfast.tasks.trial import PREEMPTED, run_trial
 
@@ -356,6 +357,7 @@ class Closing:
                 id=identity,
                 name=f"{self.dead.experiment}/trial-{attempt.trial}#{attempt.number}",
                 state=self._final(None, attempt.outcome),
+                extra_tags=(TAG, experiment_tag(self.dead.experiment), trial_tag(attempt.trial or 0)),
             )
             del tasks[identity]
 

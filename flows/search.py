@@ -31,6 +31,7 @@ from holdfast.flows.prefect_runs import (
 from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared, prepared_session
 from holdfast.flows.signals import deferred, explained, raised, why
+from holdfast.flows.telling import Teller, plain_tasks, tag_run, teller_of
 from holdfast.report.observer import Observer, RunLog, Together, watching
 from holdfast.result import SearchResult, result_of
 from holdfast.specfile import ExperimentSpec
@@ -67,6 +68,7 @@ def search(spec: ExperimentSpec | str, overrides: list[str] | None = None) -> St
 
 def nothing_left(restored: Restored) -> State[Any]:
     """Return the final state of a flow run that found nothing to do."""
+    tag_run(restored.opened.record.name)
     restored.opened.close()
     return Completed(message="nothing is left to do")
 
@@ -83,10 +85,14 @@ def watcher_here() -> Observer:
 def drive(session: Session, watcher: Observer) -> State[Any]:
     """Drive a prepared session inside a flow run; return the flow's final state."""
     wishes = Wishes()
-    with raised(signal.SIGHUP, pass_on=False):
+    teller = teller_of(session)
+    watcher = Together(watcher, teller)
+    with raised(signal.SIGHUP, pass_on=False), plain_tasks(session.opened.record.name):
         try:
             with deferred() as signals:
                 closing = _dead_runs(session)
+                if session.is_seen:
+                    teller.begin()
                 reason = Drive(session, watcher, wishes, signals).run()
                 session.journal.flush()
                 session.keeper.release(_ended(reason))
@@ -96,7 +102,7 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
                 hurry(exit_code(error))
             session.error = cause_of(error, session.opened.database, session.opened.record.id, session.runtime.epoch)
             try:
-                _interrupted(session, session.error, watcher)
+                _interrupted(session, session.error, watcher, teller)
                 hasten(wishes)
             finally:
                 if session.stuck:
@@ -153,15 +159,20 @@ def _ended(reason: str) -> str:
     return reason if reason.startswith("stopped") else f"completed: {reason}"
 
 
-def _interrupted(session: Session, error: BaseException, watcher: Observer) -> None:
+def _interrupted(session: Session, error: BaseException, watcher: Observer, teller: Teller) -> None:
     """Leave everything so that a restore goes on from here, and say so; nothing after the flow call may run any more."""
     reason = why(error)
     try:
         session.keeper.release(reason)
         _last_words(session)
         result = result_of(session.opened, reason, plan=session.plan, trials=session.followed.own())
-    except HoldfastError:
-        return  # somebody else holds it now, or the database is gone: there is nothing that we may write
+    except HoldfastError as trouble:
+        # Somebody else holds it now, or the database is gone: there is nothing that we may write.
+        if isinstance(error, Contention) or isinstance(trouble, Contention):
+            teller.close()
+        else:
+            teller.cut_off(reason)
+        return
     finally:
         session.close()
     with suppress(OSError):  # the terminal may be gone

@@ -11,6 +11,7 @@ from holdfast.core.resume import Planned
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import Attempt
 from holdfast.core.values import Json
+from holdfast.flows.naming import TAG, experiment_tag, trial_tag
 from holdfast.flows.signals import undisturbed, why
 from holdfast.holding import check_path, holder, liveness
 from holdfast.locate import Opened
@@ -51,6 +52,8 @@ class Session:
     """what interrupted it: a flow's final state keeps words only"""
     stuck: Sequence[str] = ()
     """task runs whose code goes on in threads of this process, though it was told to stop: only the process can end"""
+    is_seen: bool = True
+    """whether anybody can look at the Prefect API that it runs on: an embedded server goes with the process"""
 
     @property
     def spec(self) -> ExperimentSpec:
@@ -157,6 +160,7 @@ def begin(
         pool=pool,
         journal=writer,
         held=keeper.check,
+        tags=lambda trial: (TAG, experiment_tag(opened.record.name), trial_tag(trial)),
     )
     keeper.start(lambda: runtime.order(Decision.KILL))
     driver = Driver(opened.database, opened.record.id, keeper.epoch, seed=opened.record.seed)

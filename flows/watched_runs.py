@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, cast
 
 import httpx
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
-from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
@@ -18,6 +17,8 @@ from prefect.settings import PREFECT_API_URL
 from holdfast.core.errors import EngineError
 from holdfast.flows.abandoned import Examined, Row
 from holdfast.flows.prefect_runs import DeadRuns, close_dead_runs, impatient_client
+from holdfast.flows.telling import public, send_event
+from holdfast.report.texts import one_line
 
 _UNREACHED = (PrefectHTTPStatusError, httpx.HTTPError)
 
@@ -80,7 +81,12 @@ def close_runs(examined: Examined) -> None:
 
 def emit(event: str, row: Row) -> None:
     """Send an event about an experiment; a failure stops nothing."""
-    resource = {"prefect.resource.id": f"holdfast.experiment.{row.id}", "prefect.resource.name": row.name}
-    payload = {"path": row.path, "cause": row.cause, "why": row.why, "restores": row.restores}
-    with suppress(Exception):  # an event is words about what is stored
-        emit_event(event=event, resource=resource, payload=payload)
+    payload = {
+        "name": one_line(row.name),
+        "path": public(row.path),
+        "cause": row.cause,
+        "why": one_line(row.why),
+        "restores": row.restores,
+        "restore": None if row.command is None else one_line(row.command),
+    }
+    send_event(event, experiment=str(row.id), title=row.name, path=row.path, payload=payload)

@@ -14,11 +14,12 @@ from holdfast.core.recovery import ENDED, STARTED, Verdict
 from holdfast.core.values import Json
 from holdfast.flows.abandoned import GONE, UNREADABLE, Claimed, Examined, Places, Row, claim, gave_up, survey
 from holdfast.flows.launching import Launcher, Restoring, alive, end_all
+from holdfast.flows.naming import EXPERIMENT_EVENT
 from holdfast.locate import open_path
 from holdfast.storage.database import requests
 
-RECOVERING_EVENT = "holdfast.experiment.recovering"
-GAVE_UP_EVENT = "holdfast.experiment.gave-up"
+RECOVERING_EVENT = f"{EXPERIMENT_EVENT}recovering"
+GAVE_UP_EVENT = f"{EXPERIMENT_EVENT}gave-up"
 
 
 def _nothing(event: str, row: Row) -> None:

@@ -41,6 +41,8 @@ class Runtime:
     journal: JournalWriter | None = None
     held: Callable[[], None] = lambda: None
     """raises when the lease is somebody else's by now: the database alone does not know who took over by the path"""
+    tags: Callable[[int], tuple[str, ...]] = lambda trial: ()
+    """the tags of the task runs of a trial in Prefect"""
     cancelled: set[int] = field(default_factory=set)
     """numbers of trials that somebody asked to cancel"""
     lost: HoldfastError | None = None

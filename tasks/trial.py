@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NoReturn
 
 from prefect import task
 from prefect.client.schemas import State
+from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 from prefect.states import Cancelled
@@ -60,6 +62,7 @@ def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: 
         row: The attempt's row in the experiment store.
     """
     runtime = find(identity)
+    _tag(runtime.tags(trial))
     claim = partial(
         AttemptWriter.claim,
         runtime.database,
@@ -79,6 +82,17 @@ def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: 
         _commit_failure(runtime, supervisor, failure)
     finally:
         supervisor.tidy()
+
+
+def _tag(tags: Iterable[str]) -> None:
+    """Add tags to this task run: Prefect gets them with the run's next state.
+
+    Those that a task has before it runs are looked up in the API first, each new set of them anew, as names of limits: no trial
+    would begin while the API is away.
+    """
+    context = TaskRunContext.get()
+    if context is not None:
+        context.task_run.tags = sorted({*context.task_run.tags, *tags})
 
 
 def _text(value: object) -> str | None:

@@ -290,6 +290,7 @@ def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, rest
     try:
         with _engine(server) as url:
             flow, arguments = _flow(session, restoring=restoring)
+            session.is_seen = url is not None
             watcher.running(url)
             # In a context of its own: what a search changes in Prefect's settings, at its end, is its own affair.
             state = contextvars.copy_context().run(_called, flow, arguments, session, watcher)
@@ -310,8 +311,13 @@ def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, rest
 
 def _called(flow: Flow[..., Any], arguments: dict[str, Any], session: Session, watcher: _Recorder) -> Any:
     """Call a flow and return its final state; EngineError for what Prefect itself raises before the search has ended."""
+    from prefect import tags
+
+    from holdfast.flows.telling import tags_of
+
     try:
-        return flow(**arguments, return_state=True)
+        with tags(*(tags_of(session.opened.record.name) if session.is_seen else ())):
+            return flow(**arguments, return_state=True)
     except Exception as error:
         if isinstance(number := getattr(session.error, "signal", None), int):  # Prefect's, which it could not finish with
             raise Terminated(number) from None

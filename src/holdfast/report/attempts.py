@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from holdfast.core.trial import Attempt
-from holdfast.report.tables import printable
+from holdfast.report.texts import printable
 
 
 def attempt_json(attempt: Attempt) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from holdfast.core.resume import Action, Planned
 from holdfast.core.trial import ACTIVE, Trial, TrialStatus
 from holdfast.locate import Opened, default_database
 from holdfast.report.restored import restored_lines
+from holdfast.report.texts import one_line
 from holdfast.result import SearchResult
 from holdfast.storage.root import parent_of
 
@@ -79,7 +80,10 @@ class Together(Observer):
 
 
 class RunLog(Observer):
-    """Writes what happens to a logger: the log of a flow run, in Prefect's UI."""
+    """Writes what happens to a logger: the log of a flow run, in Prefect's UI.
+
+    What user code says, and names that people chose, come as one printable line each: a log is read by programs, too.
+    """
 
     def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
         self._logger = logger
@@ -87,26 +91,26 @@ class RunLog(Observer):
         self._failure = FailureSection()
 
     def say(self, text: str) -> None:
-        self._logger.info("%s", text)
+        self._line(text)
 
     def opened(self, opened: Opened, *, restored: bool) -> None:
         self._failure = opened.spec.failure
-        self._logger.info("experiment %s: %s", opened.record.name, opened.folder.location)
-        self._logger.info("after a crash: %s", restore_command(opened))
+        self._line(f"experiment {opened.record.name}: {opened.folder.location}")
+        self._line(f"after a crash: {restore_command(opened)}")
         if opened.spec.search.chosen:
-            self._logger.info("%s", opened.spec.search.chosen)
+            self._line(opened.spec.search.chosen)
 
     def planned(self, plan: Sequence[Planned]) -> None:
         for planned in plan:
             if planned.action is not Action.KEEP:
-                self._logger.info("trial %d: %s (%s)", planned.trial, planned.action.value, planned.reason)
+                self._line(f"trial {planned.trial}: {planned.action.value} ({planned.reason})")
 
     def trial(self, trial: Trial) -> None:
         seen = trial.number in self._open
         if trial.status in ACTIVE:
             self._open.add(trial.number)
             if is_retry(trial):
-                self._logger.info("%s", waiting_words(trial, self._failure, datetime.now(UTC)))
+                self._line(waiting_words(trial, self._failure, datetime.now(UTC)))
         elif seen:  # else it had ended before this run
             self._open.remove(trial.number)
             pruned = trial.status is TrialStatus.PRUNED and trial.attempt.note
@@ -117,12 +121,15 @@ class RunLog(Observer):
                 if trial.error is None
                 else f"{trial.error.kind}: {trial.error.message}"
             )
-            self._logger.info("trial %d %s %s", trial.number, trial.status.value, words)
+            self._line(f"trial {trial.number} {trial.status.value} {words}")
 
     def ended(self, result: SearchResult) -> None:
-        self._logger.info("%s: %d trials, %d errored", result.reason, len(result.trials), len(result.errors))
+        self._line(f"{result.reason}: {len(result.trials)} trials, {len(result.errors)} errored")
         for line in () if result.restored is None else restored_lines(result.restored):
-            self._logger.info("%s", line)
+            self._line(line)
+
+    def _line(self, text: str) -> None:
+        self._logger.info("%s", one_line(text))
 
 
 def is_retry(trial: Trial) -> bool:

@@ -21,7 +21,8 @@ from holdfast.locate import Opened
 from holdfast.report.observer import Observer, is_retry, restore_command, waiting_words
 from holdfast.report.ranking import Ranking
 from holdfast.report.restored import restored_lines
-from holdfast.report.tables import brief, config_words, plan_words, printable
+from holdfast.report.tables import brief, config_words, plan_words
+from holdfast.report.texts import printable
 from holdfast.result import SearchResult
 
 _COUNTED = SCORED | ERRORED

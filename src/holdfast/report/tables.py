@@ -16,6 +16,7 @@ from holdfast.core.resume import Action, Planned
 from holdfast.core.trial import SCORED, Trial, TrialStatus
 from holdfast.core.values import strict
 from holdfast.experiment import Experiment
+from holdfast.report.texts import printable
 from holdfast.upkeep import Leftover
 
 COLOURS = {
@@ -182,13 +183,6 @@ def _lines(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> Iterator[st
         aligned = zip(cells, widths, strict=False)  # the last column is not among the cells
         padded = [cell.ljust(width) if place in left else cell.rjust(width) for place, (cell, width) in enumerate(aligned)]
         yield f"{'  '.join(padded)}  {words}".rstrip()
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with what would break a line, or cannot be printed, escaped."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode() for letter in text
-    )
 
 
 def plan_table(plan: Sequence[Planned]) -> Table:
