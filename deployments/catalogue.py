@@ -68,7 +68,7 @@ SEARCH_TEXT = """\
 Runs a hyperparameter search to the end of its budget, as its spec says.
 
 * **New search**: give a spec, by path or by a saved name (`block:NAME`).
-* **The same search again**: the spec's `if_exists` says what happens: `fail`, `restore` (a run that is retried goes on), or `new`.
+* **The same search again**: the spec's `if_exists` says what happens: `fail`, `restore` (a retried run goes on), or `new`.
 * Killed, or its machine is gone? Run `restore/restore`, or let `watch/watch` do that.
 
 The schedule `nightly` is an example and is not active: give it your spec, then switch it on. Its name holds `{date}`, so each
@@ -174,7 +174,7 @@ def pull_steps(workdir: str) -> list[dict[str, Any]]:
 
 
 HEADER = """\
-# The deployments, for `prefect --no-prompt deploy --all`. Written by `holdfast deploy --print-yaml` from deployments/catalogue.py.
+# The deployments, for `prefect --no-prompt deploy --all`. Written by `holdfast deploy --print-yaml`.
 # They need a work pool: prefect work-pool create holdfast --type process
 # Runs work in the folder that this is deployed from: relative paths mean that folder. This makes no automations, so `watch`
 # has an active schedule; `holdfast deploy` makes pool, deployments and automations at once.

@@ -184,7 +184,8 @@ def _warn(wanted: Wanted, say: Callable[[str], None]) -> None:
     if wanted.automations and wanted.silence < HEARTBEATS * HEARTBEAT_SECONDS:
         say(
             f"silence of {wanted.silence:g} s is less than {HEARTBEATS} heartbeats of Prefect's {HEARTBEAT_SECONDS} s: runs of "
-            f"these deployments beat faster; where others run, set {HEARTBEAT_VARIABLE}, or they are called Crashed while they live"
+            f"these deployments beat faster; where others run, set {HEARTBEAT_VARIABLE}, or they are called Crashed while "
+            "they live"
         )
 
 
