@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,18 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Later:
+    """When it is worth looking again at an experiment that is left alone now."""
+
+    key: str
+    """what names that look, and no other"""
+    seconds: float
+    """from now on"""
+    driver: str | None = None
+    """the flow run that seems to drive: it is worth looking only when that one is over in Prefect"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Examined:
     """An experiment as it was found, and what is to be done with it."""
 
@@ -83,6 +95,7 @@ class Examined:
     """attempts that are open though nobody drives"""
     drives: tuple[Drove, ...] = ()
     """the flow runs that drove, the last one first"""
+    later: Later | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +114,15 @@ class Claimed:
 
 def survey(places: Places, alive: Alive) -> Iterator[tuple[Row, Examined | None]]:
     """Yield every experiment of the storages; what cannot be read is a row that says why."""
+    for path, why in paths_of(places):
+        if why is not None:
+            yield Row(path=path, name=name_of(path), why=why), None
+        else:
+            yield examine(path, places, alive)
+
+
+def paths_of(places: Places) -> Iterator[tuple[str, str | None]]:
+    """Yield the path of every experiment of the storages, and each storage that cannot be read with the reason."""
     seen: set[str] = set()
     for given in places.storages:
         storage = absolute(given)
@@ -112,13 +134,13 @@ def survey(places: Places, alive: Alive) -> Iterator[tuple[Row, Examined | None]
             except HoldfastError:
                 found = paths_in(storage, places.options)  # each says by itself what is wrong with the database
         except (HoldfastError, OSError) as error:
-            yield Row(path=storage, name=name_of(storage), why=_said(error)), None
+            yield storage, said(error)
             continue
         for path in found:
             # A database may know experiments of other storages, which may be on other hosts.
             if parent_of(path) == storage and path not in seen:
                 seen.add(path)
-                yield examine(path, places, alive)
+                yield path, None
 
 
 def examine(path: str, places: Places, alive: Alive) -> tuple[Row, Examined | None]:
@@ -136,12 +158,13 @@ def examine(path: str, places: Places, alive: Alive) -> tuple[Row, Examined | No
             opened.close()
         return found.row, found
     except ExperimentNotFound as error:
-        return replace(row, verdict=GONE, why=_said(error)), None
+        return replace(row, verdict=GONE, why=said(error)), None
     except Exception as error:  # noqa: BLE001  # rows that nobody can read, say: the others are looked after all the same
-        return replace(row, why=_said(error)), None
+        return replace(row, why=said(error)), None
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """Return why an experiment cannot be looked at."""
     words = str(error) or type(error).__name__
     if isinstance(error, (HoldfastError, OSError)):
         return words
@@ -156,7 +179,7 @@ def _examined(row: Row, opened: Opened, alive: Alive) -> Examined:
         restarts=recovery.unfinished == "restart",
         reruns_errored=recovery.errored != "skip",
     )
-    driver = _driver(opened, known)
+    driver, silent = _driver(opened, known)
     notes = own_notes(known.notes, opened.record.uuid)
     budget = opened.spec.search.num_trials
     decision = judge(
@@ -190,6 +213,9 @@ def _examined(row: Row, opened: Opened, alive: Alive) -> Examined:
         command=command,
     )
     cut_off = decision.cause is not None
+    drives = (
+        tuple(Reader(opened.database, opened.record.id).drives(opened.record.uuid)) if cut_off or silent is not None else ()
+    )
     return Examined(
         row=shown,
         decision=decision,
@@ -197,26 +223,42 @@ def _examined(row: Row, opened: Opened, alive: Alive) -> Examined:
         gone=known.holder,
         recovery=recovery,
         runs=tuple(recovering.open_runs(opened.database, opened.record.id)) if cut_off else (),
-        drives=tuple(Reader(opened.database, opened.record.id).drives(opened.record.uuid)) if cut_off else (),
+        drives=drives if cut_off else (),
+        later=_later(opened.record.uuid, known, decision, silent, drives),
     )
 
 
-def _driver(opened: Opened, known: Known) -> str | None:
-    """Say who drives an experiment, or may do so; None when it is certain that nobody does."""
+def _later(uuid: str, known: Known, decision: Decision, silent: float | None, drives: Sequence[Drove]) -> Later | None:
+    """Say when a look would find something to do that this one did not, and nobody will say so."""
+    if decision.verdict is Verdict.WAIT and decision.at is not None:
+        return Later(key=f"holdfast-watch-{uuid}-{known.epoch}-{decision.attempt}", seconds=decision.at - known.now)
+    if silent is not None and drives:
+        return Later(key=f"holdfast-watch-{uuid}-{known.epoch}-lease", seconds=silent, driver=drives[0].flow_run)
+    return None
+
+
+def _driver(opened: Opened, known: Known) -> tuple[str | None, float | None]:
+    """Say who drives an experiment, or may do so; None when it is certain that nobody does.
+
+    With it, for one that cannot be seen from here: how many seconds its lease still runs, unless it is renewed.
+    """
     if known.holder is not None:
         alive = liveness(known.holder)
         if alive or (alive is None and known.remaining > 0):
             suspended = bool(alive) and known.remaining <= 0
-            return f"{describe(known.holder)} {'does not answer, and is there: is it suspended?' if suspended else 'drives it'}"
+            words = "does not answer, and is there: is it suspended?" if suspended else "drives it"
+            return f"{describe(known.holder)} {words}", None if alive else known.remaining
     lease = standing.own_lease(opened.folder, opened.folder.identity())
     if lease is None or lease.holder is None:
-        return None
+        return None, None
     if opened.scratch is None and opened.copied_at is None and lease.epoch <= known.epoch:
-        return None  # the database that it is driven with has spoken
+        return None, None  # the database that it is driven with has spoken
     alive = liveness(lease.holder)
-    if alive or (alive is None and lease.expires + SKEW_SECONDS > time.time()):
-        return f"{describe(lease.holder)} drives it with {lease.database}, or did so a moment ago"
-    return None
+    left = lease.expires + SKEW_SECONDS - time.time()
+    if alive or (alive is None and left > 0):
+        words = f"{describe(lease.holder)} drives it with {lease.database}, or did so a moment ago"
+        return words, None if alive else left
+    return None, None
 
 
 def claim(examined: Examined, places: Places, alive: Alive) -> Claimed | Row:
@@ -228,13 +270,13 @@ def claim(examined: Examined, places: Places, alive: Alive) -> Claimed | Row:
     try:
         opened = open_path(row.path, database=places.database, options=places.options)
     except Exception as error:  # noqa: BLE001  # as above
-        return replace(row, verdict=UNREADABLE, why=_said(error), next=None)
+        return replace(row, verdict=UNREADABLE, why=said(error), next=None)
     outcome: Claimed | Row | None = None
     try:
         now = _examined(row, opened, alive)
         outcome = _claimed(now, opened) if now.decision.verdict is Verdict.RESTORE else now.row
     except Exception as error:  # noqa: BLE001  # as above
-        outcome = replace(row, verdict=UNREADABLE, why=_said(error), next=None)
+        outcome = replace(row, verdict=UNREADABLE, why=said(error), next=None)
     finally:
         if not isinstance(outcome, Claimed):
             opened.close()
@@ -249,7 +291,7 @@ def _claimed(now: Examined, opened: Opened) -> Claimed | Row:
             opened.database, opened.record.id, epoch=now.epoch, attempt=decision.attempt, gone=now.gone, detail=detail
         )
     except Contention as error:
-        return replace(now.row, verdict=Verdict.UNDER_WAY.value, why=_said(error), next=None)
+        return replace(now.row, verdict=Verdict.UNDER_WAY.value, why=said(error), next=None)
     faults.point("watch.claimed")
     return Claimed(examined=now, opened=opened, attempt=decision.attempt)
 

@@ -18,6 +18,8 @@ EXPERIMENT_EVENT = "holdfast.experiment."
 """What follows: started, interrupted, stopped (by a person), restored, completed, failed; recovering and gave-up by a watch."""
 TRIAL_EVENT = "holdfast.trial."
 """What follows: started, or the trial's final status in lower case; omitted, for those that were too many."""
+LEFT_EVENT = "holdfast.flow-run.left"
+"""Of a flow run as the resource: its process ends though the run does not, since it is suspended; its silence is no death."""
 
 _FOREIGN = re.compile(r"[^a-z0-9]+")
 _KEY_LENGTH = 60

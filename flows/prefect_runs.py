@@ -28,6 +28,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import TERMINAL_STATES, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.context import SettingsContext, get_settings_context
+from prefect.events import emit_event
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError, TerminationSignal
 from prefect.logging.handlers import APILogWorker
@@ -36,7 +37,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed
 
 from holdfast.core.trial import Attempt, Outcome
-from holdfast.flows.naming import TAG, experiment_tag, trial_tag
+from holdfast.flows.naming import LEFT_EVENT, TAG, experiment_tag, trial_tag
 from holdfast.storage.database.reads import Drove
 from holdfast.tasks.trial import PREEMPTED, run_trial
 
@@ -85,6 +86,19 @@ def times_run() -> int | None:
     """Return how many times this flow run has been run (Prefect's Retry runs it again); None when the API is away."""
     own = this_run()
     return None if own is None else _answer(lambda client: int(client.read_flow_run(own).run_count))
+
+
+def tell_left() -> None:
+    """Say that this flow run's process ends though the run does not: from now on its silence is no death.
+
+    Its last heartbeat may have come after it was suspended, and nothing else is told of a process that ends so.
+    """
+    own = this_run()
+    if own is None:
+        return
+    with suppress(Exception):  # words about what is stored
+        related = [{"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}]
+        emit_event(LEFT_EVENT, resource={"prefect.resource.id": f"prefect.flow-run.{own}"}, related=related)
 
 
 T = TypeVar("T")

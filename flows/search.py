@@ -25,6 +25,7 @@ from holdfast.flows.prefect_runs import (
     DeadRuns,
     Wishes,
     hasten,
+    tell_left,
     times_run,
     wish_behind,
 )
@@ -122,6 +123,7 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
     if session.stuck:
         leave(_state(result), int(bool(result.errors)), session.stuck)
     if wishes.stop == SUSPENDED:
+        tell_left()
         raise Pause(state=wishes.state)
     return _state(result)
 

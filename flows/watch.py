@@ -6,15 +6,24 @@ from typing import Any
 
 from prefect import flow
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 
-from holdfast.flows.abandoned import Places
+from holdfast.flows.abandoned import UNREADABLE, Places
+from holdfast.flows.later import look_again, run_name, table
 from holdfast.flows.launching import Children, Deployment, Launcher
 from holdfast.flows.watched_runs import close_runs, emit
 from holdfast.flows.watching import Surroundings, Watch
 
+SHOWN = ("name", "verdict", "why", "restores", "next", "result", "command", "path")
+"""What a table of the last look tells of an experiment."""
 
-@flow(name="watch", persist_result=False)
+
+def _run_name() -> str:
+    return run_name("watch", flow_run.parameters.get("storages"))
+
+
+@flow(name="watch", flow_run_name=_run_name, persist_result=False)
 def watch(
     storages: list[str],
     database: str | None = None,
@@ -50,4 +59,9 @@ def watch(
         watching.end()
         raise
     log.info("%s", "\n".join(watching.lines()))
-    return watching.summary()
+    told = watching.summary()
+    if shown := [row for row in told["experiments"] if row["cause"] or row["result"] or row["verdict"] == UNREADABLE]:
+        table("watch", storages, [{key: row[key] for key in SHOWN} for row in shown], "what was found cut off")
+    if not dry_run and (when := look_again(watching.later, trouble=bool(watching.troubles()))):
+        log.info("looks again at %s", when.isoformat(timespec="seconds"))
+    return told

@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.core.errors import Contention, EngineError, HoldfastError, Infrastructure, SpecError
 from holdfast.core.recovery import ENDED, STARTED, Verdict
 from holdfast.core.values import Json
-from holdfast.flows.abandoned import GONE, UNREADABLE, Claimed, Examined, Places, Row, claim, gave_up, survey
+from holdfast.flows.abandoned import GONE, UNREADABLE, Claimed, Examined, Later, Places, Row, claim, gave_up, survey
 from holdfast.flows.launching import Launcher, Restoring, alive, end_all
 from holdfast.flows.naming import EXPERIMENT_EVENT
 from holdfast.locate import open_path
@@ -67,6 +67,8 @@ class Watch:
         """what cannot be looked at, and why: said once, however often it is looked at"""
         self.rows: list[Row] = []
         """what the last look found, and what became of it since"""
+        self.later: list[Later] = []
+        """when it is worth looking again, as far as the last look can tell"""
 
     @property
     def is_busy(self) -> bool:
@@ -75,7 +77,7 @@ class Watch:
     def look(self) -> list[Row]:
         """Look at every experiment, and start what can be started now."""
         mine = {one.row.path: one.row for one in self._running}
-        self.rows, self._due = [], []
+        self.rows, self._due, self.later = [], [], []
         for row, examined in survey(self._places, alive):
             if row.path in mine:
                 self.rows.append(mine[row.path])
@@ -92,6 +94,8 @@ class Watch:
 
     def _found(self, row: Row, examined: Examined) -> None:
         verdict = examined.decision.verdict
+        if examined.later is not None:
+            self.later.append(examined.later)
         if verdict is Verdict.GAVE_UP:
             self._give_up(row, examined)
         if self._dry_run:
@@ -235,9 +239,13 @@ class Watch:
             "experiments": [{**asdict(row), "next": _moment(row.next)} for row in self.rows],
         }
 
+    def troubles(self) -> list[Row]:
+        """Return what could not be looked at, or not be started."""
+        return [row for row in self.rows if row.verdict == UNREADABLE or (row.result or "").startswith("not started")]
+
     def exit_code(self) -> int:
         """Return 4 when something could not be looked at or started, 1 when something was given up or failed again, else 0."""
-        troubles = [row for row in self.rows if row.verdict == UNREADABLE or (row.result or "").startswith("not started")]
+        troubles = self.troubles()
         failed = [row for row in self.rows if row.verdict == Verdict.GAVE_UP or (row.result or "").startswith("cut off")]
         return Infrastructure.exit_code if troubles else int(bool(failed))
 

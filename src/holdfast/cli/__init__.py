@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from holdfast.cli.checkpoints import add_checkpoints
 from holdfast.cli.common import EXIT_CODES, fail
 from holdfast.cli.databases import add_databases
+from holdfast.cli.deploying import add_deploying
 from holdfast.cli.forking import add_forking
 from holdfast.cli.managing import add_managing
 from holdfast.cli.queueing import add_queueing
@@ -79,4 +80,5 @@ def _parser() -> argparse.ArgumentParser:
     add_databases(commands)
     add_queueing(commands)
     add_watching(commands)
+    add_deploying(commands)
     return parser
