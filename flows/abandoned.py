@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast import standing
+from holdfast import references, standing
 from holdfast.core import faults
 from holdfast.core.errors import Contention, ExperimentNotFound, HoldfastError, SpecError
 from holdfast.core.failure_section import Cause, RecoverySection
@@ -23,7 +22,7 @@ from holdfast.storage.database import recovering
 from holdfast.storage.database.leases import describe
 from holdfast.storage.database.reads import Drove, Reader
 from holdfast.storage.database.recovering import Known
-from holdfast.storage.root import absolute, is_url, name_of, parent_of
+from holdfast.storage.root import absolute, is_url, join, name_of, parent_of
 from holdfast.storages import experiments_of, paths_in
 
 UNREADABLE = "unreadable"
@@ -43,6 +42,26 @@ class Places:
     storages: tuple[str, ...]
     database: str | None = field(default=None, repr=False)
     options: Mapping[str, Any] | None = field(default=None, repr=False)
+    _found: dict[str, tuple[str, Mapping[str, Any] | None]] = field(default_factory=dict, repr=False, compare=False)
+    """by its location: how each storage was given, and its options"""
+
+    def find(self, given: str) -> str:
+        """Return the location of a storage; where a reference stands for it, its options are kept for what lies in it."""
+        location, options = references.place(given, self.options)
+        storage = absolute(location)
+        self._found.setdefault(storage, (given if references.is_reference(given) else storage, options))
+        return storage
+
+    def options_of(self, path: str) -> Mapping[str, Any] | None:
+        """Return the storage options of an experiment."""
+        return self._found.get(parent_of(path), (path, self.options))[1]
+
+    def name_of(self, path: str) -> str:
+        """Return the path of an experiment as others may be told of it: by the reference, if that says it all."""
+        if self.options:
+            return path
+        given = self._found.get(parent_of(path), (None, None))[0]
+        return path if given is None else f"{given.rstrip('/')}/{name_of(path)}"
 
     def __post_init__(self) -> None:
         if not self.storages or not all(self.storages):
@@ -125,14 +144,16 @@ def paths_of(places: Places) -> Iterator[tuple[str, str | None]]:
     """Yield the path of every experiment of the storages, and each storage that cannot be read with the reason."""
     seen: set[str] = set()
     for given in places.storages:
-        storage = absolute(given)
+        storage = given
         try:
+            storage = places.find(given)
             if not is_url(storage) and not Path(storage).is_dir():
                 raise SpecError(f"storage {storage} does not exist")
+            options = places.options_of(join(storage, "experiment"))
             try:
-                found = list(experiments_of(storage, places.database, places.options))
+                found = list(experiments_of(storage, places.database, options))
             except HoldfastError:
-                found = paths_in(storage, places.options)  # each says by itself what is wrong with the database
+                found = paths_in(storage, options)  # each says by itself what is wrong with the database
         except (HoldfastError, OSError) as error:
             yield storage, said(error)
             continue
@@ -146,12 +167,13 @@ def paths_of(places: Places) -> Iterator[tuple[str, str | None]]:
 def examine(path: str, places: Places, alive: Alive) -> tuple[Row, Examined | None]:
     """Look at one experiment; nothing is written."""
     row = Row(path=path, name=name_of(path))
+    options = places.options_of(path)
     try:
-        folder = folder_at(path, places.options)
-        original = standing.original_of(folder, folder.identity(), places.options)
+        folder = folder_at(path, options)
+        original = standing.original_of(folder, folder.identity(), options)
         if original is not None:
             return replace(row, verdict=Verdict.LEFT.value, why=f"a copy of {original.location} that nobody drove"), None
-        opened = open_path(path, database=places.database, readonly=True, options=places.options)
+        opened = open_path(path, database=places.database, readonly=True, options=options)
         try:
             found = _examined(row, opened, alive)
         finally:
@@ -268,7 +290,7 @@ def claim(examined: Examined, places: Places, alive: Alive) -> Claimed | Row:
     """
     row = examined.row
     try:
-        opened = open_path(row.path, database=places.database, options=places.options)
+        opened = open_path(row.path, database=places.database, options=places.options_of(row.path))
     except Exception as error:  # noqa: BLE001  # as above
         return replace(row, verdict=UNREADABLE, why=said(error), next=None)
     outcome: Claimed | Row | None = None
@@ -298,7 +320,8 @@ def _claimed(now: Examined, opened: Opened) -> Claimed | Row:
 
 def gave_up(examined: Examined, places: Places) -> bool:
     """Note in the audit, once for a crash, that an experiment is not restored any more; tell whether this call did."""
-    opened = open_path(examined.row.path, database=places.database, options=places.options)
+    path = examined.row.path
+    opened = open_path(path, database=places.database, options=places.options_of(path))
     try:
         detail: dict[str, Json] = {"why": examined.decision.why, "restores": examined.decision.restores}
         return recovering.give_up(opened.database, opened.record.id, epoch=examined.epoch, detail=detail)
@@ -306,16 +329,17 @@ def gave_up(examined: Examined, places: Places) -> bool:
         opened.close()
 
 
-def restore_words(claimed: Claimed, options: Mapping[str, Any] | None) -> list[str]:
-    """Return the arguments of ``holdfast restore`` that restore an experiment by its own policy."""
+def restore_words(claimed: Claimed, places: Places) -> list[str]:
+    """Return the arguments of ``holdfast restore`` that restore an experiment by its own policy.
+
+    Storage options are not among them: everybody can read a command line.
+    """
     recovery = claimed.examined.recovery
-    words = ["restore", claimed.examined.row.path]
+    words = ["restore", places.name_of(claimed.examined.row.path)]
     if recovery.unfinished != "resume":
         words += ["--policy", policy_words(recovery)]
     elif recovery.errored != "skip":
         words.append(f"--{recovery.errored}-errored")
-    for key, value in (options or {}).items():
-        words += ["--storage-option", f"{key}={json.dumps(value)}"]
     return words
 
 

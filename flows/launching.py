@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,9 +14,11 @@ from contextlib import suppress
 from typing import IO, Any, Protocol
 from urllib.parse import urlsplit
 
+from holdfast.core.errors import EngineError
 from holdfast.core.values import Json
 from holdfast.flows.abandoned import Claimed, Places, restore_words
 from holdfast.holding import holder, liveness
+from holdfast.references import is_reference
 from holdfast.settings import environment_of_a_restore, settings
 from holdfast.tasks.workers.processes import identity
 
@@ -116,10 +119,12 @@ class Children:
         """Do nothing: a process can always be started, as far as can be known."""
 
     def start(self, claimed: Claimed) -> Child:
-        # Not by the command line: everybody can read that, and the URL may hold a password.
-        url = {"HOLDFAST_DATABASE_URL": self._places.database} if self._places.database else {}
-        environment = environment_of_a_restore(**self._environment(), **url)
-        return Child(restore_words(claimed, self._places.options), environment)
+        # Not by the command line: everybody can read that, and the URL and the options may hold a password.
+        told = {"HOLDFAST_DATABASE_URL": self._places.database} if self._places.database else {}
+        if self._places.options and (options := self._places.options_of(claimed.examined.row.path)):
+            told["HOLDFAST_STORAGE_OPTIONS"] = json.dumps(dict(options))
+        environment = environment_of_a_restore(**self._environment(), **told)
+        return Child(restore_words(claimed, self._places), environment)
 
 
 class HandedOver:
@@ -151,15 +156,18 @@ class Deployment:
         self._places = places
 
     def check(self) -> None:
+        from holdfast.flows.forms import SAVE_STORAGE, secret_in
         from holdfast.flows.watched_runs import check_deployment
 
+        if (found := secret_in(self._places.options)) is not None:
+            raise EngineError(f"the storage options hold the credential {found!r}; {SAVE_STORAGE}")
         check_deployment(self.name)
 
     def start(self, claimed: Claimed) -> HandedOver:
         from holdfast.flows.watched_runs import run_restore
 
         recovery = claimed.examined.recovery
-        parameters: dict[str, Any] = {"path": claimed.examined.row.path}
+        parameters: dict[str, Any] = {"path": self._places.name_of(claimed.examined.row.path)}
         if recovery.unfinished != "resume":
             parameters["policy"] = {"unfinished": recovery.unfinished, "errored": recovery.errored}
         elif recovery.errored != "skip":
@@ -167,7 +175,7 @@ class Deployment:
         if self._places.options:
             parameters["storage_options"] = dict(self._places.options)
         # Prefect keeps parameters: a password is for the environment of whoever runs the deployment.
-        if self._places.database and urlsplit(self._places.database).password is None:
+        if self._places.database and (is_reference(self._places.database) or urlsplit(self._places.database).password is None):
             parameters["database"] = self._places.database
         return HandedOver(run_restore(self.name, parameters, claimed.key))
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from holdfast import specfile
+from holdfast import references, specfile
 from holdfast.callables import dump, keep
 from holdfast.core import faults
 from holdfast.core.budget import Budget
@@ -44,6 +44,7 @@ from holdfast.locate import (
     free_name,
     git_commit,
     open_path,
+    placed,
 )
 from holdfast.report.observer import Observer
 from holdfast.storage.database import experiments, requests
@@ -95,18 +96,23 @@ def checked_spec(
     spec: ExperimentSpec | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()
 ) -> tuple[specfile.ExperimentSpec, Origin]:
     """Return a spec from whatever names one, and where it came from; ``overrides`` change one from a file."""
+    if references.is_reference(spec):
+        saved = references.saved_spec(str(spec))
+        data = specfile.apply_overrides(saved.data, overrides, str(spec))
+        checked = placed(specfile.ExperimentSpec.parse(data, source=str(spec)))
+        return checked, Origin(workdir=saved.workdir or os.getcwd())
     if isinstance(spec, (str, Path)):
         folder = Path(spec).absolute().parent
         checked = specfile.ExperimentSpec.from_file(spec, overrides)
         source = specfile.without_options(specfile.without_password(Path(spec).read_text()), checked)
-        return checked, Origin(source=source, commit=git_commit(folder), workdir=str(folder))
+        return placed(checked), Origin(source=source, commit=git_commit(folder), workdir=str(folder))
     if overrides:
         raise SpecError("overrides change a spec that is read from a file; change the spec itself")
     if isinstance(spec, ExperimentSpec) and not isinstance(spec, specfile.ExperimentSpec):
         spec = {**spec.stored(), **{name: getattr(spec, name) for name in LOCATION_FIELDS}}
     checked = spec if isinstance(spec, specfile.ExperimentSpec) else specfile.ExperimentSpec.parse(spec)
     pickled = None if checked.function is None else dump(checked.function)
-    return checked, Origin(commit=git_commit(Path.cwd()), pickled=pickled)
+    return placed(checked), Origin(commit=git_commit(Path.cwd()), pickled=pickled)
 
 
 def make_experiment(spec: ExperimentSpec, origin: Origin) -> Opened:
@@ -122,13 +128,16 @@ def make_experiment(spec: ExperimentSpec, origin: Origin) -> Opened:
     )
 
 
-def prepare_search(spec: ExperimentSpec, observer: Observer, origin: Origin | None = None) -> Restored:
+def prepare_search(
+    spec: ExperimentSpec, observer: Observer, origin: Origin | None = None, *, moment: datetime | None = None
+) -> Restored:
     """Create the experiment of ``spec`` and take its lease; with ``if_exists: restore`` go on with the one that is there.
 
-    Going on is a restore: what of the spec a restore may change takes effect, what it may not is refused.
+    Going on is a restore: what of the spec a restore may change takes effect, what it may not is refused. ``moment`` is what
+    a date in the name is taken from (None: now).
     """
     origin = origin or Origin()
-    spec = spec.model_copy(update={"name": dated(spec.name, datetime.now().astimezone())})
+    spec = spec.model_copy(update={"name": dated(spec.name, (moment or datetime.now()).astimezone())})
     check_storage(spec)
     if spec.if_exists == "restore" and folder_at(experiment_path(spec), spec.storage_options).exists():
         return prepare_restore(_going_on(spec), observer)

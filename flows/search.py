@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from holdfast.core.errors import Contention, Fenced, HoldfastError, Infrastructure
 from holdfast.core.trial import ERRORED
+from holdfast.flows import forms
 from holdfast.flows.driver import Drive
 from holdfast.flows.leaving import ending_of, exit_code, hurry, leave
 from holdfast.flows.prefect_runs import (
@@ -33,9 +35,10 @@ from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared, prepared_session
 from holdfast.flows.signals import deferred, explained, raised, why
 from holdfast.flows.telling import Teller, plain_tasks, tag_run, teller_of
+from holdfast.locate import dated
+from holdfast.references import PREFIX
 from holdfast.report.observer import Observer, RunLog, Together, watching
 from holdfast.result import SearchResult, result_of
-from holdfast.specfile import ExperimentSpec
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.reads import DRIVING
@@ -44,23 +47,27 @@ from holdfast.storage.database.reads import DRIVING
 def _run_name() -> str:
     spec = flow_run.parameters.get("spec")
     name = spec.get("name") if isinstance(spec, dict) else getattr(spec, "name", None)
-    return str(name or Path(str(spec)).stem)
+    return dated(str(name or Path(str(spec or "").removeprefix(PREFIX)).stem or "search"), moment())
 
 
-@flow(name="search", flow_run_name=_run_name, persist_result=False)
-def search(spec: ExperimentSpec | str, overrides: list[str] | None = None) -> State[Any]:
-    """Create an experiment as a spec says, and run its search to the end of its budget.
+def moment() -> datetime:
+    """Return when this flow run was to start first, whatever became of it since: by the clock of whoever schedules."""
+    return datetime.fromtimestamp(flow_run.scheduled_start_time.timestamp()).astimezone()
 
-    Args:
-        spec: A spec, or the path of its YAML file.
-        overrides: Changes to a spec that is read from a file, such as search.seed=1.
-    """
+
+@flow(name="search", flow_run_name=_run_name, persist_result=False, validate_parameters=False)
+def search(spec: forms.Spec, overrides: forms.Overrides = None) -> State[Any]:
+    """Create an experiment as a spec says, and run its search to the end of its budget."""
     watcher = watcher_here()
     session = prepared_session()
     if session is None:
-        checked, origin = checked_spec(spec, overrides or ())
-        with explained(wish_behind):
-            restored = prepare_search(checked, watcher, origin)
+        try:
+            form = forms.search_form({"spec": spec, "overrides": overrides})
+            checked, origin = checked_spec(form.spec, form.overrides or ())
+            with explained(wish_behind):
+                restored = prepare_search(checked, watcher, origin, moment=moment())
+        except HoldfastError as error:
+            return refused(error)
         if restored.session is None:
             return nothing_left(restored)
         session = restored.session
@@ -72,6 +79,13 @@ def nothing_left(restored: Restored) -> State[Any]:
     tag_run(restored.opened.record.name)
     restored.opened.close()
     return Completed(message="nothing is left to do")
+
+
+def refused(error: HoldfastError) -> State[Any]:
+    """Return the final state of a flow run that was refused, with the reason and nothing else for its message."""
+    reason = forms.one_line(str(error))
+    get_run_logger().error("%s", reason)
+    return Failed(message=reason, data=error)
 
 
 def watcher_here() -> Observer:

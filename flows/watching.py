@@ -175,7 +175,8 @@ class Watch:
 
     def _note_later(self, claimed: Claimed, action: str, detail: dict[str, Json]) -> None:
         with suppress(HoldfastError, OSError):
-            opened = open_path(claimed.examined.row.path, database=self._places.database, options=self._places.options)
+            path = claimed.examined.row.path
+            opened = open_path(path, database=self._places.database, options=self._places.options_of(path))
             try:
                 self._note(replace(claimed, opened=opened), action, detail)
             finally:

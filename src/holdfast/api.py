@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast import references
 from holdfast.core.errors import EngineError, HoldfastError
 from holdfast.core.resume import Planned, ResumePolicy
 from holdfast.core.space import Space
@@ -182,7 +183,7 @@ def can_restore(
 ) -> bool:
     """Tell whether :func:`restore` would work: the path is an intact experiment that no live process drives."""
     try:
-        path, storage_options = place_on(path, storage_options, filesystem)
+        path, storage_options = references.place(*place_on(path, storage_options, filesystem))
         plan(RestoreRequest(path=path, database=database, storage_options=storage_options))
         opened = find(path, database=database, readonly=True, options=storage_options)
         with Experiment(opened) as experiment:
@@ -338,11 +339,12 @@ def _flow(session: Session, *, restoring: bool) -> tuple[Flow[..., Any], dict[st
     if restoring:
         from holdfast.flows.restore import restore as restore_flow
 
-        return restore_flow, {"path": session.opened.folder.location}
+        return restore_flow, {"path": references.name_of_location(session.opened.folder.location)}
     from holdfast.flows.search import search as search_flow
 
     # Prefect stores parameters: no locations, no references.
-    data = {**session.spec.stored(), "storage": session.spec.storage, "references": {}}
+    storage = references.name_of_location(session.spec.storage)
+    data = {**session.spec.stored(), "storage": storage, "references": {}}
     return search_flow, {"spec": ExperimentSpec.parse(data)}
 
 

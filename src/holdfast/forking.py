@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from holdfast import standing
+from holdfast import references, standing
 from holdfast.core import faults
 from holdfast.core.errors import Contention, ExperimentExists, HoldfastError, InvalidInput, LeaseHeld, SpecError, StorageError
 from holdfast.core.spec import CHANGEABLE, ExperimentSpec
@@ -85,6 +85,13 @@ def fork(
 
     ``database`` is both experiments'; else each has that of its storage. ``options`` are an object store's, of either.
     """
+
+    path, options = references.place(path, options)
+    if storage is not None and references.is_reference(storage):
+        place, own = references.place(storage)
+        if own and options and dict(own) != dict(options):
+            raise SpecError(f"{storage} has other storage options than the original's storage; fork within one storage")
+        storage, options = str(place), own or options
 
     def reopen() -> Opened:
         return find(path, database=database, readonly=True, options=options)

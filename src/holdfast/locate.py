@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
-from holdfast import standing
+from holdfast import references, standing
 from holdfast.core import faults
 from holdfast.core.errors import (
     Corrupt,
@@ -35,6 +35,8 @@ from holdfast.storage.folder import FORKING, TRAINABLE, Folder, Identity
 from holdfast.storage.root import absolute, is_url, join, parent_of
 
 DATABASE_FILE = "holdfast.db"
+
+Spec = TypeVar("Spec", bound=ExperimentSpec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class Opened:
 def folder_at(location: str | Path, options: Mapping[str, Any] | None = None) -> Folder:
     """Return the folder at a location; SpecError for one that cannot be used."""
     place = absolute(location)
+    options = options or (settings().storage_options if is_url(place) else None)
     spelled = place.encode("utf-8", "backslashreplace").decode()  # a file's name need not be Unicode text
     work = settings().cache_folder / "work" / digest(spelled)[:16]
     return Folder.at(place, options=options, work=work, cache_bytes=settings().cache_bytes)
@@ -73,7 +76,7 @@ def database_url(storage: str, given: str | None) -> Location:
     That of a local storage lies in it, that of an object store in the user's data folder on this host.
     """
     if given or settings().database_url:
-        return given or str(settings().database_url)
+        return references.database(given or settings().database_url) or ""
     return default_database(storage)
 
 
@@ -111,6 +114,7 @@ def open_path(
     """
     if "\0" in str(path):
         raise ExperimentNotFound("a path has no NUL character; `holdfast list` shows the experiments of a storage")
+    path, options = references.place(path, options)
     folder = folder_at(path, options)
     identity = folder.identity()
     if identity.forked_from is not None and not readonly:
@@ -201,6 +205,8 @@ def find(
     target: str | Path, *, database: str | None = None, readonly: bool = False, options: Mapping[str, Any] | None = None
 ) -> Opened:
     """Open an experiment by its location or, where a database is named, by its name or UUID."""
+    target, options = references.place(target, options)
+    database = references.database(database)
     if database is None or is_url(target) or os.path.exists(os.path.join(target, "experiment.json")):
         return open_path(target, database=database, readonly=readonly, options=options)
     opened = open_database(database, readonly=True)
@@ -215,7 +221,7 @@ def find(
 
 def find_gone(target: str, *, database: str | None = None) -> tuple[Database, Record] | None:
     """Return the row of an experiment whose folder is gone, by its path, name or UUID, and its open database, or None."""
-    path = absolute(target)
+    path = absolute(references.place(target)[0])
     url = database_url(parent_of(path), database)
     if not isinstance(url, str) and not Path(str(url.database)).exists():
         return None
@@ -234,6 +240,14 @@ def _is_gone(record: Record) -> bool:
 def dated(name: str, now: datetime) -> str:
     """Fill ``{date}`` in a name."""
     return name.replace("{date}", now.strftime("%Y-%m-%d"))
+
+
+def placed(spec: Spec) -> Spec:
+    """Return the spec with its storage where that really is, if a reference stands for it. The database is found when used."""
+    if not references.is_reference(spec.storage):
+        return spec
+    storage, options = references.place(spec.storage, spec.storage_options)
+    return spec.model_copy(update={"storage": str(storage), "storage_options": dict(options or {})})
 
 
 def free_name(spec: ExperimentSpec) -> str:

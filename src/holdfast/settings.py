@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,6 +17,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="HOLDFAST_", extra="ignore")
 
     database_url: str | None = Field(default=None, description="database of specs that name none")
+    storage_options: dict[str, Any] | None = Field(
+        default=None, repr=False, description="options of object stores where none are given, as JSON"
+    )
     grace_seconds: float = Field(default=15.0, gt=0, description="what running trials get to save after SIGTERM or SIGINT")
     fault: str | None = Field(default=None, description="NAME or NAME:N: die by SIGKILL at the N-th pass of a crash point")
     cache_folder: Path = Field(

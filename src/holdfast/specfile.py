@@ -18,6 +18,7 @@ from holdfast.core import spec as core
 from holdfast.core.errors import SpecError
 from holdfast.core.spec import known_keys
 from holdfast.core.spelling import nearest
+from holdfast.references import is_reference
 
 __all__ = ["ExperimentSpec", "apply_overrides", "without_options"]
 
@@ -76,7 +77,7 @@ def without_password(text: str) -> str:
     """Return the text of a spec's file as it may be kept: with ``***`` for the password of its database."""
     node, data = _load(text, "spec")
     database = data.get("database") if isinstance(data, dict) else None
-    if not isinstance(database, str) or not isinstance(node, yaml.MappingNode):
+    if not isinstance(database, str) or is_reference(database) or not isinstance(node, yaml.MappingNode):
         return text
     from holdfast.storage.database.engine import shown
 
@@ -312,7 +313,7 @@ def _texts(value: object) -> Iterator[str]:
 
 def _make_absolute(data: dict[str, Any], folder: Path) -> None:
     storage = data.get("storage", core.ExperimentSpec.model_fields["storage"].default)
-    if isinstance(storage, str) and storage.strip() and "://" not in storage:
+    if isinstance(storage, str) and storage.strip() and "://" not in storage and not is_reference(storage):
         data["storage"] = _absolute(storage, folder)
     trainable = data.get("trainable")
     if isinstance(trainable, str):

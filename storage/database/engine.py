@@ -387,6 +387,11 @@ def shown(url: str) -> str:
     return _shown(parsed) if secret else url
 
 
+def with_password(url: str, password: str) -> str:
+    """Return a URL with its user's password in it: not to be shown."""
+    return parse_url(url).set(password=password).render_as_string(hide_password=False)
+
+
 def _shown(url: URL) -> str:
     hidden = {key: "***" for key in url.query if key in _SECRETS}
     return url.update_query_dict(hidden).render_as_string(hide_password=True)

@@ -23,7 +23,7 @@ MAY_IMPORT = {
 }
 TOP = {
     *("report", "experiment", "result", "specfile", "settings", "locate", "standing"),
-    *("transfer", "forking", "callables", "upkeep", "storages"),
+    *("transfer", "forking", "callables", "upkeep", "storages", "references"),
 }
 MAY_IMPORT |= {name: {"core", "storage", "storage.checkpoints", "storage.database"} | TOP for name in TOP}
 MAY_IMPORT["holding"] = {"core", "locate", "storage", "storage.database", "tasks.workers"}

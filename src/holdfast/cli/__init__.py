@@ -21,6 +21,7 @@ from holdfast.cli.running import add_running
 from holdfast.cli.transferring import add_transferring
 from holdfast.cli.watching import add_watching
 from holdfast.core.errors import HoldfastError, Infrastructure
+from holdfast.flows import blocks_here
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # in whatever encoding, no text ends a command
     try:
         _install_fault()
+        blocks_here()
         return int(options.run(options))
     except HoldfastError as error:
         return fail(str(error), error.exit_code)

@@ -79,9 +79,11 @@ def _checkpoints(options: argparse.Namespace) -> int:
 
 def _of_store(options: argparse.Namespace) -> int | None:
     """List, and verify if asked, a store of its own; None when there is none."""
+    from holdfast import references
     from holdfast.storage.checkpoints.store import CheckpointStore
 
-    store = CheckpointStore(options.path, storage_options=storage_options(options))
+    place, choices = references.place(options.path, storage_options(options))
+    store = CheckpointStore(place, storage_options=choices)
     if not store.is_there():
         return None
     if options.trial is not None:

@@ -22,9 +22,15 @@ def add_databases(commands: Commands) -> None:
 
 def _url(options: argparse.Namespace) -> Any:
     """Return the database that the options name."""
+    from holdfast import references
     from holdfast.locate import database_url
+    from holdfast.storage.root import absolute, is_url, parent_of
 
-    storage = Path(options.storage).absolute()
+    place = references.place(options.storage)[0]
+    if references.is_reference(options.storage) and is_url(place):
+        place = absolute(place)
+        return database_url(parent_of(place) if "/" in options.storage else place, options.database)
+    storage = Path(place).absolute()
     if (storage / "experiment.json").exists():
         storage = storage.parent
     return database_url(str(storage), options.database)

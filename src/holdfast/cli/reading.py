@@ -48,6 +48,7 @@ def add_reading(commands: Commands) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
+    from holdfast import references
     from holdfast.experiment import Experiment
     from holdfast.locate import open_path
     from holdfast.report.ranking import show_json
@@ -55,7 +56,8 @@ def _list(options: argparse.Namespace) -> int:
     from holdfast.storage.root import absolute, is_url, name_of
     from holdfast.storages import experiments_of
 
-    storage, choices = absolute(options.storage), storage_options(options)
+    place, choices = references.place(options.storage, storage_options(options))
+    storage = absolute(place)
     if options.database is None and not is_url(storage) and not Path(storage).is_dir():
         raise SpecError(f"storage {storage} does not exist; name one: `holdfast list STORAGE`")
     rows = []

@@ -7,7 +7,6 @@ import gc
 import signal
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -171,17 +170,17 @@ def _driven(options: argparse.Namespace, call: Any) -> int:
 
 def _validate(options: argparse.Namespace) -> int:
     from holdfast.engines.choosing import chosen
-    from holdfast.flows.prepare import check_spec
+    from holdfast.flows.prepare import check_spec, checked_spec
     from holdfast.locate import check_free, check_merge, dated
-    from holdfast.specfile import ExperimentSpec
 
-    spec = chosen(ExperimentSpec.from_file(options.spec, options.set))
+    given, origin = checked_spec(options.spec, options.set)
+    spec = chosen(given)
     named = spec.model_copy(update={"name": dated(spec.name, datetime.now().astimezone())})
     if spec.if_exists == "fail":
         check_free(named)
     check_merge(named)
     with json_alone(options):
-        pool = check_spec(spec, workdir=str(Path(options.spec).absolute().parent))
+        pool = check_spec(spec, workdir=origin.workdir)
     if pool is not None:
         pool.close()
     if options.json:

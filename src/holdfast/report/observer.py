@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from holdfast import references
 from holdfast.core.failure_section import FailureSection
 from holdfast.core.resume import Action, Planned
 from holdfast.core.trial import ACTIVE, Trial, TrialStatus
@@ -150,10 +151,10 @@ def waiting_words(trial: Trial, failure: FailureSection, now: datetime) -> str:
 
 def restore_command(opened: Opened) -> str:
     """Return the command that continues an experiment; of a database elsewhere it shows all but the password."""
-    words = ["holdfast", "restore", shlex.quote(opened.folder.location)]
+    words = ["holdfast", "restore", shlex.quote(references.name_of_location(opened.folder.location))]
     default = default_database(parent_of(opened.folder.location))
     if opened.database.file is None or isinstance(default, str) or str(opened.database.file) != default.database:
-        words += ["--database", shlex.quote(opened.database.label)]
+        words += ["--database", shlex.quote(references.name_of_database(opened.database.label))]
     return " ".join(words)
 
 
