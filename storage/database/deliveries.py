@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from holdfast.core.values import Json
 from holdfast.storage.atomic import make_folder
-from holdfast.storage.database.engine import Database, Location, Statement, connect, parse_url, sqlite_url
+from holdfast.storage.database.engine import Location, Statement, connect, parse_url, sqlite_url
 from holdfast.storage.database.losses import repeatable
 
 Gone = Callable[[Mapping[str, Any]], bool]
