@@ -33,10 +33,18 @@ def cloud_of(config: WebhookConfig, name: str | None) -> dict[str, Any]:
 def _template(name: str, hook: Hook) -> str:
     """Return the Jinja template of the webhook, which makes an event of what comes in."""
     event = json.dumps(f"{EVENT}{name}")
+    # A delivery that the condition leaves out becomes an event that no automation waits for.
+    named, prelude = event, ""
+    if hook.when is not None:
+        prelude = (
+            f"{{% set hook = {json.dumps(name)} %}}{{% set event = headers.get('x-github-event', '') %}}"
+            f"{{% set when %}}{hook.when}{{% endset %}}\n"
+        )
+        named = event[:-1] + "{% if when | trim | lower not in ('true', '1', 'yes') %}.ignored{% endif %}\""
     lines = [f'  "{key}": {_expression(key, hook)}' for key in _parameters(hook)]
     payload = ",\n  ".join(lines)
     return (
-        f'{{\n  "event": {event},\n  "resource": {{"prefect.resource.id": {event}, "prefect.resource.name": "{name}"}},\n'
+        f'{prelude}{{\n  "event": {named},\n  "resource": {{"prefect.resource.id": {event}, "prefect.resource.name": "{name}"}},\n'
         f'  "payload": {{\n  {payload}\n  }}\n}}'
     )
 

@@ -85,7 +85,6 @@ def _cloud(options: argparse.Namespace, config: object) -> int:
 
     for name, parts in found.items():
         print(f"# Prefect Cloud, Webhooks, the template of {name}:\n{parts['webhook_template']}\n")
-        print(
-            f"# The automation: prefect automation create --from-file FILE.yaml\n{yaml.safe_dump(parts['automation'], sort_keys=False)}"
-        )
+        print("# The automation: prefect automation create --from-file FILE.yaml")
+        print(yaml.safe_dump(parts["automation"], sort_keys=False))
     return 0
