@@ -46,6 +46,11 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def variable(name: str) -> str | None:
+    """Return an environment variable that a configuration names, such as one that holds a secret."""
+    return os.environ.get(name)
+
+
 def environment_of_a_restore(**changes: str) -> dict[str, str]:
     """Return the environment of a search that this process starts: without what Prefect tells this flow run of itself."""
     return {**{name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}, **changes}

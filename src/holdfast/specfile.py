@@ -139,6 +139,14 @@ def references_in(given: Sequence[str]) -> dict[str, Any] | None:
     return found if given else None
 
 
+def mapping_in(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Callable[[Sequence[int | str]], str]]:
+    """Return what another YAML file says, read as strictly as a spec, and a function that says where a key stands."""
+    node, data = _load(_read(Path(path)), str(path))
+    if not isinstance(data, dict):
+        raise SpecError(f"{path} holds a {_kind(data)}; it must be a mapping of keys")
+    return data, _locator(node, str(path), ())
+
+
 def _read(path: Path) -> str:
     try:
         content = path.read_bytes()

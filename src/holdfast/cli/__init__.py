@@ -17,6 +17,7 @@ from holdfast.cli.forking import add_forking
 from holdfast.cli.managing import add_managing
 from holdfast.cli.queueing import add_queueing
 from holdfast.cli.reading import add_reading
+from holdfast.cli.receiving import add_receiving
 from holdfast.cli.running import add_running
 from holdfast.cli.transferring import add_transferring
 from holdfast.cli.watching import add_watching
@@ -83,4 +84,5 @@ def _parser() -> argparse.ArgumentParser:
     add_queueing(commands)
     add_watching(commands)
     add_deploying(commands)
+    add_receiving(commands)
     return parser
