@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -87,12 +87,17 @@ def public(place: str) -> str:
 
 @contextmanager
 def plain_tasks(name: str) -> Iterator[None]:
-    """In the body let task runs not take over our tags of the flow run.
+    """In the body let task runs not take over our tags of the flow run; each gives itself its tags once it runs.
 
     Prefect asks the API for the limits of each new set of tags before a task with them may begin: a search would wait for an
-    API that is away. The task gives its run tags by itself, once it runs.
+    API that is away. And each of a task's events would name the flow run's tags once more, which a server takes time to store.
     """
-    with TagsContext(current_tags=TagsContext.get().current_tags - set(tags_of(name))):
+    ours, flow_run = set(tags_of(name)), FlowRunContext.get()
+    with ExitStack() as stack:
+        stack.enter_context(TagsContext(current_tags=TagsContext.get().current_tags - ours))
+        if flow_run is not None and flow_run.flow_run is not None:
+            plain = flow_run.flow_run.model_copy(update={"tags": [tag for tag in flow_run.flow_run.tags if tag not in ours]})
+            stack.enter_context(flow_run.model_copy(update={"flow_run": plain}))
         yield
 
 
@@ -128,7 +133,7 @@ class Bucket:
     def take(self, now: float) -> bool:
         """Take a token, if there is one; ``now`` is in seconds and does not fall."""
         self._tokens = min(self._size, self._tokens + max(now - self._at, 0.0) * self._rate)
-        self._at = now
+        self._at = max(self._at, now)
         if self._tokens < 1.0:
             return False
         self._tokens -= 1.0
