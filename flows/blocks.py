@@ -61,7 +61,7 @@ then `storage: block:lab` in a spec, and `holdfast restore block:lab/digits`.
     options: dict[str, Any] = Field(
         default_factory=dict,
         title="Further options",
-        description='What else fsspec takes for this kind of store, such as {"anon": true}. No credentials: everybody sees them.',
+        description='What else fsspec takes for such a store, as {"anon": true}. No credentials: everybody sees them.',
     )
     secret_options: SecretDict | None = Field(
         default=None,
@@ -276,8 +276,8 @@ def _data(kind: type[Block], name: str) -> dict[str, Any]:
     reference = f"{PREFIX}{name}"
     if not has_api():
         raise EngineError(
-            f"{reference} cannot be looked up: Prefect's settings name no API; set PREFECT_API_URL to that of the server that has "
-            "the block, or name the folder or the URL itself"
+            f"{reference} cannot be looked up: Prefect's settings name no API; set PREFECT_API_URL to that of the server "
+            "that has the block, or name the folder or the URL itself"
         )
     try:
         with impatient_client() as client:

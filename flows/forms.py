@@ -206,8 +206,8 @@ Overrides = Annotated[
     _Shape(type="array", items={"type": "string", "pattern": r"^[^=\s]+\s*="}),
     _shown(
         "Overrides",
-        "Changes to a spec that is read from a file or a block, each as KEY=VALUE, such as search.num_trials=50. Not for a spec "
-        "that is filled in field by field.",
+        "Changes to a spec that is read from a file or a block, each as KEY=VALUE, such as search.num_trials=50. Not for a "
+        "spec that is filled in field by field.",
         ["search.num_trials=50", "search.seed=1"],
     ),
 ]

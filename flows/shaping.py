@@ -149,7 +149,7 @@ def _field(name: str, given: Schema, resolve: Resolve) -> Schema:
         ]
     if "$ref" in found:
         found.pop("default", None)  # each field below has its own
-        found.setdefault("description", resolve({"$ref": found["$ref"]}).get("description", "").partition("\n\n")[0])
+        found.setdefault("description", _said(resolve({"$ref": found["$ref"]}).get("description", "").partition("\n\n")[0]))
     elif found.get("type") == "object":
         found.pop("default", None)  # what is empty is edited as JSON, what holds {} is not shown at all
     return found

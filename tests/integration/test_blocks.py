@@ -1,0 +1,209 @@
+"""Storages, databases and specs that are saved as blocks on a real server, with secrets that must not be found anywhere else."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from psycopg import sql
+from s3_server import S3
+from support import DIED, Lab, starts
+from support_postgres import Postgres
+from support_prefect import View
+
+from holdfast.storage.objects import ObjectRoot
+
+SECRETS = ("canary-of-the-bucket", "canary-of-the-database", "canary-of-the-options")
+
+SAVE = """
+import json, sys
+from holdfast.flows.blocks import HoldfastDatabase, HoldfastSpec, HoldfastStorage, register
+told = json.loads(sys.argv[1])
+register()
+HoldfastStorage(**told["storage"]).save("blocks-lab")
+HoldfastDatabase(**told["database"]).save("blocks-main")
+HoldfastSpec.from_file("saved.yaml").save("blocks-digits")
+print("saved")
+"""
+
+FLOWS = """
+import json, sys
+from holdfast.flows.restore import restore
+from holdfast.flows.search import search
+from holdfast.flows.watch import watch
+told = search("block:blocks-digits", ["name=byflow", "search.num_trials=1"], return_state=True)
+print("search:", told.type.value, told.message)
+told = restore("block:blocks-lab/byflow", database="block:blocks-main", return_state=True)
+print("restore:", told.type.value, told.message)
+told = watch(["block:blocks-lab"], database="block:blocks-main")
+print("watch:", json.dumps(told["counts"]))
+told = restore("s3://bucket/byflow", storage_options={"secret": "canary-in-a-form"}, return_state=True)
+print("refused:", told.type.value, told.message)
+"""
+
+
+@pytest.fixture
+def role(postgres: Postgres) -> Iterator[tuple[str, str]]:
+    """An empty database of a role with a password; yield its URL without the password, and its name."""
+    database = postgres.create(empty=True)
+    with postgres.admin() as connection:
+        connection.execute(sql.SQL("CREATE ROLE keeper LOGIN PASSWORD {}").format(sql.Literal(SECRETS[1])))
+        connection.execute(sql.SQL("ALTER DATABASE {} OWNER TO keeper").format(sql.Identifier(database)))
+    yield f"postgresql+psycopg://keeper@127.0.0.1:{postgres.port}/{database}", database
+    with postgres.admin(database) as connection:
+        connection.execute("REASSIGN OWNED BY keeper TO postgres")
+    postgres.drop(database)
+    with postgres.admin() as connection:
+        connection.execute("DROP ROLE keeper")
+
+
+def words_of(postgres: Postgres, database: str) -> str:
+    """Return everything that a database holds, as text."""
+    with postgres.admin(database) as connection:
+        names = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
+        assert len(names) > 5
+        query = sql.SQL("SELECT CAST(t AS text) FROM {} AS t")
+        return "\n".join(str(row) for (name,) in names for row in connection.execute(query.format(sql.Identifier(name))))
+
+
+def files(*folders: Path) -> Iterator[tuple[Path, bytes]]:
+    for folder in folders:
+        for file in folder.rglob("*"):
+            if file.is_file():
+                yield file, file.read_bytes()
+
+
+def test_secrets_stay_in_the_blocks(
+    s3: S3, make_lab: Any, postgres: Postgres, role: tuple[str, str], server_environment: dict[str, str]
+) -> None:
+    url, database = role
+    lab: Lab = make_lab("blocks")
+    lab.environment = {
+        **server_environment,
+        "XDG_CACHE_HOME": str(lab.folder / "cache"),
+        "XDG_DATA_HOME": str(lab.folder / "data"),
+    }
+    bucket = s3.bucket()
+    told = {
+        "storage": {
+            "location": f"{bucket}/runs",
+            "endpoint": s3.endpoint,
+            "region": "us-east-1",
+            "key": SECRETS[0],
+            "secret": SECRETS[0],
+            "secret_options": {"config_kwargs": {"user_agent_extra": SECRETS[2]}},
+        },
+        "database": {"url": url, "password": SECRETS[1]},
+    }
+    places = {"storage": "block:blocks-lab", "database": "block:blocks-main"}
+    lab.spec(name="saved", search={"num_trials": 2}, **places)
+    ended = lab.python(SAVE, json.dumps(told))
+    assert ended.output.endswith("saved\n"), ended.output
+
+    said = lab.run(
+        "run", lab.spec(name="blocked", search={"num_trials": 2}, **places), fault="checkpoint.committed:2", code=DIED
+    )
+    command = "holdfast restore block:blocks-lab/blocked --database block:blocks-main"
+    assert f"after a crash: {command}\n" in said.output
+    path = "block:blocks-lab/blocked"
+    words = [str(lab.json("watch", "block:blocks-lab", "--database", "block:blocks-main", "--dry-run"))]
+    assert f"'command': '{command}'" in words[0]
+    watched = lab.run("watch", "block:blocks-lab", "--database", "block:blocks-main")
+    assert "blocked: restored" in watched.output
+    words += [said.output, watched.output]
+    for ended in (
+        lab.run("show", path, "--database", "block:blocks-main"),
+        lab.run("list", "block:blocks-lab", "--database", "block:blocks-main", "--json"),
+        lab.run("trials", path, HOLDFAST_DATABASE_URL="block:blocks-main"),
+        lab.run("checkpoints", path, "--verify", "--database", "block:blocks-main"),
+        lab.run("restore", path, "--plan", "--database", "block:blocks-main"),
+        lab.run("db", "show", "block:blocks-lab", "--database", "block:blocks-main"),
+        lab.run("validate", "block:blocks-digits"),
+        lab.run("run", "block:blocks-digits", "--set", "search.num_trials=1"),
+        lab.run("fork", path, "--name", "forked", "--storage", "block:blocks-lab", "--database", "block:blocks-main"),
+        lab.run("show", "block:blocks-nobody/x", code=2),
+        lab.run("show", "block:blocks-main/x", code=2),
+        lab.run("show", "block:blocks-lab/../x", code=2),
+        lab.run("show", "block:Lab", code=2),
+        lab.run("show", path, "--database", "block:blocks-lab", code=2),
+        lab.run("run", "block:blocks-lab", code=2),
+        lab.run("show", path, PREFECT_API_URL="http://127.0.0.1:1/api", code=4),
+        lab.python(FLOWS),
+    ):
+        words.append(ended.output)
+    assert len(starts(lab, 0)) >= 2
+    text = "\n".join(words)
+    assert "block:blocks-nobody names no block HoldfastStorage; saved ones: block:blocks-lab" in text
+    assert "block:blocks-main is a HoldfastDatabase, and a HoldfastStorage is needed here" in text
+    assert "leads out of the storage" in text and "'block:Lab' names no block" in text
+    assert "block:blocks-lab is a HoldfastStorage, and a HoldfastDatabase is needed here" in text
+    assert "block:blocks-lab is a HoldfastStorage, and a HoldfastSpec is needed here" in text
+    assert "Prefect's API at http://127.0.0.1:1/api does not answer" in text
+    assert "search: COMPLETED" in text and "restore: COMPLETED nothing is left to do" in text and 'watch: {"' in text, words[-1]
+    assert "refused: FAILED storage_options holds the credential 'secret'; Prefect keeps parameters" in text
+
+    view = View(lab, "blocked")
+    assert {run["parameters"]["spec"]["storage"] for run in view.flow_runs() if "spec" in run["parameters"]} == {
+        places["storage"]
+    }
+    rows = words_of(postgres, database)
+    assert places["storage"] in rows  # the text of the spec
+    stored = ObjectRoot(f"{bucket}/runs", {**s3.options})
+    names = list(stored.files(""))
+    assert any(name.startswith("blocked/journal/") for name in names) and "blocked/lease.json" in names
+    prefect = Path(server_environment["PREFECT_HOME"])
+    with sqlite3.connect(next(prefect.rglob("*.db"))) as connection:
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+    for secret in SECRETS:
+        assert secret not in text
+        assert secret not in rows
+        assert not [name for name in names if secret.encode() in (stored.read(name) or b"")]
+        assert not [file for file, content in files(lab.folder, prefect) if secret.encode() in content]
+
+
+BAD = """
+import json
+from pydantic import ValidationError
+from holdfast.flows.blocks import HoldfastDatabase, HoldfastSpec, HoldfastStorage
+spec = {"name": "x", "trainable": "a:b", "objectives": {"l": "min"}, "space": {}, "search": {"num_trials": 1}}
+for kind, data in [
+    (HoldfastStorage, {"location": "runs"}),
+    (HoldfastStorage, {"location": "block:other"}),
+    (HoldfastStorage, {"location": "/data", "key": "canary"}),
+    (HoldfastStorage, {"location": "s3://a:canary@bucket"}),
+    (HoldfastStorage, {"location": "s3://bucket", "options": {"token": "canary"}}),
+    (HoldfastStorage, {"location": "abfs://bucket", "secret": "canary"}),
+    (HoldfastDatabase, {"url": "postgresql://u:canary@h/d"}),
+    (HoldfastDatabase, {"url": "sqlite:///relative.db"}),
+    (HoldfastDatabase, {"url": "mysql://u@h/d"}),
+    (HoldfastDatabase, {"url": "postgresql+psycopg://h/d", "password": "canary"}),
+    (HoldfastSpec, {"spec": {**spec, "database": "postgresql://u:canary@h/d"}}),
+    (HoldfastSpec, {"spec": {**spec, "storage_options": {"secret": "canary"}}}),
+    (HoldfastSpec, {"spec": {**spec, "serach": 1}}),
+]:
+    try:
+        kind(**data)
+        print("TAKEN", data)
+    except ValidationError as error:
+        print([one["msg"] for one in error.errors()])
+print(HoldfastDatabase(url="postgresql://u@h/d", password="p@ss:/w").full_url())
+for kind in (HoldfastStorage, HoldfastDatabase, HoldfastSpec):
+    print(kind.get_block_type_slug(), bool(kind.get_description()), bool(kind.get_code_example()))
+print(HoldfastStorage(location="s3://b", key="k", secret="s", endpoint="http://h", region="r", options={"anon": False}))
+"""
+
+
+def test_what_a_block_does_not_take(lab: Lab) -> None:
+    said = lab.python(BAD).output
+    assert "TAKEN" not in said and "Traceback" not in said, said
+    assert "canary" not in said
+    assert "postgresql+psycopg://u:p%40ss%3A%2Fw@h/d" in said
+    for words in ("neither an absolute path", "refers to a block", "is for object stores", "secret_options", "four slashes"):
+        assert words in said, said
+    for slug in ("holdfast-storage", "holdfast-database", "holdfast-spec"):
+        assert f"{slug} True True" in said, said
+    assert "secret=SecretStr('**********')" in said, said
