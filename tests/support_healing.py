@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 from support import executed, starts
 from support_deployed import Process, Site, SiteLab
 
-from holdfast.flows.naming import RESTORE, SEARCH, TAG, artifact_key, experiment_resource, experiment_tag
+from holdfast.flows.naming import EXPERIMENT_EVENT, RESTORE, SEARCH, TAG, artifact_key, experiment_resource, experiment_tag
 from holdfast.holding import liveness
 
 TRIALS = 2
@@ -56,6 +57,12 @@ class Crash:
         """Wait until trial 0 is in its last step."""
         self.until(lambda: any(entry.event == "hold" for entry in self.lab.log()), "it comes to the step to be killed in")
 
+    def until_told(self) -> None:
+        """Wait until trial 0 is in its last step, and until the server knows that the search began: words take their time."""
+        self.until_held()
+        self.until(lambda: "started" in self.events(), "the server knows that it began")
+        self.until(lambda: experiment_tag(self.name) in self.site.flow_run(self.run)["tags"], "its flow run is tagged")
+
     def holder(self) -> Mapping[str, Any]:
         """Return who drives."""
         with self.lab.open(self.name) as experiment:
@@ -65,7 +72,7 @@ class Crash:
 
     def kill(self, first: Process | None = None) -> None:
         """End the process that drives by SIGKILL, after ``first`` (its worker, say); the next attempt is not held."""
-        self.until_held()
+        self.until_told()
         driver = self.holder()
         if first is not None:
             first.kill()
@@ -106,18 +113,11 @@ class Crash:
     def states(self) -> list[str]:
         return [str(run["state_type"]) for run in self.flow_runs()]
 
-    def told(self) -> None:
+    def told(self, *, claims: int) -> None:
         """Compare what is shown of it with what happened: events, task runs, artifacts."""
-        with self.lab.open(self.name) as experiment:
-            uuid = experiment.id
-        wanted = ["started", "restored", "completed"]
-        resource = experiment_resource(uuid)
-
-        def events() -> list[str]:
-            found = [each["event"].rpartition(".")[2] for each in self.site.events("holdfast.experiment.", resource)]
-            return [each for each in found if each in wanted]
-
-        self.until(lambda: events() == wanted, f"the events: {events()}", 30)
+        uuid = self.uuid()
+        wanted = ["started", *["recovering"] * claims, "restored", "completed"]
+        self.until(lambda: self.events() == wanted, f"the events: {self.events()}", 30)
         expected = {"trial-0#1": "CRASHED", "trial-0#2": "COMPLETED", "trial-1#1": "COMPLETED"}
         self.until(lambda: self.task_runs() == expected, f"the task runs: {self.task_runs()}", 30)
         for kind in ("progress", "leaderboard", "summary"):
@@ -127,7 +127,17 @@ class Crash:
         assert board is not None
         assert summary is not None
         assert (board["type"], summary["type"]) == ("table", "markdown")
-        assert "holdfast restore" in summary["data"] or "COMPLETED" in summary["data"] or "completed" in summary["data"]
+        assert len(json.loads(board["data"])) == TRIALS
+        assert f"holdfast restore {self.path}" in summary["data"]
+
+    def uuid(self) -> str:
+        with self.lab.open(self.name) as experiment:
+            return experiment.id
+
+    def events(self) -> list[str]:
+        """Return what was told of the experiment, oldest first."""
+        found = self.site.events(EXPERIMENT_EVENT, experiment_resource(self.uuid()))
+        return [str(each["event"]).removeprefix(EXPERIMENT_EVENT) for each in found]
 
     def task_runs(self) -> dict[str, str]:
         """Return the state types of the task runs, by what follows the experiment's name."""

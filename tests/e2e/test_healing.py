@@ -88,7 +88,7 @@ class Healing:
         first = site.worker()
         self.silent = Crash.begin(site, "silent")
         self.others.die()
-        self.silent.until_held()
+        self.silent.until_told()
         self.silent.until(lambda: beats(site, self.silent.run), "its first heartbeat")
         self.silent.kill(first)
         assert site.state(self.silent.run) == "RUNNING"
@@ -124,12 +124,11 @@ def site(healing: Healing) -> Site:
 @pytest.fixture(scope="module")
 def receiver(healing: Healing) -> str:
     """A webhook receiver, by its address."""
+    hook = {"signature": "standard", "secrets": {"env": "HOOK_SECRET"}}
     config = healing.site.folder / "hooks.yaml"
-    config.write_text(HOOKS.format(storage=healing.site.storage))
-    return healing.site.receiver(config)
-
-
-HOOKS = ""
+    config.write_text(json.dumps({"roots": [str(healing.site.storage)], "hooks": {"again": hook}}))
+    healing.site.environment["HOOK_SECRET"] = f"whsec_{SECRET}"
+    return f"{healing.site.receiver(config)}/hooks/again"
 
 
 def deliver(address: str, body: dict[str, Any], delivery: str, *, secret: str = SECRET) -> Any:
@@ -146,20 +145,20 @@ def deliver(address: str, body: dict[str, Any], delivery: str, *, secret: str = 
 
 def test_a_signed_webhook_restores(site: Site, receiver: str) -> None:
     crash = Crash.begin(site, "by-webhook", **BY_HAND)
-    crash.until_held()
-    delivery = f"msg_{uuid.uuid4().hex}"
-    with pytest.raises(Refused) as refused:  # while it runs
-        deliver(f"{receiver}/hooks/restore", {"path": str(crash.path)}, f"{delivery}_early")
+    crash.until_told()
+    wanted, delivery = {"experiment": crash.name}, f"msg_{uuid.uuid4().hex}"
+    with pytest.raises(Refused, match="running") as refused:  # while it runs
+        deliver(receiver, wanted, f"{delivery}-early")
     assert refused.value.code == 409
     crash.kill()
-    with pytest.raises(Refused) as refused:
-        deliver(f"{receiver}/hooks/restore", {"path": str(crash.path)}, delivery, secret=base64.b64encode(b"guessed").decode())
+    with pytest.raises(Refused, match="signature") as refused:
+        deliver(receiver, wanted, delivery, secret=base64.b64encode(b"a secret that was guessed").decode())
     assert refused.value.code == 401
-    answers = [deliver(f"{receiver}/hooks/restore", {"path": str(crash.path)}, delivery) for _ in range(3)]
+    answers = [deliver(receiver, wanted, delivery) for _ in range(3)]
     assert answers[1:] == answers[:1] * 2
     crash.ends_well(claims=0)
     assert crash.flow_runs()[-1]["id"] == answers[0]["flow_run_id"]
-    crash.told()
+    crash.told(claims=0)
 
 
 def test_the_automation_restores_what_crashed(site: Site) -> None:
@@ -168,7 +167,7 @@ def test_the_automation_restores_what_crashed(site: Site) -> None:
     crash.kill()
     site.start_run(WATCH, {})  # by hand, beside the automation
     crash.ends_well(claims=1)
-    crash.told()
+    crash.told(claims=1)
 
 
 def test_a_person_restores_by_the_form(site: Site) -> None:
@@ -180,7 +179,7 @@ def test_a_person_restores_by_the_form(site: Site) -> None:
         pages.fill("Experiment", str(crash.path))
         pages.submit()
     crash.ends_well(claims=0)
-    crash.told()
+    crash.told(claims=0)
 
 
 def test_wrong_values_are_refused_and_nothing_starts(site: Site) -> None:
@@ -222,7 +221,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 def test_silence_is_a_crash_that_is_healed(healing: Healing) -> None:
     """Worker and process died together: nobody but the automation can tell that the flow run does not run any more."""
     healing.silent.ends_well(claims=1)
-    healing.silent.told()
+    healing.silent.told(claims=1)
     assert healing.others.states() == ["CRASHED", "RUNNING"]
 
 
@@ -235,5 +234,5 @@ def test_a_watch_restores_where_automations_are_off(healing: Healing) -> None:
     assert crash.states() == ["CRASHED"]
     site.start_run(WATCH, {})
     crash.ends_well(claims=1)
-    crash.told()
+    crash.told(claims=1)
     assert healing.others.states() == ["CRASHED", "RUNNING"]
