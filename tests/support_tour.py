@@ -21,8 +21,8 @@ from holdfast.flows.naming import RESTORE, SEARCH, artifact_key, experiment_reso
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 LARGEST = 150_000
 """bytes of a picture"""
-TRIALS = 12
-KILLED_AFTER = 5
+TRIALS = 8
+KILLED_AFTER = 3
 """trials that have ended when the search is killed"""
 
 
