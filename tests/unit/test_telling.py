@@ -127,7 +127,7 @@ def api() -> Iterator[Api]:
             thread.join()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def events() -> Iterator[list[Any]]:
     """Where the events that Prefect's own queue was given come, once it is drained."""
     AssertingEventsClient.reset()
