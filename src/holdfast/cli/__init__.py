@@ -17,6 +17,7 @@ from holdfast.cli.managing import add_managing
 from holdfast.cli.queueing import add_queueing
 from holdfast.cli.reading import add_reading
 from holdfast.cli.running import add_running
+from holdfast.cli.serving import add_serving
 from holdfast.cli.transferring import add_transferring
 from holdfast.cli.watching import add_watching
 from holdfast.core.errors import HoldfastError, Infrastructure
@@ -79,4 +80,6 @@ def _parser() -> argparse.ArgumentParser:
     add_databases(commands)
     add_queueing(commands)
     add_watching(commands)
+    add_serving(commands)
+    from holdfast.cli.deploying import add_deploying; add_deploying(commands)
     return parser
