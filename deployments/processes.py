@@ -128,21 +128,22 @@ class Part:
         return ""
 
 
-def descendants(pid: int | None = None) -> list[psutil.Process]:
-    """Return the running processes below process ``pid`` (this one)."""
+def children_of(*pids: int | None, recursive: bool = False) -> list[psutil.Process]:
+    """Return the running processes that were started by processes ``pids`` (None: this one)."""
     found = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(pid).children(recursive=recursive):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        found.append(process)
     return found
 
 
 def end_descendants(pid: int | None = None) -> None:
     """Kill every process below process ``pid`` (this one), and what they start meanwhile."""
     deadline = time.monotonic() + 10.0
-    while (found := descendants(pid)) and time.monotonic() < deadline:
+    while (found := children_of(pid, recursive=True)) and time.monotonic() < deadline:
         for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()

@@ -15,15 +15,16 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import psutil
+
 from holdfast.core.errors import EngineError
 from holdfast.deployments import machine
 from holdfast.deployments.machine import Addresses, Environments, PrefectSettings, ServerDatabase, Up
 from holdfast.deployments.processes import (
-    Died,
     Events,
     Part,
     Signalled,
-    descendants,
+    children_of,
     end_descendants,
     keep_orphans,
     reap_orphans,
@@ -34,10 +35,8 @@ from holdfast.flows.server import START_SECONDS
 from holdfast.flows.serving import Serving, is_healthy
 from holdfast.settings import settings
 
-PREFECT_KILLS_AFTER = 30.0
-"""seconds after which a worker kills a run that it has asked to end"""
 ENDING_SECONDS = 10.0
-"""what a part gets to end by itself"""
+"""what a part gets to end by itself, and a search after its trials have saved"""
 ASKED = 10
 """times that a busy server is asked again"""
 
@@ -284,21 +283,19 @@ class _Running:
         """End one part after the other: the worker first, so that its searches save, and tell the server so."""
         self.say(f"{ended}: ending; running searches save, for {settings().grace_seconds:.0f} s at most (Ctrl-C again: at once)")
         try:
-            others = [part for part in self.parts if part is not self._server]
-            for part in (*(one for one in others if one.name == "worker"), *(one for one in others if one.name != "worker")):
-                extra = PREFECT_KILLS_AFTER if part.name == "worker" else 0.0
-                self._end_part(part, ENDING_SECONDS + extra)
-            self._end_orphans()
+            self._end_searches()
+            for part in reversed([part for part in self.parts if part is not self._server]):
+                self._end_part(part)
             if self._server in self.parts:
-                self._end_part(self._server, ENDING_SECONDS)
+                self._end_part(self._server)
         except _Ended:
             self.say("at once")
         self._kill()
         self.say("everything has ended")
 
-    def _end_part(self, part: Part, seconds: float) -> None:
+    def _end_part(self, part: Part) -> None:
         part.due = None
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + ENDING_SECONDS
         if part is self._starting:  # nothing runs on it yet
             part.kill()
         part.tell()
@@ -314,22 +311,27 @@ class _Running:
             if isinstance(event, Signalled):
                 raise _Ended(event.number)
 
-    def _end_orphans(self) -> None:
-        """End what the worker, or one before it, has left: searches that save."""
+    def _end_searches(self) -> None:
+        """Let runs save and end while their worker looks on, which would kill them: it ends when they have.
+
+        Those of a worker that died are ours by now.
+        """
         deadline = time.monotonic() + settings().grace_seconds + ENDING_SECONDS
-        server = self._server.process.pid if self._server.process is not None else 0
         told: set[int] = set()
-        while time.monotonic() < deadline:
-            left = [process for process in descendants() if process.pid != server]
-            if not left:
+        while left := children_of(None, *(part.process.pid for part in self.parts if part.name == "worker" and part.process)):
+            left = [process for process in left if process.pid not in self._own()]
+            if not left or time.monotonic() > deadline:
                 return
             for process in left:
                 if process.pid not in told:
                     told.add(process.pid)
-                    with contextlib.suppress(Exception):
+                    with contextlib.suppress(psutil.Error):
                         process.terminate()
             self._next_of_end(0.1)
             reap_orphans(self.parts)
+
+    def _own(self) -> set[int]:
+        return {part.process.pid for part in self.parts if part.process is not None}
 
     def _kill(self) -> None:
         """End everything at once."""
