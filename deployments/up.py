@@ -1,4 +1,4 @@
-"""``holdfast up``: what one machine needs, as one program: Prefect's server, the deployments, a worker, the webhook receiver."""
+"""``holdfast up``: one machine as one program: Prefect's server, the deployments, a worker, the webhook receiver."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class _Running:
             self._begin(self._part("worker", ["prefect", *words], lambda: self._is_online(name)))
         if wanted.webhook is not None:
             words = ["webhook", str(wanted.webhook), "--host", wanted.host, "--port", str(wanted.webhook_port)]
-            self._begin(self._part("webhook", ["holdfast.cli", *words], lambda: self._receives()))
+            self._begin(self._part("webhook", ["holdfast.cli", *words], self._receives))
         if wanted.worker:
             self._look_for_interrupted()
         for line in self._where():
@@ -281,7 +281,9 @@ class _Running:
 
     def _end(self, ended: _Ended) -> None:
         """End one part after the other: the worker first, so that its searches save, and tell the server so."""
-        self.say(f"{ended}: ending; running searches save, for {settings().grace_seconds:.0f} s at most (Ctrl-C again: at once)")
+        self.say(
+            f"{ended}: ending; running searches save, for {settings().grace_seconds:.0f} s at most (Ctrl-C again: at once)"
+        )
         try:
             self._end_searches()
             for part in reversed([part for part in self.parts if part is not self._server]):

@@ -72,7 +72,9 @@ class _Recorder(Observer):
             if found is None:
                 self.server.begin()
             elif found.is_protected and not names_password():
-                self.say(f"the server of `holdfast up` ({found.url}) asks for a password: set PREFECT_API_AUTH_STRING to use it")
+                self.say(
+                    f"the server of `holdfast up` ({found.url}) asks for a password: set PREFECT_API_AUTH_STRING to use it"
+                )
                 self.server.begin()
             else:
                 self.left_running = found.url

@@ -89,7 +89,7 @@ def _made(url: URL, name: str) -> bool:
 
 
 def _for_asyncpg(url: URL) -> tuple[URL, dict[str, str]]:
-    """Return the URL as asyncpg takes it, and what it takes from the environment: options of libpq that it lacks are left out."""
+    """Return the URL as asyncpg takes it, and what it takes from the environment; what it lacks is left out."""
     query: dict[str, str | tuple[str, ...]] = {}
     environment = {}
     for key, value in url.query.items():

@@ -81,5 +81,4 @@ def _parser() -> argparse.ArgumentParser:
     add_queueing(commands)
     add_watching(commands)
     add_serving(commands)
-    from holdfast.cli.deploying import add_deploying; add_deploying(commands)
     return parser

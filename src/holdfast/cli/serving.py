@@ -34,7 +34,9 @@ def add_serving(commands: Commands) -> None:
         "print a base job template for a work pool: prefect work-pool create NAME --type TYPE --base-job-template FILE",
         as_json=False,
     )
-    template.add_argument("type", metavar="TYPE", choices=("process", "docker", "kubernetes"), help="process, docker, kubernetes")
+    template.add_argument(
+        "type", metavar="TYPE", choices=("process", "docker", "kubernetes"), help="process, docker or kubernetes"
+    )
     template.add_argument("--path", action="store_true", help="print where the file is")
 
 
