@@ -31,10 +31,11 @@ from holdfast.deployments.processes import (
     signals_to,
 )
 from holdfast.flows.naming import POOL, TAG, WATCH
-from holdfast.flows.server import START_SECONDS
 from holdfast.flows.serving import Serving, is_healthy
 from holdfast.settings import settings
 
+READY_SECONDS = 180.0
+"""what a part gets until it is ready: a first start with migrations on a busy machine included"""
 ENDING_SECONDS = 10.0
 """what a part gets to end by itself, and a search after its trials have saved"""
 ASKED = 10
@@ -148,11 +149,11 @@ class _Running:
         part.start()
         self.parts.append(part)
         self._starting = part
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + READY_SECONDS
         while not part.is_ready():
             self._next(0.1, starting=part)
             if time.monotonic() > deadline:
-                raise self._failed(part, f"is not ready after {START_SECONDS:.0f} s")
+                raise self._failed(part, f"is not ready after {READY_SECONDS:.0f} s")
         self._starting = None
 
     def _do(self, name: str, words: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ class Machine:
         words = [sys.executable, "-m", "holdfast.cli", "up", "--port", "0", "--storage", "runs", *options]
         self.run: Running = begin(lab, *words)
         self.process = psutil.Process(self.run.process.pid)
-        lab.until(lambda: "Ctrl-C ends everything" in self.output, self.run, seconds=90)
+        lab.until(lambda: "Ctrl-C ends everything" in self.output, self.run, seconds=180)
         self.state = json.loads((self.folder.parent / "up.json").read_text())
         self.url = str(self.state["url"])
 
