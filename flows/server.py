@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -110,19 +111,26 @@ def template_file() -> Path:
     return settings().cache_folder / f"prefect-{version}.db"
 
 
-def _guard(folder: Path) -> None:
-    """End this process, and remove its folder, as soon as our starter is gone."""
+def guard(last: Callable[[], object]) -> None:
+    """End this process, after a call of ``last``, as soon as our starter is gone: the pipe that is standard input closes.
+
+    What this process starts gets an empty standard input.
+    """
+    pipe = os.dup(0)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
 
     def watch() -> None:
         with contextlib.suppress(OSError):
-            os.read(0, 1)
-        shutil.rmtree(folder, ignore_errors=True)
+            os.read(pipe, 1)
+        with contextlib.suppress(Exception):
+            last()
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _make_template(database: Path, template: Path) -> None:
+def make_template(database: Path, template: Path) -> None:
     """Keep a copy of the migrated, empty database for the next start."""
     import asyncio
     import sqlite3
@@ -142,7 +150,7 @@ def _make_template(database: Path, template: Path) -> None:
 def main() -> None:
     """Serve Prefect's API on a free port of the loopback interface, named on standard output."""
     folder, template = Path(sys.argv[1]), Path(sys.argv[2])
-    _guard(folder)
+    guard(lambda: shutil.rmtree(folder, ignore_errors=True))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     sys.stdout.write(f"{listener.getsockname()[1]}\n")
@@ -153,7 +161,7 @@ def main() -> None:
     from prefect.server.api.server import create_app
 
     if not template.exists():
-        _make_template(folder / "prefect.db", template)
+        make_template(folder / "prefect.db", template)
     app = create_app()
     gc.freeze()
     gc.enable()

@@ -39,6 +39,17 @@ def binaries() -> Path | None:
     return Path(initdb).resolve().parent if initdb else None
 
 
+def with_extensions() -> Path | None:
+    """Return the folder of the programs of a PostgreSQL that has pg_trgm, which Prefect's server needs, or None."""
+    initdb = shutil.which("initdb")
+    places = [binaries(), Path(initdb).resolve().parent if initdb else None, *sorted(Path("/usr/lib/postgresql").glob("*/bin"))]
+    for folder in places:
+        shares = [] if folder is None else [folder.parent / "share", Path("/usr/share/postgresql") / folder.parent.name]
+        if folder is not None and any(list(share.glob("**/extension/pg_trgm.control")) for share in shares if share.is_dir()):
+            return folder
+    return None
+
+
 MISSING = "no PostgreSQL: neither the package pgserver (Python 3.12 and older) nor an initdb on the PATH is there"
 
 

@@ -27,13 +27,14 @@ from holdfast.flows.prepare import (
 )
 from holdfast.flows.requesting import request_of
 from holdfast.flows.server import EmbeddedServer
+from holdfast.flows.serving import left_running
 from holdfast.flows.session import Session, prepared
 from holdfast.flows.signals import Terminated, raised, signal_of, undisturbed, why
 from holdfast.holding import is_driven_by_path
 from holdfast.locate import Opened, find
 from holdfast.report.observer import Observer, restore_command, watching
 from holdfast.result import SearchResult, result_of
-from holdfast.settings import names_api
+from holdfast.settings import names_api, names_password
 from holdfast.specfile import ExperimentSpec
 from holdfast.standing import original_of
 from holdfast.storage.filesystems import place_on
@@ -55,6 +56,8 @@ class _Recorder(Observer):
         self.result: SearchResult | None = None
         self.command: str | None = None
         """what goes on with the experiment, once there is one"""
+        self.left_running: str | None = None
+        """the API of the server that `holdfast up` runs, if it is to be used"""
         self.say = inner.say  # type: ignore[method-assign]  # plain delegation
         self.planned = inner.planned  # type: ignore[method-assign]
         self.running = inner.running  # type: ignore[method-assign]
@@ -66,7 +69,16 @@ class _Recorder(Observer):
 
     def preparing(self) -> None:
         if not names_api():  # a guess, made without importing Prefect: the server starts beside everything else
-            self.server.begin()
+            found = left_running()
+            if found is None:
+                self.server.begin()
+            elif found.is_protected and not names_password():
+                self.say(
+                    f"the server of `holdfast up` ({found.url}) asks for a password: set PREFECT_API_AUTH_STRING to use it"
+                )
+                self.server.begin()
+            else:
+                self.left_running = found.url
         self.inner.preparing()
 
     def ended(self, result: SearchResult) -> None:
@@ -289,7 +301,7 @@ def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, rest
     """Run the flow of a prepared session; return its result, or raise what interrupted it."""
     session_token, watcher_token = prepared.set(session), watching.set(watcher)
     try:
-        with _engine(server) as url:
+        with _engine(server, watcher.left_running) as url:
             flow, arguments = _flow(session, restoring=restoring)
             session.is_seen = url is not None
             watcher.running(url)
@@ -349,14 +361,18 @@ def _flow(session: Session, *, restoring: bool) -> tuple[Flow[..., Any], dict[st
 
 
 @contextmanager
-def _engine(server: EmbeddedServer) -> Iterator[str | None]:
-    """Have a Prefect API for the body: the one that Prefect's settings name, else the embedded server's."""
+def _engine(server: EmbeddedServer, left_running: str | None) -> Iterator[str | None]:
+    """Have a Prefect API for the body: that which Prefect's settings name, else `holdfast up`'s, else the embedded one."""
     import prefect.settings as prefect_settings
 
     # What Prefect's settings say counts, not the guess: a server that was started for nothing is ended.
     if prefect_settings.PREFECT_API_URL.value():
         server.stop()
         yield prefect_settings.PREFECT_API_URL.value()
+        return
+    if left_running is not None:
+        with prefect_settings.temporary_settings({prefect_settings.PREFECT_API_URL: left_running}):
+            yield left_running
         return
     server.begin()
     changes = {

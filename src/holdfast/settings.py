@@ -76,12 +76,26 @@ def visible_gpus(*, needed: int) -> list[str]:
 
 def names_api() -> bool:
     """Guess, without importing Prefect, whether its settings name an API: by the environment, a profile, a project file."""
-    if os.environ.get("PREFECT_API_URL"):
+    return _is_named("api_url")
+
+
+def names_password() -> bool:
+    """Guess, as :func:`names_api` does, whether Prefect's settings hold what a protected API asks for."""
+    return _is_named("api_auth_string")
+
+
+def use_api(url: str) -> None:
+    """Let Prefect, which is not imported yet, and what this process starts use an API."""
+    os.environ["PREFECT_API_URL"] = url
+
+
+def _is_named(setting: str) -> bool:
+    if os.environ.get(f"PREFECT_{setting.upper()}"):
         return True
     home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
     profiles = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml")
     candidates = (profiles, Path(".env"), Path("prefect.toml"), Path("pyproject.toml"))
-    return any("api_url" in file.read_text(errors="replace").lower() for file in candidates if file.is_file())
+    return any(setting in file.read_text(errors="replace").lower() for file in candidates if file.is_file())
 
 
 def hush_prefect() -> None:

@@ -19,6 +19,7 @@ from holdfast.cli.queueing import add_queueing
 from holdfast.cli.reading import add_reading
 from holdfast.cli.receiving import add_receiving
 from holdfast.cli.running import add_running
+from holdfast.cli.serving import add_serving
 from holdfast.cli.transferring import add_transferring
 from holdfast.cli.watching import add_watching
 from holdfast.core.errors import HoldfastError, Infrastructure
@@ -85,4 +86,5 @@ def _parser() -> argparse.ArgumentParser:
     add_watching(commands)
     add_deploying(commands)
     add_receiving(commands)
+    add_serving(commands)
     return parser

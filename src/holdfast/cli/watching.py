@@ -109,9 +109,10 @@ def _say(text: str) -> None:
 
 
 def _close_runs(examined: object) -> None:
+    from holdfast.flows.serving import adopt
     from holdfast.settings import names_api
 
-    if names_api():
+    if adopt() or names_api():
         from holdfast.flows import watched_runs
 
         watched_runs.close_runs(examined)  # type: ignore[arg-type]  # typed there; this module imports late
