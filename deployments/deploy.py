@@ -345,7 +345,8 @@ def _deployment(client: SyncPrefectClient, entry: Entry, plan: _Plan) -> tuple[d
     slugs = _schedules(client, entry, found)
     detail = ", ".join([*differing, *slugs])
     what: What = "changed" if detail else "as it was"
-    return _read(client, entry), Change(kind="deployment", name=entry.full_name, what=what, detail=detail)
+    now = _read(client, entry) if detail else found
+    return now, Change(kind="deployment", name=entry.full_name, what=what, detail=detail)
 
 
 def _read(client: SyncPrefectClient, entry: Entry) -> dict[str, Any]:
