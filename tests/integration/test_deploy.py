@@ -220,9 +220,7 @@ def test_an_api_that_cannot_be_used_says_what_to_do(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "runs").exists()
 
 
-def test_prefect_yaml_is_up_to_date_and_says_the_same(
-    server: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prefect_yaml_is_up_to_date_and_says_the_same(server: Own, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prefect's own command makes of it, without a prompt, what `holdfast deploy` makes without automations."""
     text = (Path(__file__).parents[2] / "prefect.yaml").read_text()
     assert text == prefect_yaml(), "prefect.yaml is out of date: run `holdfast deploy --print-yaml > prefect.yaml`"
@@ -232,7 +230,9 @@ def test_prefect_yaml_is_up_to_date_and_says_the_same(
     (tmp_path / "prefect.yaml").write_text(text)
     server.ask("POST", "/work_pools/", {"name": POOL, "type": "process", "base_job_template": {}})
     if Version(fastapi.__version__) >= Version("0.151"):
-        pytest.skip(f"fastapi<0.151 is missing: Prefect's server with {fastapi.__version__} refuses what `prefect deploy` sends it")
+        pytest.skip(
+            f"fastapi<0.151 is missing: Prefect's server with {fastapi.__version__} refuses what `prefect deploy` sends it"
+        )
     prefect = str(Path(sys.executable).with_name("prefect"))
     done = subprocess.run(
         [prefect, "--no-prompt", "deploy", "--all"],
@@ -252,7 +252,17 @@ def test_prefect_yaml_is_up_to_date_and_says_the_same(
 
 
 def comparable(deployment: dict[str, Any]) -> dict[str, Any]:
-    kept = ("name", "version", "description", "tags", "parameters", "entrypoint", "job_variables", "pull_steps", "work_pool_name")
+    kept = (
+        "name",
+        "version",
+        "description",
+        "tags",
+        "parameters",
+        "entrypoint",
+        "job_variables",
+        "pull_steps",
+        "work_pool_name",
+    )
     schedules = [
         {**{key: one[key] for key in ("slug", "active", "parameters")}, "cron": one["schedule"]["cron"]}
         for one in deployment["schedules"]
