@@ -319,7 +319,7 @@ def _deployment(client: SyncPrefectClient, entry: Entry, plan: _Plan) -> tuple[d
         "entrypoint": entry.entrypoint,
         "tags": list(entry.tags),
         "parameters": dict(entry.parameters),
-        "parameter_openapi_schema": parameter_schema(flow).model_dump(mode="json"),
+        "parameter_openapi_schema": parameter_schema(flow).model_dump(mode="json", exclude_unset=True),
         "enforce_parameter_schema": True,
         "pull_steps": pull_steps(plan.workdir),
         "job_variables": dict(entry.job_variables),

@@ -77,7 +77,8 @@ def test_each_is_collected_and_none_stands_in_anothers_way(tmp_path: Path) -> No
 def test_damaged_checkpoints_are_found_where_they_are_read(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     folder, _, kept = shop(runs, "digits", littered=False)
-    flip(next(file for file in (folder / kept).iterdir() if file.name != "manifest.json"), 100)
+    damaged = next(file for file in (folder / kept).iterdir() if file.name != "manifest.json")
+    damaged.write_bytes(flip(damaged.read_bytes(), 100))
     assert every(runs)["digits"].corrupt == 0
     before = content(folder)
     seen = every(runs, verified=True, dry_run=True)["digits"]
