@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,8 @@ from pathlib import Path
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from schemathesis.config import SchemathesisConfig
 from schemathesis.generation import GenerationMode
-from support_webhook import GITHUB, ROTATED, STANDARD, Scene, client_of, reply, signed
+from support_webhook import ROTATED, Scene, client_of, make_experiment, reply, signed
 
 pytestmark = pytest.mark.xdist_group("webhook")
 
@@ -94,9 +92,7 @@ def test_large_and_endless_bodies_are_cut_off(scene: Scene) -> None:
         scene.receiver.raw(head + b"Content-Length: 99999999999999999999999999\r\n\r\n", block),
         scene.receiver.raw(head + b"Content-Length: 100001\r\nExpect: 100-continue\r\n\r\n"),
     ]
-    assert [answer.partition(b"\r\n")[0] for answer in answers[:2] + answers[3:]] == [
-        b"HTTP/1.1 413 Content Too Large"
-    ] * 3 or [answer.split(b" ")[1] for answer in answers] == [b"413"] * 4
+    assert [answer.split(b" ", 2)[1] for answer in answers] == [b"413", b"413", b"400", b"413"]
     assert scene.receiver.memory() - size < 32 << 20
 
 
@@ -126,7 +122,7 @@ def test_requests_that_mean_two_things_are_refused(scene: Scene, target: Path) -
         b"webhook-signature: v1,xxx\r\n" + length,
         length + b"Content-Length: 3\r\n",
         length + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
-        length + b"X-Long: " + b"a" * 70_000 + b"\r\n",
+        length + b"X-Long: " + b"a" * 300_000 + b"\r\n",
         b" folded: yes\r\nwebhook id: 1\r\n" + length,
     ):
         answer = scene.receiver.raw(head + fair + extra + end + BODY)
@@ -162,16 +158,15 @@ def test_no_name_leads_out_of_the_roots(scene: Scene, target: Path) -> None:
     (scene.folder / "outside").mkdir(exist_ok=True)
     secret = scene.folder / "outside" / "hidden"
     if not secret.exists():
-        from support_webhook import make_experiment
-
         make_experiment(scene.folder / "outside", "hidden")
         (scene.folder / "runs" / "link").symlink_to(secret)
         (scene.folder / "runs" / "up").symlink_to(scene.folder)
     root = scene.folder / "runs"
     for name in (
-        "../outside/hidden", str(secret), f"{root}/../outside/hidden", "link", "up/outside/hidden", "up/runs/attacked/../../outside/hidden",
+        "../outside/hidden", str(secret), f"{root}/../outside/hidden", "link", "up/outside/hidden", "up/../attacked",
         "./attacked", "attacked/", "/attacked", "attacked\0", "attacked\n", "..", ".", "~", "~root", f"file://{target}",
-        f"s3://bucket/{target}", "simplecache::file:///etc", "block:lab/attacked", "\uff0e\uff0e/outside/hidden", "%2e%2e/outside",
+        f"s3://bucket/{target}", "simplecache::file:///etc", "block:lab/attacked",
+        "\uff0e\uff0e/outside/hidden", "%2e%2e/outside",
         "attacked\u202e", "a" * 1024, "a/" * 500 + "a", "-attacked", "attacked\\..\\..", str(root), f"{root}//attacked",
     ):  # fmt: skip
         answer = scene.receiver.deliver("plain", {"experiment": name})
@@ -183,17 +178,12 @@ def test_no_name_leads_out_of_the_roots(scene: Scene, target: Path) -> None:
     assert len(scene.prefect.runs(scene.restore)) == before
 
 
-def operations(description: dict[str, object], mode: GenerationMode) -> object:
-    config = SchemathesisConfig.from_dict({"generation": {"mode": mode.value}})
-    return schemathesis.openapi.from_dict(description, config=config)
-
-
 @pytest.mark.parametrize("signs", [False, True])
 def test_schemathesis_finds_nothing(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, signs: bool, target: Path
 ) -> None:
     """Against the receiver's own description: as anybody, and as somebody who holds a secret and so gets beyond the 401."""
-    hooks = {name: hook for name, hook in scene.receiver.config["hooks"].items() if name in ("plain", "strong", "looks")}
+    hooks = {name: hook for name, hook in scene.receiver.config["hooks"].items() if name in ("plain", "looks")}
     limits = {"per_client": {"times": 10**6}, "per_hook": {"times": 10**6}}
     memory = {"database": f"sqlite:///{tmp_path / 'hooks.db'}"}
     roots = [str(scene.folder / "runs")]
@@ -208,14 +198,14 @@ def test_schemathesis_finds_nothing(
 
                 @seed(7)
                 @settings(
-                    max_examples=25,
+                    max_examples=15,
                     deadline=None,
                     database=None,
                     phases=[Phase.generate],
                     suppress_health_check=list(HealthCheck),
                 )
                 @given(case=operation.as_strategy(generation_mode=mode))
-                def attack(case: schemathesis.Case) -> None:
+                def attack(case: schemathesis.Case, statuses: list[int] = statuses) -> None:
                     if signs and case.method == "POST":
                         case.headers = _signed_case(case)
                     response = case.call()
@@ -238,8 +228,3 @@ def _signed_case(case: schemathesis.Case) -> dict[str, str]:
     elif isinstance(body, str):
         body = body.encode()
     return {**dict(case.headers or {}), **signed("standard", body, id=uuid.uuid4().hex)}
-
-
-assert GITHUB
-assert STANDARD
-_ = random
