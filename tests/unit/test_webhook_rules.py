@@ -30,7 +30,9 @@ NOW = 1_700_000_000
 # Signatures
 
 
-def proven(headers: dict[str, str], body: bytes, scheme: str = "standard", now: float = NOW, secrets: tuple[str, ...] = (SECRET,)) -> Any:
+def proven(
+    headers: dict[str, str], body: bytes, scheme: str = "standard", now: float = NOW, secrets: tuple[str, ...] = (SECRET,)
+) -> Any:
     proof = proof_in(scheme, [(key.lower().encode(), value.encode()) for key, value in headers.items()])
     keys = [key_of(scheme, secret, "test") for secret in secrets]
     return verified(scheme, keys, proof, body, hook="h", now=now, tolerance=300)
@@ -213,8 +215,12 @@ def test_templates_make_what_a_person_could_have_written() -> None:
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(-5, 99) | st.text(max_size=5),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["experiment", "trainable", "path", "force", "changes", "database", "policy"]), inner),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["experiment", "trainable", "path", "force", "changes", "database", "policy"]), inner
+            )
+        ),
         max_leaves=8,
     )
 )
