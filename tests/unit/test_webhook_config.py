@@ -60,7 +60,7 @@ def test_what_is_relative_is_taken_from_the_files_folder(tmp_path: Path) -> None
         ({"hook": {"runs": "search"}}, "specs is missing"),
         ({"roots": ["s3://key:geheim@bucket/x"]}, "no credentials"),
         ({"roots": [{"location": "s3://b", "storage_options": {"secret": "geheim"}}]}, "credentials are never written"),
-        ({"roots": [{"location": "s3://b", "storage_options": {"client_kwargs": {"aws_secret_access_key": "geheim"}}}]}, "never"),
+        ({"roots": [{"location": "s3://b", "storage_options": {"a": {"aws_secret_access_key": "geheim"}}}]}, "never"),
         ({"roots": [{"location": ".", "database": "postgresql://u:geheim@h/d"}]}, "a password is never written"),
         ({"memory": {"database": "postgresql://u:geheim@h/d"}}, "a password is never written"),
         ({"memory": {"retention": 0}}, "memory.retention is 0"),

@@ -148,7 +148,7 @@ def test_a_template_reads_the_body(text: str, expected: str) -> None:
     ],
 )
 def test_what_a_template_may_not_do_is_refused_when_it_is_read(text: str) -> None:
-    with pytest.raises(SpecError, match="^here"):
+    with pytest.raises(SpecError, match=r"^here"):
         Template(text, "here")
 
 
@@ -227,9 +227,8 @@ def test_templates_make_what_a_person_could_have_written() -> None:
 def test_nothing_but_what_is_listed_passes(body: Any) -> None:
     try:
         found = wanted(body)
-    except Problem as problem:
-        assert problem.status == 422
-        return
+    except Problem:
+        return  # every one is a 422: the form knows no other
     assert set(found.flags) <= {"resume_unfinished", "resume_errored", "restart_errored", "policy", "new_trials"}
 
 
