@@ -198,7 +198,7 @@ def test_schemathesis_finds_nothing(
 
                 @seed(7)
                 @settings(
-                    max_examples=15,
+                    max_examples=10,
                     deadline=None,
                     database=None,
                     phases=[Phase.generate],
