@@ -193,6 +193,9 @@ def test_schemathesis_finds_nothing(
         schema = schemathesis.openapi.from_asgi("/openapi.json", client.app)
         for found in schema.get_all_operations():
             operation = found.ok()
+            if operation.path == "/healthz":
+                operation.Case().call_and_validate()  # it takes nothing: there is nothing to generate
+                continue
             statuses: list[int] = []
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
 
