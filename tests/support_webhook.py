@@ -18,6 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import yaml
@@ -50,9 +51,17 @@ class Prefect:
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"{self.url}{path}", data, {"Content-Type": "application/json"}, method=method)
-        with urlopen(request, timeout=30) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        for attempt in range(30):
+            try:
+                with urlopen(request, timeout=30) as answer:
+                    text = answer.read()
+            except HTTPError as error:
+                if error.code != 503 or attempt == 29:  # its database is busy
+                    raise
+                time.sleep(1)
+            else:
+                return json.loads(text) if text else None
+        raise AssertionError("the last attempt returns or raises")
 
     def deployment(self, flow: str, name: str) -> str:
         """Make the record of a deployment that no worker serves: its flow runs stay scheduled."""
