@@ -216,7 +216,8 @@ class Scene:
         return [run for run in self.prefect.runs(self.restore) if run["parameters"].get("path") == str(path)]
 
     def config(self, **changes: Any) -> dict[str, Any]:
-        return {**self.receiver.config, **changes}
+        places = {"roots": [str(self.folder / "runs")], "specs": [str(self.folder / "specs")]}
+        return {**self.receiver.config, **places, **changes}
 
 
 @contextmanager
