@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from psycopg import sql
 from s3_server import S3
-from support import DIED, Lab, starts
+from support import DIED, Lab
 from support_postgres import Postgres
 from support_prefect import View
 
@@ -28,6 +28,17 @@ HoldfastStorage(**told["storage"]).save("blocks-lab")
 HoldfastDatabase(**told["database"]).save("blocks-main")
 HoldfastSpec.from_file("saved.yaml").save("blocks-digits")
 print("saved")
+"""
+
+COMMANDS = """
+import json, sys
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from holdfast.cli import main
+commands = json.loads(sys.argv[1])
+for words in commands:
+    print("CODE", main(words), *words, flush=True)
+with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+    print("CODE", main(commands[0]), flush=True)
 """
 
 FLOWS = """
@@ -115,27 +126,28 @@ def test_secrets_stay_in_the_blocks(
     watched = lab.run("watch", "block:blocks-lab", "--database", "block:blocks-main")
     assert "blocked: restored" in watched.output
     words += [said.output, watched.output]
-    for ended in (
-        lab.run("show", path, "--database", "block:blocks-main"),
-        lab.run("list", "block:blocks-lab", "--database", "block:blocks-main", "--json"),
-        lab.run("trials", path, HOLDFAST_DATABASE_URL="block:blocks-main"),
-        lab.run("checkpoints", path, "--verify", "--database", "block:blocks-main"),
-        lab.run("restore", path, "--plan", "--database", "block:blocks-main"),
-        lab.run("db", "show", "block:blocks-lab", "--database", "block:blocks-main"),
-        lab.run("validate", "block:blocks-digits"),
-        lab.run("run", "block:blocks-digits", "--set", "search.num_trials=1"),
-        lab.run("fork", path, "--name", "forked", "--storage", "block:blocks-lab", "--database", "block:blocks-main"),
-        lab.run("show", "block:blocks-nobody/x", code=2),
-        lab.run("show", "block:blocks-main/x", code=2),
-        lab.run("show", "block:blocks-lab/../x", code=2),
-        lab.run("show", "block:Lab", code=2),
-        lab.run("show", path, "--database", "block:blocks-lab", code=2),
-        lab.run("run", "block:blocks-lab", code=2),
-        lab.run("show", path, PREFECT_API_URL="http://127.0.0.1:1/api", code=4),
-        lab.python(FLOWS),
-    ):
-        words.append(ended.output)
-    assert len(starts(lab, 0)) >= 2
+    database_words = ["--database", "block:blocks-main"]
+    commands: list[tuple[list[str], int]] = [
+        (["show", path, *database_words], 0),
+        (["list", "block:blocks-lab", *database_words, "--json"], 0),
+        (["trials", path, *database_words], 0),
+        (["checkpoints", path, "--verify", *database_words], 0),
+        (["restore", path, "--plan", *database_words], 0),
+        (["db", "show", "block:blocks-lab", *database_words], 0),
+        (["validate", "block:blocks-digits"], 0),
+        (["fork", path, "--name", "forked", "--storage", "block:blocks-lab", *database_words], 0),
+        (["show", "block:blocks-nobody/x"], 2),
+        (["show", "block:blocks-main/x"], 2),
+        (["show", "block:blocks-lab/../x"], 2),
+        (["show", "block:Lab"], 2),
+        (["show", path, "--database", "block:blocks-lab"], 2),
+        (["run", "block:blocks-lab"], 2),
+    ]
+    ended = lab.python(COMMANDS, json.dumps([command for command, _ in commands]))
+    words.append(ended.output)
+    codes = [int(line.split()[1]) for line in ended.output.splitlines() if line.startswith("CODE ")]
+    assert codes == [*(code for _, code in commands), 4], ended.output
+    words.append(lab.python(FLOWS).output)
     text = "\n".join(words)
     assert "block:blocks-nobody names no block HoldfastStorage; saved ones: block:blocks-lab" in text
     assert "block:blocks-main is a HoldfastDatabase, and a HoldfastStorage is needed here" in text

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 
-from support import DIED, Lab
+from support import Lab
 
 RUNS = """
 import json, os, sys
@@ -60,6 +61,7 @@ def test_what_is_wrong_is_refused_with_its_reason_and_the_date_is_the_schedules(
         "space": {"x": {"type": "float", "low": 0, "high": 1}},
         "search": {"engine": "random", "num_trials": 1},
     }
+    half = {"type": "int", "low": 2}
     on = ["if_exists=restore"]
 
     def search(name: str, overrides: list[str], at: str = "2026-01-05T12:00:00Z") -> dict[str, object]:
@@ -69,7 +71,7 @@ def test_what_is_wrong_is_refused_with_its_reason_and_the_date_is_the_schedules(
     path = str(lab.folder / "runs" / "night-2026-01-05")
     (begun,) = [search("killed", on)]
     died = lab.python(RUNS, json.dumps([begun]), "checkpoint.committed:2")
-    assert died.code == DIED, died.output
+    assert died.code == -signal.SIGKILL, died.output
     (killed,) = [line.split()[1] for line in died.output.splitlines() if line.startswith("ID ")]
     plan = [
         ({"again": killed}, "STATE night-2026-01-05 COMPLETED every trial of the budget was proposed"),
@@ -81,7 +83,11 @@ def test_what_is_wrong_is_refused_with_its_reason_and_the_date_is_the_schedules(
         (search("unknown", ["serach.seed=1"]), "STATE night-2026-01-05 FAILED"),
         ({"as": "a", "flow": "search", "parameters": {"spec": by_field}}, "STATE byfield COMPLETED every trial"),
         (
-            {"as": "b", "flow": "search", "parameters": {"spec": {**by_field, "name": "b", "space": {"x": {"type": "int", "low": 2}}}}},
+            {
+                "as": "b",
+                "flow": "search",
+                "parameters": {"spec": {**by_field, "name": "b", "space": {"x": {"type": "int", "low": 2}}}},
+            },
             "STATE b FAILED spec: space.x.high is missing; add it",
         ),
         (
