@@ -86,7 +86,7 @@ def test_what_is_wrong_is_refused_with_its_reason_and_the_date_is_the_schedules(
             {
                 "as": "b",
                 "flow": "search",
-                "parameters": {"spec": {**by_field, "name": "b", "space": {"x": {"type": "int", "low": 2}}}},
+                "parameters": {"spec": {**by_field, "name": "b", "space": {"x": half}}},
             },
             "STATE b FAILED spec: space.x.high is missing; add it",
         ),
