@@ -11,6 +11,7 @@ RUNS = """
 import json, os, sys
 from uuid import UUID
 from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flow_engine import load_flow_run, run_flow
 from prefect.states import Scheduled
 from holdfast.flows.restore import restore
@@ -31,11 +32,11 @@ for run in told:
             client.set_flow_run_state(UUID(str(found)), Scheduled(name="AwaitingRetry"), force=True)
     else:
         state = {"type": "SCHEDULED", "state_details": {"scheduled_time": run.get("at", "2026-01-05T12:00:00Z")}}
-        answer = client._client.post(
-            f"/deployments/{deployed[run['flow']]}/create_flow_run", json={"parameters": run["parameters"], "state": state}
-        )
-        if answer.status_code != 201:
-            print("ANSWER", answer.status_code, answer.json()["detail"], flush=True)
+        body = {"parameters": run["parameters"], "state": state}
+        try:
+            answer = client._client.post(f"/deployments/{deployed[run['flow']]}/create_flow_run", json=body)
+        except PrefectHTTPStatusError as error:
+            print("ANSWER", error.response.status_code, error.response.json()["detail"], flush=True)
             continue
         found = runs[run["as"]] = answer.json()["id"]
     print("ID", found, flush=True)
@@ -92,7 +93,7 @@ def test_what_is_wrong_is_refused_with_its_reason_and_the_date_is_the_schedules(
         ),
         (
             {"as": "c", "flow": "search", "parameters": {"spec": {**by_field, "search": {"num_trials": -1}}}},
-            "ANSWER 409 Error creating flow run: Validation failed for field 'spec'",
+            "ANSWER 409 Error creating flow run: Validation failed for field 'spec.search.num_trials'. Failure reason:",
         ),
         (
             {"as": "d", "flow": "restore", "parameters": {"path": path, "resume_errored": True, "restart_errored": True}},
