@@ -41,14 +41,14 @@ from holdfast.deployments.catalogue import (
     pull_steps,
     version,
 )
+from holdfast.flows.blocks import BLOCKS, HoldfastSpec
 from holdfast.flows.naming import POOL, WATCH
 from holdfast.flows.prefect_runs import impatient_client
-from holdfast.specfile import ExperimentSpec
+from holdfast.references import PREFIX, is_reference
 from holdfast.storage.database.engine import shown
 from holdfast.storage.root import is_url
 
 POOL_TYPE = "process"
-REFERENCE = "block:"
 TIMES = 5
 """How often it is begun anew when somebody else changes the same things at the same moment."""
 
@@ -90,7 +90,7 @@ class _Plan:
     wanted: Wanted
     workdir: str
     folders: tuple[Path, ...]
-    specs: Mapping[str, dict[str, Json]]
+    specs: Mapping[str, HoldfastSpec]
     entries: tuple[Entry, ...]
 
 
@@ -102,11 +102,11 @@ def deploy(wanted: Wanted, say: Callable[[str], None]) -> list[Change]:
     plan = _checked(wanted)
     _warn(wanted, say)
     with reached() as client:
-        _check_there(client, plan)
+        in_folder = _check_there(client, plan) == POOL_TYPE
         done: dict[tuple[str, str], Change] = {}
         for last in (False,) * (TIMES - 1) + (True,):
             try:
-                for change in _carried_out(client, plan):
+                for change in _carried_out(client, plan, in_folder=in_folder):
                     before = done.get((change.kind, change.name))
                     if before is None or before.what == "as it was":
                         done[change.kind, change.name] = change
@@ -134,7 +134,7 @@ def _checked(wanted: Wanted) -> _Plan:
             f"silence is {wanted.silence:g} s; it must be from {LEAST_SILENCE_SECONDS:g} s to 30 days; a run says every "
             f"{HEARTBEAT_SECONDS} s that it is alive, so {SILENCE_SECONDS:g} is a good value"
         )
-    if wanted.database is not None and not wanted.database.startswith(REFERENCE) and shown(wanted.database) != wanted.database:
+    if wanted.database is not None and not is_reference(wanted.database) and shown(wanted.database) != wanted.database:
         raise SpecError(
             f"the database {shown(wanted.database)} has a password, and Prefect keeps parameters; make a block "
             "HoldfastDatabase and give block:NAME, or leave --database out and set HOLDFAST_DATABASE_URL where the worker runs"
@@ -142,7 +142,7 @@ def _checked(wanted: Wanted) -> _Plan:
     workdir = os.path.abspath(wanted.workdir or ".")
     if not os.path.isdir(workdir):
         raise SpecError(f"the folder {workdir} that runs are to work in does not exist; make it, or name another by --workdir")
-    local = [place for place in wanted.storages if not is_url(place) and not place.startswith(REFERENCE)]
+    local = [place for place in wanted.storages if not is_url(place) and not is_reference(place)]
     folders = tuple(Path(workdir, place) for place in local)
     for folder in folders:
         if folder.exists() and not folder.is_dir():
@@ -154,22 +154,15 @@ def _checked(wanted: Wanted) -> _Plan:
         database=wanted.database,
         automations=wanted.automations,
         silence=wanted.silence,
-        spec=None if first is None else f"{REFERENCE}{first}",
+        spec=None if first is None else f"{PREFIX}{first}",
     )
     return _Plan(wanted=wanted, workdir=workdir, folders=folders, specs=specs, entries=entries)
 
 
-def _specs(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Json]]]:
+def _specs(files: Sequence[str]) -> Iterator[tuple[str, HoldfastSpec]]:
     """Read the specs that are to be saved, by the names of their blocks."""
     seen: dict[str, str] = {}
     for file in files:
-        spec = ExperimentSpec.from_file(file)
-        if spec.storage_options:
-            raise SpecError(
-                f"{file} has storage_options, which may be secrets; make a block HoldfastStorage and let storage name it"
-            )
-        if spec.database is not None and not spec.database.startswith(REFERENCE) and shown(spec.database) != spec.database:
-            raise SpecError(f"{file} has a database with a password; make a block HoldfastDatabase and let database name it")
         name = _BLOCK_NAME.sub("-", Path(file).stem.lower()).strip("-")
         if not name or name in seen:
             where = (
@@ -177,7 +170,7 @@ def _specs(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Json]]]:
             )
             raise SpecError(f"{file} cannot be saved: {where}; rename the file")
         seen[name] = file
-        yield name, spec.model_dump(mode="json", exclude_unset=True)
+        yield name, HoldfastSpec.from_file(file)
 
 
 def _warn(wanted: Wanted, say: Callable[[str], None]) -> None:
@@ -215,29 +208,25 @@ def reached() -> Iterator[SyncPrefectClient]:
         ) from error
 
 
-def _check_there(client: SyncPrefectClient, plan: _Plan) -> None:
-    """Refuse what the server has and we cannot use, or lacks and we need."""
+def _check_there(client: SyncPrefectClient, plan: _Plan) -> str:
+    """Refuse what the server has and we cannot use, or lacks and we need; return the type of the work pool."""
     pool = plan.wanted.pool
     try:
         kind = client.read_work_pool(pool).type
     except ObjectNotFound:
         kind = POOL_TYPE
-    if kind != POOL_TYPE:
+    relative = [place for place in plan.wanted.storages if not (is_url(place) or is_reference(place) or os.path.isabs(place))]
+    if kind != POOL_TYPE and relative:
         raise SpecError(
-            f"work pool {pool!r} is of type {kind}; these deployments work in a folder of the worker's machine, so they need "
-            f"one of type {POOL_TYPE}: name another by --pool, which is made if it is not there"
+            f"work pool {pool!r} is of type {kind}, where no folder of this machine is, and the storage {relative[0]} lies in one;"
+            " give --storage s3://bucket/prefix, block:NAME, or the absolute path of a volume that every job mounts"
         )
     given = [*plan.wanted.storages, *([plan.wanted.database] if plan.wanted.database else ())]
-    for reference in (one for one in given if one.startswith(REFERENCE)):
-        name = reference.removeprefix(REFERENCE).partition("/")[0]
-        if not any(_has_block(client, name, block.get_block_type_slug()) for block in _blocks()):
+    for reference in (one for one in given if is_reference(one)):
+        name = reference.removeprefix(PREFIX).partition("/")[0]
+        if not any(_has_block(client, name, block.get_block_type_slug()) for block in BLOCKS):
             raise SpecError(f"there is no block {name!r}, which {reference} names; make it first, or mend the name")
-
-
-def _blocks() -> Sequence[Any]:
-    from holdfast.flows.blocks import BLOCKS
-
-    return BLOCKS
+    return kind
 
 
 def _has_block(client: SyncPrefectClient, name: str, kind: str) -> bool:
@@ -251,9 +240,9 @@ def _has_block(client: SyncPrefectClient, name: str, kind: str) -> bool:
 # What is written
 
 
-def _carried_out(client: SyncPrefectClient, plan: _Plan) -> Iterator[Change]:
-    """Make or change one thing after the other, and yield what became of each."""
-    for folder in plan.folders:
+def _carried_out(client: SyncPrefectClient, plan: _Plan, *, in_folder: bool) -> Iterator[Change]:
+    """Make or change one thing after the other, and yield what became of each; ``in_folder``: runs work on this machine."""
+    for folder in plan.folders if in_folder else ():
         there = folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         yield Change(kind="storage", name=str(folder), what="as it was" if there else "made")
@@ -264,14 +253,14 @@ def _carried_out(client: SyncPrefectClient, plan: _Plan) -> Iterator[Change]:
     lacking = automations.missing(client)
     watch: dict[str, Any] = {}
     for entry in plan.entries:
-        found, change = _deployment(client, entry, plan)
+        found, change = _deployment(client, entry, plan, pull_steps(plan.workdir) if in_folder else [])
         watch = found if entry.full_name == WATCH else watch
         yield change
     yield from _healing(client, plan.wanted, watch, lacking)
 
 
 def _block_types(client: SyncPrefectClient) -> Iterator[Change]:
-    for block in _blocks():
+    for block in BLOCKS:
         slug = block.get_block_type_slug()
         try:
             client.read_block_type_by_slug(slug)
@@ -282,19 +271,17 @@ def _block_types(client: SyncPrefectClient) -> Iterator[Change]:
         yield Change(kind="block type", name=str(slug), what=what)
 
 
-def _saved(name: str, spec: dict[str, Json]) -> Change:
-    from holdfast.flows.blocks import HoldfastSpec
-
+def _saved(name: str, spec: HoldfastSpec) -> Change:
     what: What = "made"
     try:
         there: Any = HoldfastSpec.load(name)
-        if there.spec == spec:
-            return Change(kind="spec", name=f"{REFERENCE}{name}", what="as it was")
+        if (there.spec, there.workdir) == (spec.spec, spec.workdir):
+            return Change(kind="spec", name=f"{PREFIX}{name}", what="as it was")
         what = "changed"
     except ValueError:  # as Prefect says that there is none
         pass
-    HoldfastSpec(spec=spec).save(name, overwrite=True)
-    return Change(kind="spec", name=f"{REFERENCE}{name}", what=what)
+    spec.save(name, overwrite=True)
+    return Change(kind="spec", name=f"{PREFIX}{name}", what=what)
 
 
 def _pool(client: SyncPrefectClient, name: str) -> Change:
@@ -310,7 +297,9 @@ def _pool(client: SyncPrefectClient, name: str) -> Change:
     return Change(kind="work pool", name=name, what="as it was", detail=f"type {POOL_TYPE}")
 
 
-def _deployment(client: SyncPrefectClient, entry: Entry, plan: _Plan) -> tuple[dict[str, Any], Change]:
+def _deployment(
+    client: SyncPrefectClient, entry: Entry, plan: _Plan, steps: list[dict[str, Any]]
+) -> tuple[dict[str, Any], Change]:
     """Make a deployment, or change what is ours of it; return it as it is now."""
     flow: Flow[Any, Any] = load_flow_from_entrypoint(entry.entrypoint)
     body: dict[str, Any] = {
@@ -321,7 +310,7 @@ def _deployment(client: SyncPrefectClient, entry: Entry, plan: _Plan) -> tuple[d
         "parameters": dict(entry.parameters),
         "parameter_openapi_schema": parameter_schema(flow).model_dump(mode="json", exclude_unset=True),
         "enforce_parameter_schema": True,
-        "pull_steps": pull_steps(plan.workdir),
+        "pull_steps": steps,
         "job_variables": dict(entry.job_variables),
         "work_pool_name": plan.wanted.pool,
         "work_queue_name": QUEUE,

@@ -5,40 +5,47 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
+from prefect.client.schemas import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
+from holdfast.core.errors import HoldfastError
+from holdfast.flows import forms
 from holdfast.flows.abandoned import Places
 from holdfast.flows.collecting import Found, collect_all, is_trouble, summary
 from holdfast.flows.later import run_name, table
+from holdfast.flows.search import refused
 
 
 def _run_name() -> str:
     return run_name("collect", flow_run.parameters.get("storages"))
 
 
-@flow(name="collect", flow_run_name=_run_name, persist_result=False)
+@flow(name="collect", flow_run_name=_run_name, persist_result=False, validate_parameters=False)
 def collect(
-    storages: list[str],
-    database: str | None = None,
-    verify: bool = False,
-    dry_run: bool = False,
-    storage_options: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Remove what dead attempts left of experiments that nobody drives; return what was found and done.
-
-    Args:
-        storages: Folders, or URLs on object stores, that hold experiments.
-        database: URL of their database, if it is not beside them; without a password, because Prefect keeps parameters: leave
-            that to HOLDFAST_DATABASE_URL.
-        verify: Read every checkpoint, too, and mark those that are damaged: nothing continues from them.
-        dry_run: Only say what would go; nothing is written.
-        storage_options: Options of an object store, such as its endpoint; no credentials, because Prefect keeps parameters.
-    """
+    storages: forms.Storages,
+    database: forms.Database = None,
+    verify: forms.Verify = False,
+    dry_run: forms.OnlyTell = False,
+    storage_options: forms.Options = None,
+) -> dict[str, Any] | State[Any]:
+    """Remove what dead attempts left of experiments that nobody drives; return what was found and done."""
     log = get_run_logger()
-    places = Places(storages=tuple(storages), database=database, options=storage_options)
+    try:
+        form = forms.collect_form(
+            {
+                "storages": storages,
+                "database": database,
+                "verify": verify,
+                "dry_run": dry_run,
+                "storage_options": storage_options,
+            }
+        )
+        places = Places(storages=tuple(form.storages), database=form.database, options=form.storage_options)
+    except HoldfastError as error:
+        return refused(error)
     found: list[Found] = []
-    for one in collect_all(places, lambda text: log.info("%s", text), verified=verify, dry_run=dry_run):
+    for one in collect_all(places, lambda text: log.info("%s", text), verified=form.verify, dry_run=form.dry_run):
         found.append(one)
         (log.warning if is_trouble(one) else log.info)("%s", one.line)
     told = summary(found, dry_run=dry_run)

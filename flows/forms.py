@@ -200,6 +200,12 @@ DeploymentName = Annotated[
 AtOnce = Annotated[int, Field(ge=1), _shown("At once", "How many restores run here side by side at most.", 2)]
 DryRun = Annotated[bool, _shown("Dry run", "Only say what would be done; nothing is written.")]
 
+# collect
+Verify = Annotated[
+    bool, _shown("Verify", "Read every checkpoint, too, and mark those that are damaged: nothing continues from them.")
+]
+OnlyTell = Annotated[bool, _shown("Dry run", "Only say what would go; nothing is written.")]
+
 # search
 Overrides = Annotated[
     list[str] | None,
@@ -260,12 +266,25 @@ class WatchForm(_Form):
     storage_options: Options = None
 
 
+class CollectForm(_Form):
+    """Remove what dead attempts left."""
+
+    storages: Storages
+    database: Database = None
+    verify: Verify = False
+    dry_run: OnlyTell = False
+    storage_options: Options = None
+
+
 class SearchForm(_Form):
     """Run a search."""
 
     spec: Any
     """a path, a reference, data, or a spec"""
     overrides: Overrides = None
+
+
+OverStorages = TypeVar("OverStorages", WatchForm, CollectForm)
 
 
 def restore_form(parameters: Mapping[str, Any]) -> RestoreForm:
@@ -277,7 +296,16 @@ def restore_form(parameters: Mapping[str, Any]) -> RestoreForm:
 
 def watch_form(parameters: Mapping[str, Any]) -> WatchForm:
     """Return the checked parameters of a watch; SpecError says in a sentence what is wrong with them."""
-    form = _checked(WatchForm, parameters)
+    return _of_storages(WatchForm, parameters)
+
+
+def collect_form(parameters: Mapping[str, Any]) -> CollectForm:
+    """Return the checked parameters of a collection; SpecError says in a sentence what is wrong with them."""
+    return _of_storages(CollectForm, parameters)
+
+
+def _of_storages(kind: type[OverStorages], parameters: Mapping[str, Any]) -> OverStorages:
+    form = _checked(kind, parameters)
     for storage in form.storages:
         _refuse_url(storage, "storages")
     _refuse_secrets(form.storage_options, form.database)
