@@ -218,8 +218,8 @@ def _check_there(client: SyncPrefectClient, plan: _Plan) -> str:
     relative = [place for place in plan.wanted.storages if not (is_url(place) or is_reference(place) or os.path.isabs(place))]
     if kind != POOL_TYPE and relative:
         raise SpecError(
-            f"work pool {pool!r} is of type {kind}, where no folder of this machine is, and the storage {relative[0]} lies in one;"
-            " give --storage s3://bucket/prefix, block:NAME, or the absolute path of a volume that every job mounts"
+            f"work pool {pool!r} is of type {kind}, where no folder of this machine is, and the storage {relative[0]} lies in"
+            " one; give --storage s3://bucket/prefix, block:NAME, or the absolute path of a volume that every job mounts"
         )
     given = [*plan.wanted.storages, *([plan.wanted.database] if plan.wanted.database else ())]
     for reference in (one for one in given if is_reference(one)):

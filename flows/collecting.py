@@ -74,21 +74,20 @@ def collect_all(
 
 
 def _one(start: Found, places: Places, say: Callable[[str], None], verified: bool, dry_run: bool) -> Found:
-    folder = folder_at(start.path, places.options_of(start.path))
-    original = standing.original_of(folder, folder.identity(), places.options_of(start.path))
+    options = places.options_of(start.path)
+    folder = folder_at(start.path, options)
+    original = standing.original_of(folder, folder.identity(), options)
     if original is not None:
         return replace(start, outcome=LEFT, why=f"a copy of {original.location} that nobody drove")
     # Looked at first: what has nothing to do is not opened for writing.
-    with closing(
-        open_path(start.path, database=places.database, readonly=True, options=places.options_of(start.path))
-    ) as opened:
+    with closing(open_path(start.path, database=places.database, readonly=True, options=options)) as opened:
         start = replace(start, name=opened.record.name)
         if driven(opened):
             return replace(start, outcome=DRIVEN)
         bad = _bad(opened) if verified else []
         found = collect(opened, dry_run=True, say=say)
     if not dry_run and (found.removed or found.missing or found.good or bad):
-        with closing(open_path(start.path, database=places.database, options=places.options_of(start.path))) as opened:
+        with closing(open_path(start.path, database=places.database, options=options)) as opened:
             if bad:
                 requests.quarantine(opened.database, opened.record.id, bad)
             found = collect(opened, say=say)

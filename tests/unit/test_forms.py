@@ -14,13 +14,14 @@ from prefect.utilities.schema_tools.validation import ValidationError, is_valid_
 from holdfast.core.errors import SpecError
 from holdfast.core.spec import CHANGEABLE
 from holdfast.flows import forms
+from holdfast.flows.collect import collect
 from holdfast.flows.restore import restore
 from holdfast.flows.search import search
 from holdfast.flows.watch import watch
 from holdfast.specfile import ExperimentSpec
 from holdfast.testing.samples import sample_spec
 
-FLOWS: dict[str, Any] = {"search": search, "restore": restore, "watch": watch}
+FLOWS: dict[str, Any] = {"search": search, "restore": restore, "watch": watch, "collect": collect}
 SCHEMAS: dict[str, dict[str, Any]] = {name: parameter_schema(flow).model_dump() for name, flow in FLOWS.items()}
 
 
