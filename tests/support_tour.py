@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 from support_deployed import NO_BROWSER, Site, browser_program
 from support_pages import Pages
@@ -89,6 +90,7 @@ def pictures(tour: Tour, pages: Pages) -> Iterator[tuple[str, Callable[[], objec
         def show() -> None:
             pages.go(f"/artifacts/key/{tour.artifact(kind)}")
             pages.sees(text, exact=False)
+            page.wait_for_load_state("networkidle")
 
         return show
 
@@ -104,7 +106,7 @@ def pictures(tour: Tour, pages: Pages) -> Iterator[tuple[str, Callable[[], objec
     yield "restore-form", form_of_restore
     yield "search-form", form_of_search
     yield "run", run
-    yield "progress", artifact("progress", "100")
+    yield "progress", artifact("progress", "holdfast-progress")
     yield "leaderboard", artifact("leaderboard", "loss")
     yield "summary", artifact("summary", "How to go on")
     yield "automations", automations
@@ -135,6 +137,7 @@ def main(images: Path, wanted: list[str]) -> int:
         print(NO_BROWSER, file=sys.stderr)
         return 4
     images.mkdir(exist_ok=True)
+    missing: list[str] = []
     folder = Path(tempfile.mkdtemp(prefix="holdfast-")) / "lab"
     site = Site.start(folder)
     try:
@@ -145,10 +148,14 @@ def main(images: Path, wanted: list[str]) -> int:
             pages = Pages.open(browser, site)
             for name, show in pictures(tour, pages):
                 if not wanted or name in wanted:
-                    show()
+                    try:
+                        show()
+                    except PlaywrightError as error:
+                        missing.append(name)
+                        print(f"{name}: {error}", file=sys.stderr)
                     take(pages, name, images)
             browser.close()
     finally:
         site.close()
         shutil.rmtree(folder.parent, ignore_errors=True)
-    return 0
+    return int(bool(missing))
