@@ -88,7 +88,9 @@ def pictures(tour: Tour, pages: Pages) -> Iterator[tuple[str, Callable[[], objec
 
     def artifact(kind: str, text: str) -> Callable[[], None]:
         def show() -> None:
-            pages.go(f"/artifacts/key/{tour.artifact(kind)}")
+            found = tour.site.artifact(tour.artifact(kind))
+            assert found is not None, kind
+            pages.go(f"/artifacts/artifact/{found['id']}")
             pages.sees(text, exact=False)
             page.wait_for_load_state("networkidle")
 
