@@ -13,15 +13,19 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import yaml
+from starlette.testclient import TestClient
 
+from holdfast.deployments.webhook.app import create_app
+from holdfast.deployments.webhook.config import WebhookConfig
 from holdfast.deployments.webhook.signatures import key_of, sign
 from holdfast.locate import create
 from holdfast.testing.samples import sample_spec
@@ -47,9 +51,17 @@ class Prefect:
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"{self.url}{path}", data, {"Content-Type": "application/json"}, method=method)
-        with urlopen(request, timeout=30) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        for attempt in range(30):
+            try:
+                with urlopen(request, timeout=30) as answer:
+                    text = answer.read()
+            except HTTPError as error:
+                if error.code != 503 or attempt == 29:  # its database is busy
+                    raise
+                time.sleep(1)
+            else:
+                return json.loads(text) if text else None
+        raise AssertionError("the last attempt returns or raises")
 
     def deployment(self, flow: str, name: str) -> str:
         """Make the record of a deployment that no worker serves: its flow runs stay scheduled."""
@@ -184,6 +196,42 @@ def reply(connection: http.client.HTTPConnection) -> Reply:
     text = answer.read()
     headers = {key.lower(): value for key, value in answer.getheaders()}
     return Reply(answer.status, headers, json.loads(text) if text else None)
+
+
+@dataclass
+class Scene:
+    """One receiver with its experiments and deployments."""
+
+    receiver: Receiver
+    prefect: Prefect
+    restore: str
+    search: str
+    folder: Path
+
+    def experiment(self, name: str) -> Path:
+        return make_experiment(self.folder / "runs", name)
+
+    def started(self, path: Path | str) -> list[dict[str, Any]]:
+        """Return the flow runs that were started for an experiment."""
+        return [run for run in self.prefect.runs(self.restore) if run["parameters"].get("path") == str(path)]
+
+    def config(self, **changes: Any) -> dict[str, Any]:
+        places = {"roots": [str(self.folder / "runs")], "specs": [str(self.folder / "specs")]}
+        return {**self.receiver.config, **places, **changes}
+
+
+@contextmanager
+def client_of(config: Mapping[str, Any], monkeypatch: Any, *, api: str | None = None) -> Iterator[TestClient]:
+    """Return a client of a receiver within this process; ``api`` is where it looks for Prefect, "" for nowhere."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
+    app = create_app(WebhookConfig.model_validate(config))
+    changes = {} if api is None else {PREFECT_API_URL: api or None}
+    with temporary_settings(changes), TestClient(app, client=("127.0.0.1", 1)) as client:
+        yield client
+    app.state.receiver.close()
 
 
 def data_environment(environment: Mapping[str, str], folder: Path) -> dict[str, str]:

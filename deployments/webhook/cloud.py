@@ -44,7 +44,8 @@ def _template(name: str, hook: Hook) -> str:
     lines = [f'  "{key}": {_expression(key, hook)}' for key in _parameters(hook)]
     payload = ",\n  ".join(lines)
     return (
-        f'{prelude}{{\n  "event": {named},\n  "resource": {{"prefect.resource.id": {event}, "prefect.resource.name": "{name}"}},\n'
+        f'{prelude}{{\n  "event": {named},\n'
+        f'  "resource": {{"prefect.resource.id": {event}, "prefect.resource.name": "{name}"}},\n'
         f'  "payload": {{\n  {payload}\n  }}\n}}'
     )
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 LONGEST = 1024
 """Bytes of a name."""
 
+LONGEST_PART = 255
+"""Bytes of what stands between two slashes, as on most file systems."""
+
 BLOCK = "block:"
 _DECEPTIVE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
@@ -33,6 +36,8 @@ def parts_below(name: str, root: str) -> list[str] | None:
         return None
     parts = name.split("/")
     bad = ":?#%*[]" if is_url(root) else ""
+    if any(len(part.encode(errors="replace")) > LONGEST_PART for part in parts):
+        return None
     if any(not part.strip() or part.startswith((".", "~", "-")) or any(letter in bad for letter in part) for part in parts):
         return None
     return parts

@@ -171,7 +171,7 @@ class Receiver:
                 raise later(503, "memory-full", "no more deliveries can be remembered, so none is taken", verdict.seconds)
             return None if isinstance(verdict, Busy) else verdict
 
-        verdict = await _patiently(claimed, "the same delivery is being worked on; try again")
+        verdict: Answered | Claimed = await _patiently(claimed, "the same delivery is being worked on; try again")
         if isinstance(verdict, Answered):
             return _answer(verdict.answer)
         try:

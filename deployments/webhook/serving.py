@@ -17,6 +17,7 @@ from holdfast.core.errors import EngineError
 from holdfast.deployments.webhook.app import create_app
 from holdfast.deployments.webhook.config import WebhookConfig
 from holdfast.deployments.webhook.problems import PROBLEM_JSON, Problem
+from holdfast.deployments.webhook.starting import load
 
 LONGEST_HEADERS = 16 << 10
 """Bytes of a request's headers."""
@@ -85,6 +86,7 @@ def serve(config: WebhookConfig, host: str, port: int, say: Callable[[str], None
             **settings,
         )
     )
+    load()
     listener = _listener(host, port)
     address = listener.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]

@@ -37,6 +37,12 @@ def _away(words: str) -> Problem:
     return later(503, "prefect", words, 10.0)
 
 
+def load() -> None:
+    """Import what the first delivery would wait for, and every other call with it."""
+    import prefect.client.orchestration
+    import prefect.utilities.urls  # noqa: F401
+
+
 class NoApi(HoldfastError):
     """Prefect's settings name no API."""
 
@@ -104,10 +110,11 @@ class Api:
     async def run_of(self, key: str) -> Started | None:
         """Return the flow run that was started with an idempotency key."""
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
+        from prefect.client.schemas.sorting import FlowRunSort
 
         async with self._asking() as client:
             only = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=[key]))
-            found = await client.read_flow_runs(flow_run_filter=only, limit=1)
+            found = await client.read_flow_runs(flow_run_filter=only, limit=1, sort=FlowRunSort.ID_DESC)
         return started(found[0]) if found else None
 
     async def waiting(self, deployment: Any, parameters: dict[str, Any], names: str) -> Started | None:
@@ -119,11 +126,13 @@ class Api:
             FlowRunFilterStateType,
         )
         from prefect.client.schemas.objects import StateType
+        from prefect.client.schemas.sorting import FlowRunSort
 
         states = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING]))
         only = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment]), state=states)
         async with self._asking() as client:
-            found = await client.read_flow_runs(flow_run_filter=only, limit=_MOST_WAITING)
+            order = FlowRunSort.EXPECTED_START_TIME_ASC
+            found = await client.read_flow_runs(flow_run_filter=only, limit=_MOST_WAITING, sort=order)
         soon = datetime.now(UTC) + _SOON
         for run in found:
             if run.parameters.get(names) == parameters[names] and (run.expected_start_time or soon) <= soon:
