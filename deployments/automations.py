@@ -115,7 +115,7 @@ def ensure(client: SyncPrefectClient, automation: AutomationCore) -> Literal["ma
     kept = _only_one(client, automation.name) or found[0]
     if _says(kept) == _says(automation):
         return "as it was"
-    body = {**automation.model_dump(mode="json"), "enabled": kept.enabled, "tags": kept.tags}
+    body = {**automation.model_dump(mode="json", exclude={"owner_resource"}), "enabled": kept.enabled, "tags": kept.tags}
     client.request("PUT", "/automations/{id}", path_params={"id": kept.id}, json=body)
     return "changed"
 

@@ -319,7 +319,7 @@ def _deployment(client: SyncPrefectClient, entry: Entry, plan: _Plan) -> tuple[d
         "entrypoint": entry.entrypoint,
         "tags": list(entry.tags),
         "parameters": dict(entry.parameters),
-        "parameter_openapi_schema": parameter_schema(flow).model_dump(mode="json"),
+        "parameter_openapi_schema": parameter_schema(flow).model_dump(mode="json", exclude_unset=True),
         "enforce_parameter_schema": True,
         "pull_steps": pull_steps(plan.workdir),
         "job_variables": dict(entry.job_variables),
@@ -345,7 +345,8 @@ def _deployment(client: SyncPrefectClient, entry: Entry, plan: _Plan) -> tuple[d
     slugs = _schedules(client, entry, found)
     detail = ", ".join([*differing, *slugs])
     what: What = "changed" if detail else "as it was"
-    return _read(client, entry), Change(kind="deployment", name=entry.full_name, what=what, detail=detail)
+    now = _read(client, entry) if detail else found
+    return now, Change(kind="deployment", name=entry.full_name, what=what, detail=detail)
 
 
 def _read(client: SyncPrefectClient, entry: Entry) -> dict[str, Any]:
