@@ -229,6 +229,8 @@ def summary(shown: Shown, tally: Tally) -> str:
         if len(found) > ERRORS:
             lines.append(f"| {sum(len(numbers) for _, numbers in found[ERRORS:])} | | {len(found) - ERRORS} other errors |")
     lines += ["", "## How to go on", "", _HOW[shown.ended], "", code_block(shown.command + _MORE.get(state, ""))]
+    if found and state == "completed":
+        lines += ["", "This runs the errored trials again:", "", code_block(f"{shown.command} --restart-errored")]
     lines += ["", "Or run the deployment `restore/restore` with this path:", "", code_block(shown.path)]
     return "\n".join(lines)
 

@@ -45,7 +45,7 @@ TRIALS_A_SECOND = 200
 """So many trials more make the pause a second longer."""
 LEAST_PAUSES = 20.0
 """The pause after an update is so many times as long as the update took, at least."""
-BURST, EVENTS_A_SECOND = 100, 1.0
+BURST, EVENTS_A_SECOND = 40, 1.0
 """Events of trials that are sent at once, and after that."""
 QUEUED = 1000
 """Events that may wait for the thread."""

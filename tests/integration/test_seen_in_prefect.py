@@ -74,9 +74,8 @@ def test_a_search_that_is_killed_told_to_end_and_restored_is_one_story(lab: Lab)
     lab.until(lambda: said_of(view, uuid) == first + second)
     broken = artifacts_of(view, name)
     assert broken.keys() == left.keys()
-    assert all(
-        broken[kind]["key"] == left[kind]["key"] and broken[kind]["latest_id"] != left[kind]["latest_id"] for kind in left
-    )
+    assert all(broken[kind]["key"] == left[kind]["key"] for kind in left)
+    assert all(broken[kind]["latest_id"] != left[kind]["latest_id"] for kind in left)
     assert f"# {name}: interrupted" in broken["summary"]["data"]
     assert "| reason | interrupted: SIGTERM |" in broken["summary"]["data"]
     assert f"holdfast restore {lab.path(name)}\n" in broken["summary"]["data"]
