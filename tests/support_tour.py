@@ -90,7 +90,7 @@ def pictures(tour: Tour, pages: Pages) -> Iterator[tuple[str, Callable[[], objec
         def show() -> None:
             found = tour.site.artifact(tour.artifact(kind))
             assert found is not None, kind
-            pages.go(f"/artifacts/artifact/{found['id']}")
+            pages.go(f"/artifacts/artifact/{found['latest_id']}")
             pages.sees(text, exact=False)
             page.wait_for_load_state("networkidle")
 
