@@ -11,6 +11,8 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,41 +81,51 @@ def beats(site: Site, run: str) -> int:
 
 
 class Healing:
-    """What the tests of one server share: a search died there with its worker, so that only silence can tell of it."""
+    """A server that tests share, and a search that died there with its worker, so that only silence can tell of it."""
+
+    silent: Crash
+    others: Others
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.others = Others(site)
         site.deploy("--silence", SILENCE)
-        first = site.worker()
+
+    def fall_silent(self) -> None:
+        """Let a search of ours, and a run of another team, be killed together with whoever could tell of it."""
+        site = self.site
+        self.others = Others(site)
+        worker = site.worker()
         self.silent = Crash.begin(site, "silent")
         self.others.die()
         self.silent.until_told()
         self.silent.until(lambda: beats(site, self.silent.run), "its first heartbeat")
-        self.silent.kill(first)
+        self.silent.kill(worker)
         assert site.state(self.silent.run) == "RUNNING"
-        site.worker()
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.xdist_group(f"healing-{name}")) for name in ("sqlite", "postgresql")],
-)
+SQLITE, POSTGRESQL = (pytest.param(name, marks=pytest.mark.xdist_group(f"healing-{name}")) for name in ("sqlite", "postgresql"))
+ON_SQLITE = pytest.mark.parametrize("healing", [SQLITE], indirect=True)
+"""What does not depend on the database of Prefect's server."""
+
+
+@contextmanager
+def served(folder: Path, database: str) -> Iterator[Site]:
+    """Have a server on a database of that kind; the experiments are on another one of the same kind."""
+    with ExitStack() as stack:
+        urls = stack.enter_context(postgres_for_prefect()) if database == "postgresql" else (None, None)
+        site = Site.start(folder, *urls)
+        stack.callback(site.close)
+        yield site
+
+
+@pytest.fixture(scope="module", params=[SQLITE, POSTGRESQL])
 def healing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Healing]:
-    folder = tmp_path_factory.mktemp(f"healing-{request.param}")
-    if request.param == "sqlite":
-        site = Site.start(folder)
-        try:
-            yield Healing(site)
-        finally:
-            site.close()
-        return
-    with postgres_for_prefect() as (server, experiments):
-        site = Site.start(folder, server, experiments)
-        try:
-            yield Healing(site)
-        finally:
-            site.close()
+    with served(tmp_path_factory.mktemp(f"healing-{request.param}"), request.param) as site:
+        healing = Healing(site)
+        if request.param == "sqlite":
+            healing.fall_silent()
+        site.worker()
+        yield healing
 
 
 @pytest.fixture
@@ -189,6 +201,7 @@ def test_a_person_restores_by_the_form(site: Site) -> None:
     crash.told(claims=0)
 
 
+@ON_SQLITE
 def test_wrong_values_are_refused_and_nothing_starts(site: Site) -> None:
     """The form says so before a run exists, and so does the server to whoever asks without the form."""
     before = started(site)
@@ -230,6 +243,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+@ON_SQLITE
 def test_silence_is_a_crash_that_is_healed(healing: Healing) -> None:
     """Worker and process died together: nobody but the automation can tell that the flow run does not run any more."""
     healing.silent.ends_well(claims=1)
@@ -247,4 +261,3 @@ def test_a_watch_restores_where_automations_are_off(healing: Healing) -> None:
     site.start_run(WATCH, {})
     crash.ends_well(claims=1)
     crash.told(claims=1)
-    assert healing.others.states() == ["CRASHED", "RUNNING"]
