@@ -20,8 +20,12 @@ PATIENCE = 90.0
 IMPORTS = (
     *("holdfast.api", "holdfast.flows.search", "holdfast.flows.restore", "holdfast.report.progress"),
     *("holdfast.engines.optuna_engine", "prefect.flow_engine", "prefect.task_engine", "fastapi", "pandas"),
+    *("holdfast.flows.watching", "holdfast.flows.abandoned", "holdfast.flows.launching", "holdfast.storages"),
+    *("holdfast.storage.checkpoints.remote", "holdfast.storage.database.migrations", "alembic.command", "alembic.ddl.sqlite"),
+    *("prefect.utilities.visualization", "anyio._backends._asyncio", "pygments.formatters.html", "pygments.lexers.html"),
+    *("s3fs", "aiobotocore.httpsession", "rich._emoji_codes", "encodings.idna", "stringprep"),
 )
-"""What ``holdfast run`` imports late."""
+"""What ``holdfast run`` and its like import late."""
 HUSHED = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
 """What the command line sets before it imports Prefect, which reads it then."""
 

@@ -28,8 +28,15 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
 AVAILABLE = sys.platform == "linux"
+WANTED = AVAILABLE and not os.environ.get("HOLDFAST_TEST_FRESH")
+"""Whether tests may fork what they start."""
 MESSAGE = 1 << 18
 """The most bytes of one request: arguments and environment."""
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of this process."""
+    return dict(os.environ)
 
 
 class Process(Protocol):
@@ -113,14 +120,26 @@ class Warm:
                 start_new_session=True,
             )
 
-    def start(self, arguments: Sequence[str], *, folder: Path, environment: Mapping[str, str], output: IO[bytes]) -> Forked:
-        """Start a run with its output, of both kinds, in ``output``; ChildProcessError when it cannot be forked."""
+    def start(
+        self,
+        arguments: Sequence[str],
+        *,
+        folder: Path,
+        environment: Mapping[str, str],
+        output: IO[bytes],
+        source: IO[bytes] | None = None,
+    ) -> Forked:
+        """Start a run with its output, of both kinds, in ``output``; ChildProcessError when it cannot be forked.
+
+        It reads ``source``, or nothing.
+        """
         mine, theirs = socket.socketpair()
+        given = [output.fileno(), theirs.fileno(), *([] if source is None else [source.fileno()])]
         request = {"arguments": list(arguments), "folder": str(folder), "environment": dict(environment)}
         with theirs:
             try:
                 with self._sending:
-                    socket.send_fds(self._control, [json.dumps(request).encode()], [output.fileno(), theirs.fileno()])
+                    socket.send_fds(self._control, [json.dumps(request).encode()], given)
             except OSError as error:
                 raise ChildProcessError(f"the process that forks runs: {error}") from error
         return Forked(mine)
@@ -148,19 +167,20 @@ class _Forker:
                 if descriptor in self._runs:
                     self._tell(descriptor)
                     continue
-                message, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE, 2)
+                message, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE, 3)
                 if not message:
                     self._end()
                 arguments = self._fork(json.loads(message), *descriptors)
                 if arguments is not None:
                     return arguments
 
-    def _fork(self, request: dict[str, Any], output: int, reports: int) -> list[str] | None:
+    def _fork(self, request: dict[str, Any], output: int, reports: int, *source: int) -> list[str] | None:
         pid = os.fork()
         if not pid:
-            _become(request, output)
+            _become(request, output, *source)
             return list(request["arguments"])
-        os.close(output)
+        for descriptor in (output, *source):
+            os.close(descriptor)
         teller = socket.socket(fileno=reports)
         ended = os.pidfd_open(pid)
         self._runs[ended] = (pid, teller)
@@ -191,11 +211,11 @@ def _say(teller: socket.socket, number: int) -> None:
         return  # nobody waits for it any more
 
 
-def _become(request: dict[str, Any], output: int) -> None:
+def _become(request: dict[str, Any], output: int, source: int | None = None) -> None:
     """Turn the forked process into one as a shell would start it."""
     os.setsid()
     with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
+        os.dup2(nothing.fileno() if source is None else source, 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
