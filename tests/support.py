@@ -83,7 +83,8 @@ LIGHT = (
     *("holdfast.api", "holdfast.experiment", "holdfast.locate", "holdfast.specfile", "holdfast.standing", "holdfast.upkeep"),
     *("holdfast.report.tables", "holdfast.report.ranking", "holdfast.report.attempts", "holdfast.storage.database.experiments"),
     *("holdfast.storage.checkpoints.ports", "holdfast.storage.object_stores", "sqlalchemy.dialects.sqlite", "rich.table"),
-    *("rich._emoji_codes", "holdfast.engines.factory", "holdfast.storage.leasing"),
+    *("rich._emoji_codes", "holdfast.engines.factory", "holdfast.storage.leasing", "holdfast.storage.checkpoints.remote"),
+    *("holdfast.storage.database.migrations", "alembic.command", "alembic.ddl.sqlite", "s3fs", "aiobotocore.httpsession"),
 )
 """What commands import late that do without Prefect."""
 HERE = Path(__file__).parent
@@ -192,11 +193,14 @@ class Lab:
 
     # Processes
 
-    def start(self, *arguments: object, fault: str | None = None, **environment: str) -> Running:
-        """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies."""
+    def start(self, *arguments: object, fault: str | None = None, script: str | None = None, **environment: str) -> Running:
+        """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies.
+
+        ``script`` is Python code to be run in its place, that changes something and calls it.
+        """
         environment = {**self.environment, **environment}
         self._runs.warmed = warm_of(environment)
-        return self._runs.start(*arguments, fault=fault, **environment)
+        return self._runs.start(*arguments, fault=fault, script=script, **environment)
 
     def run(self, *arguments: object, code: int | None = 0, fault: str | None = None, **environment: str) -> Ended:
         """Run ``holdfast`` to its end, which must have the exit code ``code`` (None: any)."""
@@ -251,7 +255,9 @@ class Lab:
             self._runs.warmed = [light()]
             ended = self._runs.start(*arguments).wait()
         else:
-            ended = self.python(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport light_program; light_program.main()", *arguments)
+            ended = self.python(
+                f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport light_program; light_program.main()", *arguments
+            )
         *lines, imported = ended.output.splitlines()
         assert imported == "Prefect was imported: False", ended.output
         return Ended(ended.code, "\n".join(lines))

@@ -94,8 +94,11 @@ class Runs:
     """processes to fork from (see :func:`warm`); without any each run is a fresh process"""
     all: list[Running] = field(default_factory=list)
 
-    def start(self, *arguments: object, fault: str | None = None, **environment: str) -> Running:
-        """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies."""
+    def start(self, *arguments: object, fault: str | None = None, script: str | None = None, **environment: str) -> Running:
+        """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies.
+
+        ``script`` is Python code to be run in its place, that changes something and calls it.
+        """
         log = self.folder / f"output-{len(self.all) + 1}.txt"
         environment = {**self.environment, **environment, **({} if fault is None else {"HOLDFAST_FAULT": fault})}
         words = [*map(str, arguments)]
@@ -103,10 +106,10 @@ class Runs:
         with log.open("wb") as stream:
             if self.warmed:
                 chosen = self.warmed[len(self.all) % len(self.warmed)]
-                process = chosen.start(words, folder=self.folder, environment=environment, output=stream)
+                process = chosen.start(words, folder=self.folder, environment=environment, output=stream, code=script)
             else:
                 process = subprocess.Popen(
-                    [str(HOLDFAST), *words],
+                    [str(HOLDFAST), *words] if script is None else [sys.executable, "-c", script, *words],
                     cwd=self.folder,
                     env=environment,
                     stdin=subprocess.DEVNULL,

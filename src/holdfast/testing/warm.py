@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, NoReturn, Protocol
 
 AVAILABLE = sys.platform == "linux"
@@ -128,14 +129,15 @@ class Warm:
         environment: Mapping[str, str],
         output: IO[bytes],
         source: IO[bytes] | None = None,
+        code: str | None = None,
     ) -> Forked:
         """Start a run with its output, of both kinds, in ``output``; ChildProcessError when it cannot be forked.
 
-        It reads ``source``, or nothing.
+        It reads ``source``, or nothing. ``code`` is run in place of the program, as ``python -c`` does.
         """
         mine, theirs = socket.socketpair()
         given = [output.fileno(), theirs.fileno(), *([] if source is None else [source.fileno()])]
-        request = {"arguments": list(arguments), "folder": str(folder), "environment": dict(environment)}
+        request = {"arguments": list(arguments), "folder": str(folder), "environment": dict(environment), "code": code}
         with theirs:
             try:
                 with self._sending:
@@ -160,8 +162,8 @@ class _Forker:
         self._runs: dict[int, tuple[int, socket.socket]] = {}
         """(process, where to tell of it) by the descriptor that says that it has ended"""
 
-    def serve(self) -> list[str]:
-        """Fork for every request; return, in the new process, its arguments."""
+    def serve(self) -> dict[str, Any]:
+        """Fork for every request; return it in the new process."""
         while True:
             for descriptor, _ in self._poller.poll():
                 if descriptor in self._runs:
@@ -170,15 +172,16 @@ class _Forker:
                 message, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE, 3)
                 if not message:
                     self._end()
-                arguments = self._fork(json.loads(message), *descriptors)
-                if arguments is not None:
-                    return arguments
+                request = json.loads(message)
+                if self._fork(request, *descriptors):
+                    return dict(request)
 
-    def _fork(self, request: dict[str, Any], output: int, reports: int, *source: int) -> list[str] | None:
+    def _fork(self, request: dict[str, Any], output: int, reports: int, *source: int) -> bool:
+        """Fork; tell whether this is the new process."""
         pid = os.fork()
         if not pid:
             _become(request, output, *source)
-            return list(request["arguments"])
+            return True
         for descriptor in (output, *source):
             os.close(descriptor)
         teller = socket.socket(fileno=reports)
@@ -186,7 +189,7 @@ class _Forker:
         self._runs[ended] = (pid, teller)
         self._poller.register(ended, select.POLLIN)
         _say(teller, pid)
-        return None
+        return False
 
     def _tell(self, descriptor: int) -> None:
         pid, teller = self._runs.pop(descriptor)
@@ -239,8 +242,14 @@ def main() -> NoReturn:
     sys.path.insert(0, str(script.parent))  # as for a console script
     gc.collect()
     gc.freeze()  # a collection in a run would write to, and so copy, all that it shares
-    sys.argv = [str(script), *_Forker(control).serve()]
-    _run(entry)
+    request = _Forker(control).serve()
+    if request["code"] is None:
+        sys.argv = [str(script), *request["arguments"]]
+        _run(entry)
+    sys.argv = ["-c", *request["arguments"]]
+    sys.path[0] = ""
+    sys.modules["__main__"] = program = ModuleType("__main__")
+    _run(lambda: exec(compile(request["code"], "<string>", "exec"), vars(program)))
 
 
 def _run(entry: Callable[[], object]) -> NoReturn:
