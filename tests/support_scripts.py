@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from support import light
 
@@ -27,6 +28,7 @@ class Script:
     process: Process
     stdin: IO[str]
     stdout: IO[str]
+    """its output, or its errors alone when the output goes to a terminal"""
 
     @property
     def pid(self) -> int:
@@ -47,6 +49,8 @@ class Script:
 
     def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         """Give it no more, and return the rest of its output, and no errors."""
+        if self.stdout.closed:
+            return "", ""
         self.stdin.close()
         said = self.stdout.read()
         self.stdout.close()
@@ -60,24 +64,24 @@ class Script:
         self.communicate()
 
 
-def begin_script(code: str, *arguments: object, **environment: str) -> Any:
+def begin_script(code: str, *arguments: object, terminal: int | None = None, **environment: str) -> Script:
     """Start Python code as ``python -c`` does, with pipes to and from it, in this process's environment and folder.
 
-    It is a process of its own, a child of the one that it is forked from; with HOLDFAST_TEST_FRESH a new interpreter.
+    What it prints goes to ``terminal``, a descriptor, when there is one. It is a process of its own, a child of the one that it
+    is forked from; with HOLDFAST_TEST_FRESH a new interpreter.
     """
     words, given = [*map(str, arguments)], {**os.environ, **environment}
-    if not WANTED:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *words],
-            env=given,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
-    with open(theirs_in, "rb") as source, open(theirs_out, "wb") as output:
-        process = light().start(words, folder=Path.cwd(), environment=given, output=output, source=source, code=code)
+    with ExitStack() as stack:
+        source, errors = stack.enter_context(open(theirs_in, "rb")), stack.enter_context(open(theirs_out, "wb"))
+        output = errors if terminal is None else stack.enter_context(open(terminal, "wb", closefd=False))
+        process: Process
+        if WANTED:
+            streams = {"output": output, "errors": errors, "source": source}
+            process = light().start(words, folder=Path.cwd(), environment=given, code=code, **streams)
+        else:
+            command = [sys.executable, "-c", code, *words]
+            process = subprocess.Popen(command, env=given, stdin=source, stdout=output, stderr=errors)
     return Script(process, open(ours_out, "w"), open(ours_in))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import io
 import json
 import os
 import resource
@@ -128,15 +129,17 @@ class Warm:
         folder: Path,
         environment: Mapping[str, str],
         output: IO[bytes],
+        errors: IO[bytes] | None = None,
         source: IO[bytes] | None = None,
         code: str | None = None,
     ) -> Forked:
-        """Start a run with its output, of both kinds, in ``output``; ChildProcessError when it cannot be forked.
+        """Start a run with its output in ``output``, errors included unless they have a place of their own.
 
-        It reads ``source``, or nothing. ``code`` is run in place of the program, as ``python -c`` does.
+        ChildProcessError when it cannot be forked. It reads ``source``, or nothing. ``code`` is run in place of the program, as
+        ``python -c`` does.
         """
         mine, theirs = socket.socketpair()
-        given = [output.fileno(), theirs.fileno(), *([] if source is None else [source.fileno()])]
+        given = [theirs.fileno(), output.fileno(), (errors or output).fileno(), *([] if source is None else [source.fileno()])]
         request = {"arguments": list(arguments), "folder": str(folder), "environment": dict(environment), "code": code}
         with theirs:
             try:
@@ -169,20 +172,20 @@ class _Forker:
                 if descriptor in self._runs:
                     self._tell(descriptor)
                     continue
-                message, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE, 3)
+                message, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE, 4)
                 if not message:
                     self._end()
                 request = json.loads(message)
                 if self._fork(request, *descriptors):
                     return dict(request)
 
-    def _fork(self, request: dict[str, Any], output: int, reports: int, *source: int) -> bool:
+    def _fork(self, request: dict[str, Any], reports: int, *streams: int) -> bool:
         """Fork; tell whether this is the new process."""
         pid = os.fork()
         if not pid:
-            _become(request, output, *source)
+            _become(request, *streams)
             return True
-        for descriptor in (output, *source):
+        for descriptor in streams:
             os.close(descriptor)
         teller = socket.socket(fileno=reports)
         ended = os.pidfd_open(pid)
@@ -214,18 +217,31 @@ def _say(teller: socket.socket, number: int) -> None:
         return  # nobody waits for it any more
 
 
-def _become(request: dict[str, Any], output: int, source: int | None = None) -> None:
+def _become(request: dict[str, Any], output: int, errors: int, source: int | None = None) -> None:
     """Turn the forked process into one as a shell would start it."""
     os.setsid()
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno() if source is None else source, 0)
     os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.dup2(errors, 2)
     os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), sys.stdin.encoding, sys.stdin.errors)
+    sys.stdout, sys.stderr = _stream(1, sys.stdout), _stream(2, sys.stderr)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
     time.tzset()
+
+
+def _stream(descriptor: int, like: Any) -> IO[str]:
+    """Return a stream as the interpreter makes it: the one before takes a terminal for the file that it was made on."""
+    return io.TextIOWrapper(
+        open(descriptor, "wb", buffering=0 if like.write_through else -1, closefd=False),
+        encoding=like.encoding,
+        errors=like.errors,
+        line_buffering=like.line_buffering or os.isatty(descriptor),
+        write_through=like.write_through,
+    )
 
 
 def main() -> NoReturn:
