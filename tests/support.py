@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -251,16 +253,24 @@ class Lab:
 
     def light(self, *arguments: object) -> Ended:
         """Run ``holdfast`` where it must do without Prefect: AssertionError when Prefect was imported."""
-        if WANTED:
-            self._runs.warmed = [light()]
-            ended = self._runs.start(*arguments).wait()
-        else:
-            ended = self.python(
-                f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport light_program; light_program.main()", *arguments
-            )
+        ended = self._light([*map(str, arguments)])
         *lines, imported = ended.output.splitlines()
         assert imported == "Prefect was imported: False", ended.output
         return Ended(ended.code, "\n".join(lines))
+
+    def _light(self, words: list[str]) -> Ended:
+        if not WANTED:
+            script = f"import sys; sys.path.insert(0, {str(HERE)!r}); import light_program; light_program.main()"
+            return self.python(script, *words)
+        with TemporaryFile() as output:  # nothing of it comes into the laboratory's folder
+            run = light().start(words, folder=self.folder, environment=self.environment, output=output)
+            try:
+                code = run.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                run.send_signal(signal.SIGKILL)
+                raise
+            output.seek(0)
+            return Ended(code, output.read().decode())
 
     # Stored state
 

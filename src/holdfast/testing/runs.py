@@ -15,7 +15,7 @@ from holdfast.testing.warm import Process, Warm
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 DIED = 128 + signal.SIGKILL
 """The exit code of a process that was killed, or died at a crash point."""
-PATIENCE = 90.0
+PATIENCE = 150.0
 """Seconds after which something that should happen counts as not happening."""
 IMPORTS = (
     *("holdfast.api", "holdfast.flows.search", "holdfast.flows.restore", "holdfast.report.progress"),
