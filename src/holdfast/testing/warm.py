@@ -220,6 +220,7 @@ def _say(teller: socket.socket, number: int) -> None:
 def _become(request: dict[str, Any], output: int, errors: int, source: int | None = None) -> None:
     """Turn the forked process into one as a shell would start it."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have had it ignored
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno() if source is None else source, 0)
     os.dup2(output, 1)
