@@ -33,7 +33,6 @@ from prefect.events.worker import EventsWorker
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError, TerminationSignal
 from prefect.logging.handlers import APILogWorker
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed
 
 from holdfast.core.trial import Attempt, Outcome
@@ -66,11 +65,21 @@ _AWAY = (ObjectNotFound, PrefectHTTPStatusError, httpx.HTTPError, OSError)
 _OPEN = [kind for kind in StateType if kind not in TERMINAL_STATES]
 
 
+def _hasty() -> SettingsContext:
+    """Return Prefect's settings, but for the repetition of requests.
+
+    Copied: ``temporary_settings`` makes all of them anew, which takes a fifth of a second of computing.
+    """
+    now = get_settings_context()
+    client = now.settings.client.model_copy(update={"max_retries": 0})
+    return SettingsContext(profile=now.profile, settings=now.settings.model_copy(update={"client": client}))
+
+
 @contextmanager
 def impatient_client() -> Iterator[SyncPrefectClient]:
     """Return a client that answers or raises within seconds: Prefect's own repeats a request for a minute."""
     with (
-        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        _hasty(),
         get_client(httpx_settings={"timeout": ANSWER_SECONDS}, sync_client=True) as client,
     ):
         yield client
@@ -227,9 +236,7 @@ def hasten(wishes: Wishes) -> None:
             worker.drain_all(timeout=0.1 if wishes.is_away else LAST_SECONDS)
     if wishes.is_away:
         # Until the end of this flow run, which sets its final state; whoever called the flow has a context of their own.
-        context = get_settings_context()
-        hasty = context.settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 0})
-        SettingsContext(profile=context.profile, settings=hasty).__enter__()
+        _hasty().__enter__()
 
 
 @dataclass(frozen=True)

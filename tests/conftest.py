@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,14 @@ from support import Lab, holdfast_environment, warmed
 from support_postgres import MISSING, Postgres, binaries
 
 from holdfast.flows.server import EmbeddedServer
+
+_NO_BYTECODE = sys.dont_write_bytecode
+sys.dont_write_bytecode = False  # or every process that is started compiles the program, and every collection the tests
+
+
+def pytest_collection_finish() -> None:
+    """Leave no bytecode of what tests write and import."""
+    sys.dont_write_bytecode = _NO_BYTECODE
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ conditional writes with 400, as Ceph 16 does; those that begin with ``ignores-``
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -63,12 +64,17 @@ class S3:
 
     def bucket(self, kind: str = "test") -> str:
         """Make a bucket and return its URL."""
-        import s3fs
-
         self.made += 1
         name = f"{kind}-{os.getpid()}-{self.made}"
-        s3fs.S3FileSystem(**self.options, skip_instance_cache=True).mkdir(name, region_name="")
+        self._maker.mkdir(name, region_name="")
         return f"s3://{name}"
+
+    @functools.cached_property
+    def _maker(self) -> Any:
+        """A client of our own: making one takes longer than all that a bucket is used for."""
+        import s3fs
+
+        return s3fs.S3FileSystem(**self.options, skip_instance_cache=True)
 
     def fault(self, kind: str, *, method: str = "PUT", part: str = "", count: int = 1) -> None:
         """Let the next ``count`` requests of a method whose path and query hold ``part`` go wrong.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -22,7 +25,7 @@ import holdfast
 from holdfast.report.tables import trial_json
 from holdfast.testing.executed import Entry, executed, starts  # noqa: F401  # for the tests, as everything here
 from holdfast.testing.runs import DIED, HOLDFAST, PATIENCE, Ended, Running, Runs, warm  # noqa: F401
-from holdfast.testing.warm import AVAILABLE, Warm
+from holdfast.testing.warm import WANTED, Warm
 
 TRAINABLE = '''\
 """Does STEPS steps, one report and checkpoint each. A file orders/ACTION-TRIAL-STEP says what goes wrong there."""
@@ -78,16 +81,16 @@ def train(trial):
     log("done", trial.number, trial.attempt, STEPS, os.getpid())
 '''
 
-LIGHT = """
-import sys
-from holdfast.cli import main
-code = main(sys.argv[1:])
-sys.stdout.flush()
-print("Prefect was imported:", "prefect" in sys.modules, flush=True)
-sys.exit(code)
-"""
-
-
+LIGHT = (
+    *("holdfast.api", "holdfast.experiment", "holdfast.locate", "holdfast.specfile", "holdfast.standing", "holdfast.upkeep"),
+    *("holdfast.report.tables", "holdfast.report.ranking", "holdfast.report.attempts", "holdfast.storage.database.experiments"),
+    *("holdfast.storage.checkpoints.ports", "holdfast.storage.object_stores", "sqlalchemy.dialects.sqlite", "rich.table"),
+    *("rich._emoji_codes", "holdfast.engines.factory", "holdfast.storage.leasing", "holdfast.storage.checkpoints.remote"),
+    *("holdfast.storage.database.migrations", "alembic.command", "alembic.ddl.sqlite", "s3fs", "aiobotocore.httpsession"),
+)
+"""What commands import late that do without Prefect."""
+HERE = Path(__file__).parent
+"""Where ``light_program`` is found."""
 WARM: dict[frozenset[tuple[str, str]], list[Warm]] = {}
 """Processes that have imported the program, by what imports read of the environment (see :func:`warmed`)."""
 
@@ -105,13 +108,20 @@ def warm_of(environment: Mapping[str, str]) -> Sequence[Warm]:
 def warmed(environment: Mapping[str, str]) -> Iterator[None]:
     """Fork what laboratories start in this environment, unless HOLDFAST_TEST_FRESH is set: imports are most of a short run."""
     key = _read_by_imports(environment)
-    if AVAILABLE and not os.environ.get("HOLDFAST_TEST_FRESH"):
+    if WANTED:
         WARM[key] = warm(environment)
     try:
         yield
     finally:
         for one in WARM.pop(key, []):
             one.close()
+
+
+@functools.cache
+def light() -> Warm:
+    """Return a process that has imported the program without Prefect, to be forked; it ends with this one."""
+    path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return Warm("light_program:main", imports=LIGHT, environment=holdfast_environment(PYTHONPATH=os.pathsep.join(path)))
 
 
 @dataclass
@@ -185,11 +195,14 @@ class Lab:
 
     # Processes
 
-    def start(self, *arguments: object, fault: str | None = None, **environment: str) -> Running:
-        """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies."""
+    def start(self, *arguments: object, fault: str | None = None, script: str | None = None, **environment: str) -> Running:
+        """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies.
+
+        ``script`` is Python code to be run in its place, that changes something and calls it.
+        """
         environment = {**self.environment, **environment}
         self._runs.warmed = warm_of(environment)
-        return self._runs.start(*arguments, fault=fault, **environment)
+        return self._runs.start(*arguments, fault=fault, script=script, **environment)
 
     def run(self, *arguments: object, code: int | None = 0, fault: str | None = None, **environment: str) -> Ended:
         """Run ``holdfast`` to its end, which must have the exit code ``code`` (None: any)."""
@@ -240,10 +253,24 @@ class Lab:
 
     def light(self, *arguments: object) -> Ended:
         """Run ``holdfast`` where it must do without Prefect: AssertionError when Prefect was imported."""
-        ended = self.python(LIGHT, *arguments)
+        ended = self._light([*map(str, arguments)])
         *lines, imported = ended.output.splitlines()
         assert imported == "Prefect was imported: False", ended.output
         return Ended(ended.code, "\n".join(lines))
+
+    def _light(self, words: list[str]) -> Ended:
+        if not WANTED:
+            script = f"import sys; sys.path.insert(0, {str(HERE)!r}); import light_program; light_program.main()"
+            return self.python(script, *words)
+        with TemporaryFile() as output:  # nothing of it comes into the laboratory's folder
+            run = light().start(words, folder=self.folder, environment=self.environment, output=output)
+            try:
+                code = run.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                run.send_signal(signal.SIGKILL)
+                raise
+            output.seek(0)
+            return Ended(code, output.read().decode())
 
     # Stored state
 

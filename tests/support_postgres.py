@@ -82,6 +82,8 @@ class Postgres:
             with (self._data / "postgresql.conf").open("a") as file:
                 file.write(
                     settings + "max_connections = 200\nshared_buffers = 32MB\nautovacuum = off\nwal_writer_delay = 10s\n"
+                    # no test takes the machine's power away; what a killed server has written is in the kernel all the same
+                    "fsync = off\nfull_page_writes = off\n"
                 )
             self.start()
             self._make_template()

@@ -88,6 +88,6 @@ class View:
     def until_tasks(self, expected: Mapping[str, str]) -> None:
         """Wait until the server has recorded these states: it learns of them from events."""
         try:
-            self.lab.until(lambda: self.tasks() == expected, seconds=30)
+            self.lab.until(lambda: self.tasks() == expected)
         except AssertionError:
             assert self.tasks() == expected  # which shows the difference

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from s3_server import S3
+from support_scripts import begin_script
 
 from holdfast.core.errors import CheckpointNotFound, NotACheckpoint, StorageError
 from holdfast.storage.checkpoints.cache import Cache
@@ -146,9 +145,7 @@ def test_another_process_sees_a_commit_at_once(s3: S3, store: RemoteCheckpoints,
     import json
 
     arguments = [store.root.location, json.dumps(s3.options), str(tmp_path / "other")]
-    other = subprocess.Popen([sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdin is not None
-    assert other.stdout is not None
+    other = begin_script(code, *arguments)
 
     def seen() -> list[str]:
         other.stdin.write("\n")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from s3_server import S3
+from support_scripts import begin_script
 
 from holdfast.core.errors import CheckpointCorrupt, StorageError
 from holdfast.storage.checkpoints.local import Published
@@ -22,7 +23,7 @@ from holdfast.storage.objects import ObjectRoot
 from holdfast.testing.saving import flip, manifest_of, save
 
 SIZE = (33 << 20) + 5  # three parts, the last one short
-CONTENT = b"".join(number.to_bytes(8, "big") for number in range(SIZE // 8 + 1))[:SIZE]
+CONTENT = np.arange(SIZE // 8 + 1, dtype=">u8").tobytes()[:SIZE]
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_an_interrupt_in_the_middle_leaves_nothing(s3: S3, store: RemoteCheckpoi
 
     def interrupt() -> None:
         while not any_request(s3, store):
-            pass
+            time.sleep(0.01)  # the server, which is to answer, is asked
         signal.pthread_kill(main, signal.SIGINT)
         s3.fault("clear")
 
@@ -151,11 +152,10 @@ def test_a_kill_in_the_middle_is_swept(s3: S3, store: RemoteCheckpoints, tmp_pat
         "store.publish(staged, manifest_of(hash_directory(staged), step=6, serializer='directory'))\n"
     )
     s3.fault("hang", method="PUT", part="partNumber=2")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, store.root.location, json.dumps(s3.options), str(tmp_path / "killed")]
-    )
+    process = begin_script(code, store.root.location, json.dumps(s3.options), tmp_path / "killed")
     while not any_request(s3, store):
         assert process.poll() is None
+        time.sleep(0.01)
     process.kill()
     process.wait()
     s3.fault("clear")

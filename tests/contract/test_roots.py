@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 from s3_server import S3
+from support_scripts import begin_script
 
 from holdfast.core.errors import SpecError, StorageError
 from holdfast.storage.objects import ObjectRoot
@@ -149,14 +148,7 @@ def test_another_process_reads_what_was_written(place: tuple[str, Mapping[str, A
         "    body = root.read('a/x')\n"
         "    print(json.dumps([root.names('a'), body and body.decode()]), flush=True)\n"
     )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, place[0], json.dumps(dict(place[1]))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert other.stdin is not None
-    assert other.stdout is not None
+    other = begin_script(code, place[0], json.dumps(dict(place[1])))
 
     def seen() -> Any:
         other.stdin.write("\n")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support_scripts import begin_script
 
 from holdfast.core.errors import Corrupt, StorageError
 from holdfast.storage.checkpoints.local import LocalCheckpoints, Published
@@ -292,15 +293,7 @@ def test_of_two_processes_that_write_one_step_one_wins(tmp_path: Path) -> None:
         lab = Lab.new(database, "contended")
         attempt = {name: value for name, value in vars(lab.started()).items() if name != "database"}
         job = {"url": url_of(database), "attempt": attempt, "root": str(tmp_path), "steps": steps}
-        writers = [
-            subprocess.Popen(
-                [sys.executable, "-c", WRITER, json.dumps({**job, "who": who})],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for who in range(2)
-        ]
+        writers = [begin_script(WRITER, json.dumps({**job, "who": who})) for who in range(2)]
         for writer in writers:
             assert writer.stdout is not None
             assert writer.stdout.readline() == "ready\n"

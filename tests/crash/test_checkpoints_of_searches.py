@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import DIED, Lab, MakeLab, Running, begin, steps_of
+from support import DIED, Lab, MakeLab, Running, steps_of
 
 import holdfast
 from holdfast import locate
@@ -44,7 +44,7 @@ KEEP_ONE = {"keep_last": 1, "keep_top_k": None}
 
 def suspended(lab: Lab, point: str, spec: Path) -> Running:
     """Start a search that suspends itself at a pass of a point, and wait until it has."""
-    run = begin(lab, sys.executable, "-c", SUSPENDED, point, "run", str(spec))
+    run = lab.start(point, "run", spec, script=SUSPENDED)
     started = processes.identity(run.process.pid)
     lab.until(lambda: processes.is_suspended(processes.same_host(), run.process.pid, str(started)), run)
     return run

@@ -149,8 +149,9 @@ class TestBeforeAnythingRuns:
     """SIGTERM comes while the search is prepared, before there is a flow run that could notice."""
 
     def test_of_a_new_search(self, lab: Lab) -> None:
-        ended = lab.python(AT_POINT, "lease.database-taken", int(signal.SIGTERM), "run", lab.spec(name="early"))
-        assert ended.code == -signal.SIGTERM, ended.output
+        run = lab.start("lease.database-taken", int(signal.SIGTERM), "run", lab.spec(name="early"), script=AT_POINT)
+        ended = run.wait()
+        assert run.process.poll() == -signal.SIGTERM, ended.output
         assert "Traceback" not in ended.output
         assert f"interrupted: SIGTERM; go on with: holdfast restore {lab.path('early')}" in ended.output
         assert record(lab, "early") == ("interrupted", "interrupted: SIGTERM")
@@ -161,8 +162,9 @@ class TestBeforeAnythingRuns:
     def test_of_a_restore(self, lab: Lab) -> None:
         name = "restoring"
         lab.run("run", lab.spec(name=name, search={"num_trials": 2}), fault="checkpoint.committed:2", code=DIED)
-        ended = lab.python(AT_POINT, "restore.reconciled", int(signal.SIGTERM), "restore", lab.path(name))
-        assert ended.code == -signal.SIGTERM, ended.output
+        run = lab.start("restore.reconciled", int(signal.SIGTERM), "restore", lab.path(name), script=AT_POINT)
+        ended = run.wait()
+        assert run.process.poll() == -signal.SIGTERM, ended.output
         assert "Traceback" not in ended.output
         assert record(lab, name) == ("interrupted", "interrupted: SIGTERM")
         lab.clear_log()

@@ -41,7 +41,7 @@ def until_suspended(lab: Lab, run: Running) -> None:
 
 def suspended(lab: Lab) -> Running:
     """Start a search that stops itself within the transaction of its second report, and wait until it has."""
-    run = begin(lab, sys.executable, "-c", SUSPENDED, "run", str(lab.spec(search={"num_trials": 2})))
+    run = lab.start("run", lab.spec(search={"num_trials": 2}), script=SUSPENDED)
     until_suspended(lab, run)
     return run
 

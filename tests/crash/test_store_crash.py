@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support_scripts import begin_script
 
 from holdfast import CheckpointStore
 from holdfast.core.errors import CheckpointConflict, Corrupt, Fenced, InvalidInput, InvalidStep, SpecError, StorageError
@@ -328,13 +329,7 @@ def test_processes_that_save_one_step_at_once(tmp_path: Path) -> None:
     for round_number in range(3):
         path = tmp_path / str(round_number)
         CheckpointStore(path).save(0, "first")
-        savers = [
-            subprocess.Popen(
-                [sys.executable, "-c", RACE, str(path), f"{number}"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )
-            for number in range(4)
-        ]  # fmt: skip
+        savers = [begin_script(RACE, path, number) for number in range(4)]
         for saver in savers:
             assert saver.stdout is not None
             assert saver.stdout.readline() == "ready\n"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support_scripts import COMMAND, begin_script
 
 from holdfast import locate
 from holdfast.locate import Opened
@@ -76,9 +75,8 @@ def driven_by(opened: Opened, *, release: bool = True) -> None:
 def on_terminal(columns: int, *command: str) -> tuple[int, str, str]:
     """Run a command of ``holdfast`` on a terminal; return its exit code, what it printed, and its errors."""
     ours, theirs = os.openpty()
-    words = [sys.executable, "-m", "holdfast.cli", *command]
-    environment = {**os.environ, "COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "xterm"}
-    with subprocess.Popen(words, stdout=theirs, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    environment = {"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "xterm"}
+    with begin_script(COMMAND, *command, terminal=theirs, **environment) as process:
         os.close(theirs)
         text = b""
         try:
@@ -86,6 +84,6 @@ def on_terminal(columns: int, *command: str) -> tuple[int, str, str]:
                 text += part
         except OSError:
             pass  # the other end is closed
-        _, err = process.communicate()
+        err, _ = process.communicate()
         os.close(ours)
     return process.returncode, text.decode().replace("\r\n", "\n"), err

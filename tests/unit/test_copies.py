@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import small_disk
+from support_scripts import begin_script
 
 from holdfast.core.errors import StorageError
 from holdfast.storage.checkpoints.cache import Cache
@@ -93,10 +92,7 @@ sys.stdin.read()
 
 def test_what_another_process_uses_is_not_evicted(root: ObjectRoot, tmp_path: Path) -> None:
     published = save(make(root, tmp_path, 9), STATE, step=0)
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path), published.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
+    process = begin_script(HOLDER, tmp_path, published.path)
     assert process.stdout.readline() == "True\n"
     cache = Cache(tmp_path, 0)
     assert cache.make_room(1) == 0
@@ -121,10 +117,7 @@ sys.stdin.read()
 def test_a_copy_that_is_coming_in_is_none_and_a_dead_ones_goes(root: ObjectRoot, tmp_path: Path) -> None:
     store = make(root, tmp_path / "other", 9)
     published = save(store, STATE, step=0)
-    process = subprocess.Popen(
-        [sys.executable, "-c", CRASH, str(tmp_path), published.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
+    process = begin_script(CRASH, tmp_path, published.path)
     coming = (tmp_path / published.path).parent / process.stdout.readline().strip()
     cache = Cache(tmp_path, 0)
     cache.make_room(1)

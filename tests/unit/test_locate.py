@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 from store_kit import content, create, creation, unprivileged
+from support_scripts import run_script
 
 from holdfast import locate
 from holdfast.core.errors import Corrupt, DatabaseError, ExperimentExists, ExperimentNotFound, SpecError, StorageError
@@ -67,7 +66,7 @@ locate.create(sample_spec(storage=sys.argv[1]), seed=1, workdir=".", pickled=b"x
 
 @pytest.mark.parametrize("point", [name for name in POINTS if name.startswith("experiment.")])
 def test_what_a_crash_leaves_is_taken_over(tmp_path: Path, point: str) -> None:
-    done = subprocess.run([sys.executable, "-c", DIE, tmp_path / "runs", point], capture_output=True, text=True)
+    done = run_script(DIE, tmp_path / "runs", point)
     assert done.returncode == -9, done.stderr
     with pytest.raises(ExperimentNotFound):
         open_path(tmp_path / "runs" / "sample")

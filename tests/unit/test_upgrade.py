@@ -22,6 +22,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from store_kit import content, unprivileged
+from support_scripts import COMMAND, begin_script, run_script
 
 import holdfast.storage.database.migrations as migrations
 from holdfast.cli import main
@@ -77,10 +78,9 @@ def unversioned(rows: Rows) -> Rows:
     return {name: found for name, found in rows.items() if name != "alembic_version"}
 
 
-def run(file: Path, *, fault: str | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "holdfast.cli", "db", "upgrade", "--json", "--database", f"sqlite:///{file}"]
-    environment = {**os.environ, **({} if fault is None else {"HOLDFAST_FAULT": fault})}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def run(file: Path, *, fault: str | None = None) -> Any:
+    environment = {} if fault is None else {"HOLDFAST_FAULT": fault}
+    return begin_script(COMMAND, "db", "upgrade", "--json", "--database", f"sqlite:///{file}", **environment)
 
 
 def backups(file: Path) -> list[Path]:
@@ -356,10 +356,9 @@ def test_a_full_disk_leaves_it_as_it_was(file: Path, point: str, limit: int) -> 
     """Files cannot grow any more: as if the disk had become full at that moment."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     before = raw(file)
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, f"sqlite:///{file}", point, str(limit)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("DatabaseError"), done.stdout + done.stderr
+    done = run_script(LIMITED, f"sqlite:///{file}", point, limit)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("DatabaseError"), done.stdout
     with closing(sqlite3.connect(file)) as connection:  # whatever log is left belongs to it
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(VERSIONS[0],)]
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

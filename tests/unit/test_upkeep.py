@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 from store_kit import content, create, unprivileged
+from support_scripts import COMMAND, run_script
 from upkeep_kit import Shop, end, reachable, staged_and_trash
 
 from holdfast.cli import main
@@ -392,10 +393,9 @@ def test_killed_in_the_middle_it_goes_on_the_next_time(shop: Shop, fault: str) -
     shop.leave()
     journaled(shop)
     shop.opened.close()
-    command = [sys.executable, "-m", "holdfast.cli", "gc", str(shop.path)]
-    done = subprocess.run(command, env={**os.environ, "HOLDFAST_FAULT": fault}, capture_output=True, text=True)
+    done = run_script(COMMAND, "gc", shop.path, HOLDFAST_FAULT=fault)
     assert done.returncode == -9, done.stderr
-    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+    assert run_script(COMMAND, "gc", shop.path).returncode == 0
     assert not [path for path in goes if os.path.lexists(shop.path / path)]
     for path in stays:
         shop.store.verify(path, digest=shop.row(path).digest)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from holdfast.core.errors import AlreadyClaimed, CheckpointConflict, CheckpointNotFound, HoldfastError, LeaseHeld
 from holdfast.storage.database import queueing, recovering, requests
@@ -20,18 +23,18 @@ from holdfast.storage.database.engine import Database, connect
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.folder import Folder
 from holdfast.storage.leasing import Claimant, take
+from holdfast.testing.warm import WANTED, Process, Warm, environment
 
 Run = Callable[[], Any]
+IMPORTS = ("holdfast.storage.database.experiments", "holdfast.storage.object_stores", "sqlalchemy.dialects.sqlite", "s3fs")
+"""What races import late."""
 
 
 class Racers:
     """``count`` processes, started once and used again for each race; to be closed, or used as a context manager."""
 
     def __init__(self, count: int = 8) -> None:
-        command = [sys.executable, "-m", "holdfast.testing.racing"]
-        self._processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
-        ]
+        self._processes = [_forked() if WANTED else _fresh() for _ in range(count)]
 
     def __enter__(self) -> Self:
         return self
@@ -40,8 +43,11 @@ class Racers:
         self.close()
 
     def close(self) -> None:
-        for process in self._processes:
-            process.communicate()
+        for each in self._processes:
+            each.commands.close()
+        for each in self._processes:
+            each.process.wait(60)
+            each.answers.close()
 
     def race(self, action: Callable[..., Run], jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Let one process a job run ``action``, all at once; return what each returned, or its error as text.
@@ -59,18 +65,49 @@ class Racers:
         return [_receive(process) for process in running]
 
 
-def _send(process: subprocess.Popen[str], message: object) -> None:
+@dataclass(frozen=True)
+class _Racer:
+    """A process, and the two ways to it."""
+
+    process: Process
+    commands: IO[str]
+    answers: IO[str]
+
+
+def _fresh() -> _Racer:
+    command = [sys.executable, "-m", "holdfast.testing.racing"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
-    process.stdin.write(json.dumps(message) + "\n")
-    process.stdin.flush()
-
-
-def _receive(process: subprocess.Popen[str]) -> Any:
     assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise AssertionError(f"a racer ended with exit code {process.wait()}")
-    return json.loads(line)
+    return _Racer(process, process.stdin, process.stdout)
+
+
+@functools.cache
+def _warm() -> Warm:
+    """Return the process that racers are forked from; it ends with this one."""
+    return Warm("holdfast.testing.racing:main", imports=IMPORTS, environment=environment())
+
+
+def _forked() -> _Racer:
+    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+    with open(theirs_in, "rb") as source, open(theirs_out, "wb") as output:
+        process = _warm().start([], folder=Path.cwd(), environment=environment(), output=output, source=source)
+    return _Racer(process, open(ours_out, "w"), open(ours_in))
+
+
+def _send(racer: _Racer, message: object) -> None:
+    racer.commands.write(json.dumps(message) + "\n")
+    racer.commands.flush()
+
+
+def _receive(racer: _Racer) -> Any:
+    """Return an answer; AssertionError with what was said when the racer has ended."""
+    line = racer.answers.readline()
+    try:
+        return json.loads(line)
+    except ValueError:  # the rest is a traceback, or nothing
+        said = line + racer.answers.read()
+        raise AssertionError(f"a racer ended with exit code {racer.process.wait(60)}: {said}") from None
 
 
 def url_of(database: Database) -> str:

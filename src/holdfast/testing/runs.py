@@ -15,13 +15,17 @@ from holdfast.testing.warm import Process, Warm
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 DIED = 128 + signal.SIGKILL
 """The exit code of a process that was killed, or died at a crash point."""
-PATIENCE = 90.0
+PATIENCE = 150.0
 """Seconds after which something that should happen counts as not happening."""
 IMPORTS = (
     *("holdfast.api", "holdfast.flows.search", "holdfast.flows.restore", "holdfast.report.progress"),
     *("holdfast.engines.optuna_engine", "prefect.flow_engine", "prefect.task_engine", "fastapi", "pandas"),
+    *("holdfast.flows.watching", "holdfast.flows.abandoned", "holdfast.flows.launching", "holdfast.storages"),
+    *("holdfast.storage.checkpoints.remote", "holdfast.storage.database.migrations", "alembic.command", "alembic.ddl.sqlite"),
+    *("prefect.utilities.visualization", "anyio._backends._asyncio", "pygments.formatters.html", "pygments.lexers.html"),
+    *("s3fs", "aiobotocore.httpsession", "rich._emoji_codes", "encodings.idna", "stringprep"),
 )
-"""What ``holdfast run`` imports late."""
+"""What ``holdfast run`` and its like import late."""
 HUSHED = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
 """What the command line sets before it imports Prefect, which reads it then."""
 
@@ -90,8 +94,11 @@ class Runs:
     """processes to fork from (see :func:`warm`); without any each run is a fresh process"""
     all: list[Running] = field(default_factory=list)
 
-    def start(self, *arguments: object, fault: str | None = None, **environment: str) -> Running:
-        """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies."""
+    def start(self, *arguments: object, fault: str | None = None, script: str | None = None, **environment: str) -> Running:
+        """Start ``holdfast`` with ``arguments``; ``fault`` is the crash point at which it dies.
+
+        ``script`` is Python code to be run in its place, that changes something and calls it.
+        """
         log = self.folder / f"output-{len(self.all) + 1}.txt"
         environment = {**self.environment, **environment, **({} if fault is None else {"HOLDFAST_FAULT": fault})}
         words = [*map(str, arguments)]
@@ -99,10 +106,10 @@ class Runs:
         with log.open("wb") as stream:
             if self.warmed:
                 chosen = self.warmed[len(self.all) % len(self.warmed)]
-                process = chosen.start(words, folder=self.folder, environment=environment, output=stream)
+                process = chosen.start(words, folder=self.folder, environment=environment, output=stream, code=script)
             else:
                 process = subprocess.Popen(
-                    [str(HOLDFAST), *words],
+                    [str(HOLDFAST), *words] if script is None else [sys.executable, "-c", script, *words],
                     cwd=self.folder,
                     env=environment,
                     stdin=subprocess.DEVNULL,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import io
 import json
 import os
 import resource
@@ -25,11 +26,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, NoReturn, Protocol
 
 AVAILABLE = sys.platform == "linux"
+WANTED = AVAILABLE and not os.environ.get("HOLDFAST_TEST_FRESH")
+"""Whether tests may fork what they start."""
 MESSAGE = 1 << 18
 """The most bytes of one request: arguments and environment."""
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of this process."""
+    return dict(os.environ)
 
 
 class Process(Protocol):
@@ -113,14 +122,29 @@ class Warm:
                 start_new_session=True,
             )
 
-    def start(self, arguments: Sequence[str], *, folder: Path, environment: Mapping[str, str], output: IO[bytes]) -> Forked:
-        """Start a run with its output, of both kinds, in ``output``; ChildProcessError when it cannot be forked."""
+    def start(
+        self,
+        arguments: Sequence[str],
+        *,
+        folder: Path,
+        environment: Mapping[str, str],
+        output: IO[bytes],
+        errors: IO[bytes] | None = None,
+        source: IO[bytes] | None = None,
+        code: str | None = None,
+    ) -> Forked:
+        """Start a run with its output in ``output``, errors included unless they have a place of their own.
+
+        ChildProcessError when it cannot be forked. It reads ``source``, or nothing. ``code`` is run in place of the program, as
+        ``python -c`` does.
+        """
         mine, theirs = socket.socketpair()
-        request = {"arguments": list(arguments), "folder": str(folder), "environment": dict(environment)}
+        given = [theirs.fileno(), output.fileno(), (errors or output).fileno(), *([] if source is None else [source.fileno()])]
+        request = {"arguments": list(arguments), "folder": str(folder), "environment": dict(environment), "code": code}
         with theirs:
             try:
                 with self._sending:
-                    socket.send_fds(self._control, [json.dumps(request).encode()], [output.fileno(), theirs.fileno()])
+                    socket.send_fds(self._control, [json.dumps(request).encode()], given)
             except OSError as error:
                 raise ChildProcessError(f"the process that forks runs: {error}") from error
         return Forked(mine)
@@ -141,32 +165,34 @@ class _Forker:
         self._runs: dict[int, tuple[int, socket.socket]] = {}
         """(process, where to tell of it) by the descriptor that says that it has ended"""
 
-    def serve(self) -> list[str]:
-        """Fork for every request; return, in the new process, its arguments."""
+    def serve(self) -> dict[str, Any]:
+        """Fork for every request; return it in the new process."""
         while True:
             for descriptor, _ in self._poller.poll():
                 if descriptor in self._runs:
                     self._tell(descriptor)
                     continue
-                message, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE, 2)
+                message, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE, 4)
                 if not message:
                     self._end()
-                arguments = self._fork(json.loads(message), *descriptors)
-                if arguments is not None:
-                    return arguments
+                request = json.loads(message)
+                if self._fork(request, *descriptors):
+                    return dict(request)
 
-    def _fork(self, request: dict[str, Any], output: int, reports: int) -> list[str] | None:
+    def _fork(self, request: dict[str, Any], reports: int, *streams: int) -> bool:
+        """Fork; tell whether this is the new process."""
         pid = os.fork()
         if not pid:
-            _become(request, output)
-            return list(request["arguments"])
-        os.close(output)
+            _become(request, *streams)
+            return True
+        for descriptor in streams:
+            os.close(descriptor)
         teller = socket.socket(fileno=reports)
         ended = os.pidfd_open(pid)
         self._runs[ended] = (pid, teller)
         self._poller.register(ended, select.POLLIN)
         _say(teller, pid)
-        return None
+        return False
 
     def _tell(self, descriptor: int) -> None:
         pid, teller = self._runs.pop(descriptor)
@@ -191,18 +217,32 @@ def _say(teller: socket.socket, number: int) -> None:
         return  # nobody waits for it any more
 
 
-def _become(request: dict[str, Any], output: int) -> None:
+def _become(request: dict[str, Any], output: int, errors: int, source: int | None = None) -> None:
     """Turn the forked process into one as a shell would start it."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have had it ignored
     with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
+        os.dup2(nothing.fileno() if source is None else source, 0)
     os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.dup2(errors, 2)
     os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), sys.stdin.encoding, sys.stdin.errors)
+    sys.stdout, sys.stderr = _stream(1, sys.stdout), _stream(2, sys.stderr)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
     time.tzset()
+
+
+def _stream(descriptor: int, like: Any) -> IO[str]:
+    """Return a stream as the interpreter makes it: the one before takes a terminal for the file that it was made on."""
+    return io.TextIOWrapper(
+        open(descriptor, "wb", buffering=0 if like.write_through else -1, closefd=False),
+        encoding=like.encoding,
+        errors=like.errors,
+        line_buffering=like.line_buffering or os.isatty(descriptor),
+        write_through=like.write_through,
+    )
 
 
 def main() -> NoReturn:
@@ -219,8 +259,14 @@ def main() -> NoReturn:
     sys.path.insert(0, str(script.parent))  # as for a console script
     gc.collect()
     gc.freeze()  # a collection in a run would write to, and so copy, all that it shares
-    sys.argv = [str(script), *_Forker(control).serve()]
-    _run(entry)
+    request = _Forker(control).serve()
+    if request["code"] is None:
+        sys.argv = [str(script), *request["arguments"]]
+        _run(entry)
+    sys.argv = ["-c", *request["arguments"]]
+    sys.path[0] = ""
+    sys.modules["__main__"] = program = ModuleType("__main__")
+    _run(lambda: exec(compile(request["code"], "<string>", "exec"), vars(program)))
 
 
 def _run(entry: Callable[[], object]) -> NoReturn:
