@@ -125,7 +125,7 @@ class Form:
     """Reads the bodies of one hook."""
 
     def __init__(self, hook: Hook, templates: Mapping[str, Template]) -> None:
-        from jsonschema import Draft202012Validator  # type: ignore[import-untyped]  # it comes with Prefect, its stubs do not
+        from jsonschema import Draft202012Validator
 
         self.hook = hook
         self.schema = schema_of(hook)
