@@ -33,8 +33,8 @@ IMPORTS = ("holdfast.storage.database.experiments", "holdfast.storage.object_sto
 class Racers:
     """``count`` processes, started once and used again for each race; to be closed, or used as a context manager."""
 
-    def __init__(self, count: int = 8) -> None:
-        self._processes = [_forked() if WANTED else _fresh() for _ in range(count)]
+    def __init__(self, count: int = 8, *, fork: bool = WANTED) -> None:
+        self._processes = [_forked() if fork else _fresh() for _ in range(count)]
 
     def __enter__(self) -> Self:
         return self
