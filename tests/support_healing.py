@@ -15,6 +15,7 @@ from support_deployed import Process, Site, SiteLab
 
 from holdfast.flows.naming import EXPERIMENT_EVENT, RESTORE, SEARCH, TAG, artifact_key, experiment_resource, experiment_tag
 from holdfast.holding import liveness
+from holdfast.tasks.workers.processes import identity, is_alive, same_host
 
 TRIALS = 2
 STEPS = 3
@@ -80,7 +81,9 @@ class Crash:
         self.until(lambda: liveness(driver) is False, "the killed process is gone")
         # Its worker goes a moment later, and would take the step that it is held in.
         held = [entry.pid for entry in self.lab.log() if entry.event == "hold"]
-        self.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in held), "the worker of trial 0 is gone")
+        self.until(
+            lambda: not any(is_alive(same_host(), pid, identity(pid) or "") for pid in held), "the worker of trial 0 is gone"
+        )
         self.hold.unlink()
 
     def audit(self) -> list[tuple[str, int]]:
