@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from holdfast.deployments.webhook.problems import Problem
@@ -46,6 +47,17 @@ async def read_body(stream: AsyncIterator[bytes], limit: int, seconds: float) ->
     except TimeoutError:
         raise Problem(408, "too-slow", f"the body did not come within {seconds:g} s", headers=_CLOSE) from None
     return bytes(body)
+
+
+async def leave_unread(stream: AsyncIterator[bytes], limit: int, seconds: float) -> None:
+    """Take a body that nobody wants off the line, up to ``limit`` and within ``seconds``; keep nothing of it."""
+    taken = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            async for part in stream:
+                taken += len(part)
+                if taken > limit:
+                    return
 
 
 class _Refusal(ValueError):

@@ -18,7 +18,7 @@ from anyio import CapacityLimiter, to_thread
 from holdfast.core.errors import DatabaseError
 from holdfast.core.values import Json
 from holdfast.deployments.webhook import standing
-from holdfast.deployments.webhook.bodies import check_headers, parse, read_body
+from holdfast.deployments.webhook.bodies import check_headers, leave_unread, parse, read_body
 from holdfast.deployments.webhook.config import Hook, WebhookConfig
 from holdfast.deployments.webhook.keys import Keys
 from holdfast.deployments.webhook.limiting import RateLimit, client_name
@@ -35,6 +35,9 @@ _LOG = logging.getLogger("holdfast.webhook")
 
 WAITING = 10.0
 """Seconds that a repetition waits for the answer of the delivery that it repeats."""
+
+LEAVING = 1.0
+"""Seconds in which the body of a delivery for no hook is taken off the line."""
 
 THREADS = 8
 """Deliveries whose files and rows are looked at side by side."""
@@ -131,6 +134,8 @@ class Receiver:
             raise _rate("client", wait)
         prepared = self.hooks.get(name)
         if prepared is None:
+            # A connection that is closed with something unread in it is reset, and the answer may be lost on its way.
+            await leave_unread(stream, limits.body, LEAVING)
             raise Problem(404, "no-such-hook", "there is no such hook", headers={"Connection": "close"})
         check_headers(headers, limits.body)
         proof = proof_in(prepared.hook.signature, headers)

@@ -105,7 +105,7 @@ def test_one_machine(lab: Lab) -> None:
     spec = lab.spec(name="cut-off", search={"num_trials": 1})
     deployment = view.ask("GET", "/deployments/name/search/search")["id"]
     view.ask("POST", f"/deployments/{deployment}/create_flow_run", {"parameters": {"spec": str(spec)}})
-    lab.until(lambda: lab.checkpoints(0, "cut-off") if lab.path("cut-off").exists() else None)
+    lab.until(lambda: lab.checkpoints(0, "cut-off") if (lab.path("cut-off") / "experiment.json").exists() else None)
     first.ends_by(signal.SIGKILL, -signal.SIGKILL)
     assert record(lab, "cut-off") == ("interrupted", None)
     kept = lab.checkpoints(0, "cut-off")[-1].step
