@@ -37,8 +37,8 @@ search: {engine: random, num_trials: 1}
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
-    with Own.started(tmp_path_factory.mktemp("deploy-home")) as server:
+def own(own_server: Own) -> Iterator[Own]:
+    with own_server.used() as server:
         yield server
 
 
