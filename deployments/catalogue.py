@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from holdfast.core.errors import SpecError
 from holdfast.core.values import Json
 from holdfast.flows.naming import COLLECT, POOL, RESTORE, SEARCH, TAG, WATCH
+from holdfast.references import is_reference
+from holdfast.storage.root import is_url
 
 STORAGES = ("./runs",)
 """Where experiments are when nothing else is said: below the folder that runs work in."""
@@ -148,6 +153,23 @@ def catalogue(
             **common,
         ),
     )
+
+
+def local_folders(storages: Sequence[str], workdir: str) -> tuple[Path, ...]:
+    """Return the storages that are folders; SpecError for none at all, and for what is no folder and cannot become one."""
+    if not storages or not all(storages):
+        raise SpecError(f"storages is {list(storages)!r}; name at least one folder or URL that holds experiments")
+    folders = tuple(Path(workdir, place) for place in storages if not is_url(place) and not is_reference(place))
+    for folder in folders:
+        there = next(part for part in (folder, *folder.parents) if os.path.lexists(part))
+        if not there.is_dir():
+            where = f"is {_kind(there)}" if there == folder else f"cannot be made: {there} is {_kind(there)}"
+            raise SpecError(f"storage {folder} {where}; name a folder, which is made if it is not there")
+    return folders
+
+
+def _kind(place: Path) -> str:
+    return "a file" if place.exists() else "a link to nothing"
 
 
 def _place(full_name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
-from holdfast.core.errors import EngineError, SpecError
+from holdfast.core.errors import EngineError, SpecError, StorageError
 from holdfast.core.values import Json
 from holdfast.deployments import automations
 from holdfast.deployments.catalogue import (
@@ -38,6 +38,7 @@ from holdfast.deployments.catalogue import (
     Entry,
     Schedule,
     catalogue,
+    local_folders,
     pull_steps,
     version,
 )
@@ -45,6 +46,7 @@ from holdfast.flows.blocks import BLOCKS, HoldfastSpec
 from holdfast.flows.naming import POOL, WATCH
 from holdfast.flows.prefect_runs import impatient_client
 from holdfast.references import PREFIX, is_reference
+from holdfast.storage.atomic import make_folder
 from holdfast.storage.database.engine import shown
 from holdfast.storage.root import is_url
 
@@ -125,8 +127,6 @@ def deploy(wanted: Wanted, say: Callable[[str], None]) -> list[Change]:
 
 def _checked(wanted: Wanted) -> _Plan:
     """Check what is wanted, as far as that is possible without an API."""
-    if not wanted.storages or not all(wanted.storages):
-        raise SpecError(f"storages is {list(wanted.storages)!r}; name at least one folder or URL that holds experiments")
     if not wanted.pool:
         raise SpecError("the name of the work pool is empty; leave --pool out, or name one")
     if not LEAST_SILENCE_SECONDS <= wanted.silence <= 30 * 86400:
@@ -142,11 +142,7 @@ def _checked(wanted: Wanted) -> _Plan:
     workdir = os.path.abspath(wanted.workdir or ".")
     if not os.path.isdir(workdir):
         raise SpecError(f"the folder {workdir} that runs are to work in does not exist; make it, or name another by --workdir")
-    local = [place for place in wanted.storages if not is_url(place) and not is_reference(place)]
-    folders = tuple(Path(workdir, place) for place in local)
-    for folder in folders:
-        if folder.exists() and not folder.is_dir():
-            raise SpecError(f"storage {folder} is a file; name a folder, which is made if it is not there")
+    folders = local_folders(wanted.storages, workdir)
     specs = dict(_specs(wanted.specs))
     first = next(iter(specs), None)
     entries = catalogue(
@@ -201,6 +197,8 @@ def reached() -> Iterator[SyncPrefectClient]:
             words = "set PREFECT_API_AUTH_STRING as the server has it, or PREFECT_API_KEY for Prefect Cloud"
             raise EngineError(f"{url} does not let us in (HTTP {status}); {words}") from error
         raise EngineError(f"{url} refused a request (HTTP {status}): {error.response.text[:500]}") from error
+    except StorageError:
+        raise  # an OSError, too, and not the API's
     except (httpx.HTTPError, OSError) as error:
         raise EngineError(
             f"{url} does not answer ({type(error).__name__}: {error}); start the server (`prefect server start`), or mend "
@@ -244,7 +242,7 @@ def _carried_out(client: SyncPrefectClient, plan: _Plan, *, in_folder: bool) -> 
     """Make or change one thing after the other, and yield what became of each; ``in_folder``: runs work on this machine."""
     for folder in plan.folders if in_folder else ():
         there = folder.is_dir()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         yield Change(kind="storage", name=str(folder), what="as it was" if there else "made")
     yield from _block_types(client)
     for name, spec in plan.specs.items():

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from holdfast.core.errors import Contention, InvalidInput
+from holdfast.core.errors import Contention, InvalidInput, StorageError
+from holdfast.deployments.catalogue import STORAGES, local_folders
 from holdfast.flows.server import template_file
 from holdfast.flows.serving import read
 from holdfast.settings import environment, settings
@@ -126,6 +127,7 @@ def folder() -> Path:
 
 def check(wanted: Up, prefect: PrefectSettings) -> None:
     """Raise InvalidInput for what cannot be started as asked."""
+    local_folders(wanted.storages or STORAGES, os.getcwd())
     if wanted.webhook is not None and not wanted.webhook.is_file():
         raise InvalidInput(f"--webhook is {str(wanted.webhook)!r}, and there is no such file; name a YAML file")
     if wanted.webhook is not None and wanted.webhook_port == wanted.port:
@@ -140,8 +142,15 @@ def check(wanted: Up, prefect: PrefectSettings) -> None:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Let one `holdfast up` of a data folder run at a time; Contention says where the other one is."""
-    make_folder(folder())
-    with (folder() / "lock").open("ab") as lock:  # given back when this process ends, however it does
+    try:
+        make_folder(folder())
+        opened = (folder() / "lock").open("ab")
+    except OSError as error:
+        raise StorageError(
+            f"the data folder {settings().data_folder} cannot be written ({error.strerror or error}); mend its permissions, or "
+            "name another one by HOLDFAST_DATA_FOLDER"
+        ) from None
+    with opened as lock:  # given back when this process ends, however it does
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -60,6 +60,8 @@ class Part:
     is_ready: Callable[[], bool] = lambda: True
     passed: Sequence[int] = ()
     """descriptors that it inherits"""
+    prepares: Sequence[str] = ()
+    """modules that it may import before it is time to begin"""
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     deaths: int = 0
@@ -67,8 +69,24 @@ class Part:
     due: float | None = None
     """when it is to be started again, by the monotonic clock"""
     _logged: int = field(default=0, init=False)
+    _is_waiting: bool = field(default=False, init=False)
+
+    def prepare(self) -> None:
+        """Start a process that imports what it needs, and waits for :meth:`start`."""
+        self._spawn(["--prepare", ",".join(self.prepares), *self.words])
+        self._is_waiting = True
 
     def start(self) -> None:
+        """Let the process that was prepared begin, or start one."""
+        waiting, self._is_waiting = self._is_waiting and self.is_running, False
+        if waiting and self.process is not None and self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # its death is among the events
+                self.process.stdin.write(b"\n")
+                self.process.stdin.flush()
+            return
+        self._spawn(self.words)
+
+    def _spawn(self, words: Sequence[str]) -> None:
         """Start a process; its standard input is a pipe that closes when this process is gone, by which it knows."""
         with contextlib.suppress(FileNotFoundError):
             if self.log.stat().st_size > LONGEST_LOG:
@@ -76,7 +94,7 @@ class Part:
         with self.log.open("ab") as log:
             self._logged = log.tell()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "holdfast.deployments.part", *self.words],
+                [sys.executable, "-m", "holdfast.deployments.part", *words],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

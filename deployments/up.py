@@ -122,16 +122,18 @@ class _Running:
         wanted = self.wanted
         self.say(f"starting Prefect's server on {self.database.label}")
         if wanted.webhook is not None:
-            self._do("webhook", ["webhook", str(wanted.webhook), "--check"])
-        self._begin(self._server)
+            self._finish(self._part("webhook", ["holdfast.cli", "webhook", str(wanted.webhook), "--check"], lambda: False))
+        deploy, worker = self._deploy(), self._worker()
+        self._server.start()
+        deploy.prepare()  # what each program imports takes seconds: while the server starts, there is time for that
+        self._await_ready(self._server)
         self._state.write()
         self.say("setting up blocks, the work pool, deployments" + (" and automations" if wanted.automations else ""))
-        storages = [word for storage in wanted.storages for word in ("--storage", storage)]
-        self._do("deploy", ["deploy", *storages, "--pool", POOL, *([] if wanted.automations else ["--no-automations"])])
         if wanted.worker:
-            name = f"up-{socket.gethostname()}"
-            words = ["worker", "start", "--pool", POOL, "--type", "process", "--name", name, "--install-policy", "never"]
-            self._begin(self._part("worker", ["prefect", *words], lambda: self._is_online(name)))
+            worker.prepare()
+        self._finish(deploy)
+        if wanted.worker:
+            self._begin(worker)
         if wanted.webhook is not None:
             words = ["webhook", str(wanted.webhook), "--host", wanted.host, "--port", str(wanted.webhook_port)]
             self._begin(self._part("webhook", ["holdfast.cli", *words], self._receives))
@@ -140,6 +142,20 @@ class _Running:
         for line in self._where():
             self.say(line)
 
+    def _deploy(self) -> Part:
+        storages = [word for storage in self.wanted.storages for word in ("--storage", storage)]
+        words = ["deploy", *storages, "--pool", POOL, *([] if self.wanted.automations else ["--no-automations"])]
+        # As the command says to Prefect, which is imported before it begins.
+        environment = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", **self._environments.others}
+        prepares = ["holdfast.deployments.deploy"]
+        return self._part("deploy", ["holdfast.cli", *words], lambda: False, environment=environment, prepares=prepares)
+
+    def _worker(self) -> Part:
+        name = f"up-{socket.gethostname()}"
+        words = ["worker", "start", "--pool", POOL, "--type", "process", "--name", name, "--install-policy", "never"]
+        prepares = ["prefect.cli.worker", "prefect.workers.process"]
+        return self._part("worker", ["prefect", *words], lambda: self._is_online(name), prepares=prepares)
+
     def _part(self, name: str, words: Sequence[str], is_ready: Callable[[], bool], **more: Any) -> Part:
         given = {"environment": self._environments.others, **more}
         return Part(name, words, self.logs / f"{name}.log", events=self.events, is_ready=is_ready, **given)
@@ -147,6 +163,9 @@ class _Running:
     def _begin(self, part: Part) -> None:
         """Start a part and wait until it is ready; EngineError with its last words when it is not."""
         part.start()
+        self._await_ready(part)
+
+    def _await_ready(self, part: Part) -> None:
         self.parts.append(part)
         self._starting = part
         deadline = time.monotonic() + READY_SECONDS
@@ -156,16 +175,15 @@ class _Running:
                 raise self._failed(part, f"is not ready after {READY_SECONDS:.0f} s")
         self._starting = None
 
-    def _do(self, name: str, words: Sequence[str]) -> None:
+    def _finish(self, command: Part) -> None:
         """Run a command of ours to its end; EngineError with its last words when it fails."""
-        command = self._part(name, ["holdfast.cli", *words], lambda: False)
         command.start()
         self.parts.append(command)
         try:
             while command.is_running:
                 self._next(None, starting=command, may_end=True)
             if command.process is not None and command.process.returncode != 0:
-                raise self._failed(command, f"failed: `holdfast {words[0]}` ended with {command.process.returncode}")
+                raise self._failed(command, f"failed: `holdfast {command.words[1]}` ended with {command.process.returncode}")
         finally:
             command.kill()
             command.close()

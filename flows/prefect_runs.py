@@ -340,7 +340,9 @@ class Closing:
                 if run.state is None or not (run.state.is_final() or run.state.name == SUSPENDED_STATE):
                     cancelled = run.state is not None and run.state.is_cancelling()
                     state = Cancelled if cancelled else Crashed
-                    client.set_flow_run_state(run.id, state(message=self.dead.message), force=True)
+                    # Its worker may say so at this moment: by force, a second Crashed would call automations twice.
+                    forced = run.state is None or not run.state.is_running()
+                    client.set_flow_run_state(run.id, state(message=self.dead.message), force=forced)
         return dead
 
     def _close_open(self, client: SyncPrefectClient, flows: Sequence[uuid.UUID]) -> None:

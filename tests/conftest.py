@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from s3_server import S3
@@ -13,6 +14,9 @@ from support import Lab, holdfast_environment, warmed
 from support_postgres import MISSING, Postgres, binaries
 
 from holdfast.flows.server import EmbeddedServer
+
+if TYPE_CHECKING:
+    from support_own_server import Own
 
 _NO_BYTECODE = sys.dont_write_bytecode
 sys.dont_write_bytecode = False  # or every process that is started compiles the program, and every collection the tests
@@ -42,6 +46,15 @@ def prefect_url(prefect_home: Path) -> Iterator[str]:
         os.environ.update(before)
     yield server.url()
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
+    """A Prefect server for what is global to one, for a module of tests at a time (see the group ``own-server``)."""
+    from support_own_server import Own  # imports Prefect, which most tests do without
+
+    with Own.started(tmp_path_factory.mktemp("own-home")) as own:
+        yield own
 
 
 @pytest.fixture(scope="session")

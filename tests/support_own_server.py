@@ -35,7 +35,7 @@ class Own:
     @classmethod
     @contextmanager
     def started(cls, home: Path) -> Iterator[Own]:
-        """Have a server; this process's Prefect uses it meanwhile."""
+        """Have a server."""
         environment = holdfast_environment(PREFECT_HOME=str(home), XDG_CACHE_HOME=str(home / "cache"))
         before = dict(os.environ)
         os.environ.clear()
@@ -49,10 +49,16 @@ class Own:
             os.environ.update(before)
         try:
             url = server.url()
-            with temporary_settings({PREFECT_API_URL: url}):
-                yield cls(url, {**environment, "PREFECT_API_URL": url})
+            yield cls(url, {**environment, "PREFECT_API_URL": url})
         finally:
             server.stop()
+
+    @contextmanager
+    def used(self) -> Iterator[Own]:
+        """Let this process's Prefect use it; nothing that an earlier module has made is there."""
+        self.empty()
+        with temporary_settings({PREFECT_API_URL: self.url}):
+            yield self
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """Return what the API answers."""

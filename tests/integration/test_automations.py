@@ -28,9 +28,9 @@ SILENCE = 10
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
-    """A server of this module's own: automations are global to one."""
-    with Own.started(tmp_path_factory.mktemp("healing-home")) as own:
+def server(own_server: Own, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
+    """A server that is this module's own meanwhile: automations are global to one."""
+    with own_server.used() as own:
         folder = tmp_path_factory.mktemp("healing")
         deploy(Wanted(workdir=str(folder), silence=SILENCE), lambda text: None)
         yield own

@@ -37,8 +37,8 @@ search: {engine: random, num_trials: 1}
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
-    with Own.started(tmp_path_factory.mktemp("deploy-home")) as server:
+def own(own_server: Own) -> Iterator[Own]:
+    with own_server.used() as server:
         yield server
 
 
@@ -163,10 +163,13 @@ def test_several_at_once_make_everything_once(server: Own, tmp_path: Path) -> No
 def test_what_cannot_be_is_refused_and_nothing_is_written(server: Own, tmp_path: Path) -> None:
     before = server.state()
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
     here = str(tmp_path)
     refused: list[tuple[Wanted, str]] = [
         (Wanted(workdir=here, storages=()), "name at least one folder"),
         (Wanted(workdir=here, storages=("file",)), "is a file"),
+        (Wanted(workdir=here, storages=("new", "file/below")), "file/below cannot be made: .*file is a file"),
+        (Wanted(workdir=here, storages=("link",)), "is a link to nothing"),
         (Wanted(workdir=here, storages=("block:nobody",)), "there is no block 'nobody'"),
         (Wanted(workdir=str(tmp_path / "nowhere")), "does not exist; make it"),
         (Wanted(workdir=here, silence=1), "silence is 1 s"),
@@ -182,7 +185,28 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(server: Own, tmp_path:
         quietly(Wanted(workdir=here, pool="elsewhere"))
     server.ask("DELETE", "/work_pools/elsewhere")
     assert without(server.state(), "block_schemas") == without(before, "block_schemas")
-    assert not (tmp_path / "runs").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_a_pool_of_containers_gets_no_folder_of_this_machine(server: Own, tmp_path: Path) -> None:
+    """Neither one that runs work in, nor storages made here; what every job can reach is deployed, and taken up again."""
+    server.ask("POST", "/work_pools/", {"name": "containers", "type": "docker", "base_job_template": {}})
+    volume = str(tmp_path / "volume")
+    for relative in ("./runs", "runs", "../runs"):
+        with pytest.raises(SpecError, match=r"of type docker, where no folder .*, and the storage .*absolute path"):
+            quietly(Wanted(workdir=str(tmp_path), pool="containers", storages=("s3://bucket/runs", relative)))
+    assert server.every("deployments") == []
+    wanted = Wanted(workdir=str(tmp_path), pool="containers", storages=(volume, "s3://bucket/runs"))
+    assert "storage" not in {change.kind for change in quietly(wanted)}
+    for name in (SEARCH, RESTORE, WATCH, COLLECT):
+        assert (server.deployment(name)["pull_steps"], server.deployment(name)["work_pool_name"]) == ([], "containers")
+    assert server.deployment(WATCH)["parameters"]["storages"] == [volume, "s3://bucket/runs"]
+    assert list(tmp_path.iterdir()) == []
+    assert {change.what for change in quietly(wanted)} == {"as it was"}
+    # To a pool of this machine's processes, and so to its folder.
+    quietly(Wanted(workdir=str(tmp_path), storages=("runs",)))
+    assert server.deployment(SEARCH)["pull_steps"]
+    assert (tmp_path / "runs").is_dir()
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -14,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli import main
-from holdfast.core.errors import Contention, InvalidInput
+from holdfast.core.errors import Contention, InvalidInput, StorageError
 from holdfast.deployments import machine
 from holdfast.deployments.machine import Addresses, PrefectSettings, Up
+from holdfast.deployments.processes import Died, Events, Part
 from holdfast.flows import serving
 from holdfast.flows.serving import Serving, adopt, left_running, state_file
 from holdfast.settings import settings
@@ -129,6 +132,9 @@ def test_a_second_one_is_told_where_the_first_is() -> None:
         (Up(host="192.168.0.1"), "127.0.0.1 behind a proxy"),
         (Up(webhook=Path("missing.yaml")), "no such file"),
         (Up(webhook=Path(__file__), webhook_port=4200), "two ports"),
+        (Up(storages=("",)), "name at least one folder"),
+        (Up(storages=(__file__,)), "is a file"),
+        (Up(storages=("s3://bucket/runs", f"{__file__}/below")), "below cannot be made: .*is a file"),
     ],
 )
 def test_what_cannot_be_started_is_refused(wanted: Up, words: str) -> None:
@@ -155,6 +161,47 @@ def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert main(["up", "--host", "no.such.host.invalid", "--port", "1"]) == 2
     assert not (tmp_path / "data" / "holdfast" / "up" / "prefect.db").exists()
     assert not state_file().exists()
+
+
+def test_a_data_folder_that_cannot_be_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOLDFAST_DATA_FOLDER", str(tmp_path / "file"))
+    settings.cache_clear()
+    with pytest.raises(StorageError, match=r"file cannot be written.*HOLDFAST_DATA_FOLDER"), machine.alone():
+        pass
+
+
+def test_a_part_begins_when_it_is_told(tmp_path: Path) -> None:
+    """One that died while it waited is started anew, and one whose machine is gone never begins."""
+    (tmp_path / "module_of_a_part.py").write_text("import sys\nprint(sys.argv[1:], 'json' in sys.modules, flush=True)\n")
+    events: Events = queue.SimpleQueue()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    part = Part(
+        "part", ["module_of_a_part", "--word"], tmp_path / "part.log", environment, events, prepares=["json", "no.such"]
+    )
+
+    def ends() -> int:
+        event = events.get(timeout=60)
+        part.close()
+        assert isinstance(event, Died)
+        return event.process.returncode
+
+    part.prepare()
+    assert part.process is not None
+    waiting = part.process.pid
+    part.start()
+    assert part.process.pid == waiting
+    assert ends() == 0
+    assert part.log.read_text() == "['--word'] True\n"
+    part.prepare()
+    part.kill()
+    assert ends() == -signal.SIGKILL
+    part.start()
+    assert ends() == 0
+    part.prepare()
+    part.close()  # as the system does with what belonged to `up`
+    assert ends() == 0
+    assert len(part.log.read_text().splitlines()) == 2
 
 
 def test_the_default_database_is_a_file_of_the_data_folder() -> None:
