@@ -28,7 +28,7 @@ def add_deploying(commands: Commands) -> None:
         help="what watch and collect look after: a folder (made if need be), a URL or block:NAME; may be repeated (./runs)",
     )
     database_option(deploy)
-    deploy.add_argument("--pool", default="holdfast", metavar="NAME", help="the work pool, of type process (holdfast)")
+    deploy.add_argument("--pool", default="holdfast", metavar="NAME", help="the work pool; made, of type process, if it is not there (holdfast)")
     deploy.add_argument("--workdir", metavar="DIR", help="the folder that runs work in, which relative paths mean (this one)")
     deploy.add_argument(
         "--no-automations",
@@ -53,9 +53,11 @@ def _deploy(options: argparse.Namespace) -> int:
     if options.print_yaml:
         sys.stdout.write(prefect_yaml())
         return 0
+    from holdfast.flows.serving import adopt
     from holdfast.settings import hush_prefect
 
     hush_prefect()
+    adopt()
     from prefect.settings import get_current_settings
 
     from holdfast.deployments.deploy import Wanted, deploy
