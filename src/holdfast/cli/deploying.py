@@ -28,7 +28,9 @@ def add_deploying(commands: Commands) -> None:
         help="what watch and collect look after: a folder (made if need be), a URL or block:NAME; may be repeated (./runs)",
     )
     database_option(deploy)
-    deploy.add_argument("--pool", default="holdfast", metavar="NAME", help="the work pool; made, of type process, if it is not there (holdfast)")
+    deploy.add_argument(
+        "--pool", default="holdfast", metavar="NAME", help="the work pool; made, of type process, if there is none (holdfast)"
+    )
     deploy.add_argument("--workdir", metavar="DIR", help="the folder that runs work in, which relative paths mean (this one)")
     deploy.add_argument(
         "--no-automations",
