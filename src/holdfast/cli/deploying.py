@@ -31,7 +31,7 @@ def add_deploying(commands: Commands) -> None:
     deploy.add_argument(
         "--pool", default="holdfast", metavar="NAME", help="the work pool; made, of type process, if there is none (holdfast)"
     )
-    deploy.add_argument("--workdir", metavar="DIR", help="the folder that runs work in, which relative paths mean (this one)")
+    deploy.add_argument("--workdir", metavar="DIR", help="the folder that runs work in (this one); not for pools of containers")
     deploy.add_argument(
         "--no-automations",
         action="store_true",
