@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -11,13 +12,14 @@ import httpx
 from prefect.blocks.core import Block
 from prefect.client.schemas.objects import BlockDocument
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.types import SecretDict
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 
 from holdfast.core.errors import EngineError, SpecError
 from holdfast.flows.forms import one_line, secret_in
 from holdfast.flows.prefect_runs import impatient_client
+from holdfast.flows.serving import left_running
 from holdfast.flows.watched_runs import has_api
 from holdfast.references import PREFIX, Saved, is_reference
 from holdfast.specfile import ExperimentSpec
@@ -236,7 +238,7 @@ def register() -> None:
 
 
 class Lookup:
-    """Looks blocks up on the server that Prefect's settings name."""
+    """Looks blocks up on the server that Prefect's settings name, else on that of ``holdfast up``."""
 
     def storage(self, name: str) -> tuple[str, dict[str, Any]]:
         """Return the location of a storage, and its options, credentials included."""
@@ -274,13 +276,8 @@ def _reasons(error: ValidationError) -> str:
 def _data(kind: type[Block], name: str) -> dict[str, Any]:
     """Return what is saved under a name; SpecError when there is no such block, EngineError when no API says so."""
     reference = f"{PREFIX}{name}"
-    if not has_api():
-        raise EngineError(
-            f"{reference} cannot be looked up: Prefect's settings name no API; set PREFECT_API_URL to that of the server "
-            "that has the block, or name the folder or the URL itself"
-        )
     try:
-        with impatient_client() as client:
+        with _api(reference), impatient_client() as client:
             try:
                 return dict(client.read_block_document_by_name(name, kind.get_block_type_slug()).data)
             except ObjectNotFound:
@@ -294,6 +291,22 @@ def _data(kind: type[Block], name: str) -> dict[str, Any]:
     known = ", ".join(f"{PREFIX}{one}" for one in saved[kind]) or "none"
     there = f"is a {others[0]}, and a {kind.__name__} is needed here" if others else f"names no block {kind.__name__}"
     raise SpecError(f"{reference} {there}; saved ones: {known}; save it in Prefect under Blocks, or from Python")
+
+
+@contextmanager
+def _api(reference: str) -> Iterator[None]:
+    """Let the body ask the API that Prefect's settings name, else the server that ``holdfast up`` left running."""
+    if has_api():
+        yield
+        return
+    found = left_running()
+    if found is None:
+        raise EngineError(
+            f"{reference} cannot be looked up: Prefect's settings name no API; set PREFECT_API_URL to that of the server "
+            "that has the block, start `holdfast up`, or name the folder or the URL itself"
+        )
+    with temporary_settings({PREFECT_API_URL: found.url}):
+        yield
 
 
 def _names(client: Any, kind: type[Block]) -> list[str]:

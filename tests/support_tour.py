@@ -21,8 +21,10 @@ import holdfast
 from holdfast.flows.naming import RESTORE, SEARCH, artifact_key, experiment_resource
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
-LARGEST = 150 * 1024
+LARGEST = 150_000
 """bytes of a picture"""
+WINDOW = {"width": 1280, "height": 800}
+"""smaller than that of the tests: what is read in a page's column is as large, and the files are smaller"""
 TRIALS = 8
 KILLED_AFTER = 3
 """trials that have ended when the search is killed"""
@@ -81,6 +83,11 @@ def pictures(tour: Tour, pages: Pages) -> Iterator[tuple[str, Callable[[], objec
     def form_of_search() -> None:
         pages.custom_run(SEARCH)
 
+    def fields_of_search() -> None:
+        pages.custom_run(SEARCH)
+        pages.tab("Field by field")
+        pages.field("Trainable").wait_for()
+
     def run() -> None:
         pages.go(f"/runs/flow-run/{tour.restored}", tab="TaskRuns")
         pages.sees("digits", exact=False)
@@ -89,8 +96,8 @@ def pictures(tour: Tour, pages: Pages) -> Iterator[tuple[str, Callable[[], objec
 
     def artifact(kind: str, text: str) -> Callable[[], None]:
         def show() -> None:
-            found = tour.site.artifact(tour.artifact(kind))
-            assert found is not None, kind
+            wanted = {"artifacts": {"key": {"any_": [tour.artifact(kind)]}}}
+            (found,) = tour.site.ask("POST", "/artifacts/latest/filter", wanted)
             pages.go(f"/artifacts/artifact/{found['latest_id']}")
             pages.sees(text, exact=False)
             page.wait_for_load_state("networkidle")
@@ -108,6 +115,7 @@ def pictures(tour: Tour, pages: Pages) -> Iterator[tuple[str, Callable[[], objec
     yield "deployments", deployments
     yield "restore-form", form_of_restore
     yield "search-form", form_of_search
+    yield "search-form-fields", fields_of_search
     yield "run", run
     yield "progress", artifact("progress", "holdfast-progress")
     yield "leaderboard", artifact("leaderboard", "loss")
@@ -145,6 +153,7 @@ def main(images: Path, wanted: list[str]) -> int:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
             pages = Pages.open(browser, site)
+            pages.page.set_viewport_size(WINDOW)  # type: ignore[arg-type]
             for name, show in pictures(tour, pages):
                 if not wanted or name in wanted:
                     try:
@@ -152,6 +161,7 @@ def main(images: Path, wanted: list[str]) -> int:
                     except PlaywrightError as error:
                         missing.append(name)
                         print(f"{name}: {error}", file=sys.stderr)
+                        continue  # the picture that is there stays
                     take(pages, name, images)
             browser.close()
     finally:

@@ -75,27 +75,42 @@ def own_lease(folder: Folder, identity: Identity) -> PathLease | None:
 
 
 def verdict(folder: Folder, identity: Identity, database: Database, record: Record) -> Verdict:
-    """Tell what the database is to the path; reads the whole journal only where the newest epoch differs."""
+    """Tell what the database is to the path; reads the whole journal only where the newest epoch differs.
+
+    The path is read before the database: whoever drives writes the database first, so one that goes on meanwhile is never
+    behind what was read of its path.
+    """
     lease = own_lease(folder, identity)
-    story = Story(
-        epochs=rebuild.epochs(database, record.id),
-        seq=record.seq,
-        touched=rebuild.touched(database, record.id),
-        copied_at=rebuild.copied_at(database, record.id),
-    )
     newest = None if lease is None else Epoch(lease.epoch, lease.token, 0)
-    drove_last = newest is not None and bool(story.epochs) and story.epochs[-1] == newest
     try:
         end = journal.end(folder.root)
     except Corrupt:
-        if drove_last and story.copied_at is None:
+        mine = _story(database, record)
+        if _drove_last(mine, newest) and mine.copied_at is None:
             return Verdict.CURRENT  # it holds what the journal told; the next driver writes that anew
         raise
     if lease is None and end == -1:
         return Verdict.CURRENT
-    if drove_last:
+    story = _story(database, record)
+    if _drove_last(story, newest):
         return judge(story, story.epochs, end)
-    return judge(story, _epochs(journal.read(folder.root), newest), end)
+    path = _epochs(journal.read(folder.root), newest)
+    return judge(_story(database, record), path, end)
+
+
+def _drove_last(story: Story, newest: Epoch | None) -> bool:
+    return newest is not None and bool(story.epochs) and story.epochs[-1] == newest
+
+
+def _story(database: Database, record: Record) -> Story:
+    """Read what the database tells now; the record may have been read before the path was."""
+    now = by_uuid(database, record.uuid) or record
+    return Story(
+        epochs=rebuild.epochs(database, record.id),
+        seq=now.seq,
+        touched=rebuild.touched(database, record.id),
+        copied_at=rebuild.copied_at(database, record.id),
+    )
 
 
 def driven_elsewhere(folder: Folder, database: Database, record: Record) -> str | None:

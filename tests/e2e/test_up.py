@@ -96,6 +96,7 @@ def test_one_machine(lab: Lab) -> None:
 
     # A run in a shell without any setting of Prefect's is on that server.
     lab.run("run", lab.spec(name="shell", search={"num_trials": 1}))
+    assert first.state["ui"] in lab.run("deploy", "--storage", "runs").output
     view = View(Lab(lab.folder / "view", {**lab.environment, "PREFECT_API_URL": first.url}), "shell")
     assert view.flows() == ["COMPLETED"]
 

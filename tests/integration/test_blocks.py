@@ -32,12 +32,19 @@ print("saved")
 
 COMMANDS = """
 import json, sys
+from pathlib import Path
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from holdfast.cli import main
+from holdfast.flows.serving import Serving
 commands = json.loads(sys.argv[1])
 for words in commands:
     print("CODE", main(words), *words, flush=True)
 with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+    print("CODE", main(commands[0]), flush=True)
+url = PREFECT_API_URL.value()
+with temporary_settings(restore_defaults={PREFECT_API_URL}):
+    print("CODE", main(commands[0]), flush=True)
+    Serving.here(url, url, is_protected=False, logs=Path("logs")).write()
     print("CODE", main(commands[0]), flush=True)
 """
 
@@ -151,7 +158,8 @@ def test_secrets_stay_in_the_blocks(
     ended = lab.python(COMMANDS, json.dumps([command for command, _ in commands]))
     words.append(ended.output)
     codes = [int(line.split()[1]) for line in ended.output.splitlines() if line.startswith("CODE ")]
-    assert codes == [*(code for _, code in commands), 4], ended.output
+    # The first one once more: an API that is away, none at all, and the server that `holdfast up` left running.
+    assert codes == [*(code for _, code in commands), 4, 4, 0], ended.output
     words.append(lab.python(FLOWS).output)
     text = "\n".join(words)
     assert "block:blocks-nobody names no block HoldfastStorage; saved ones: block:blocks-lab" in text
@@ -161,6 +169,7 @@ def test_secrets_stay_in_the_blocks(
     assert "block:blocks-lab is a HoldfastStorage, and a HoldfastDatabase is needed here" in text
     assert "block:blocks-lab is a HoldfastStorage, and a HoldfastSpec is needed here" in text
     assert "Prefect's API at http://127.0.0.1:1/api does not answer" in text
+    assert "Prefect's settings name no API; set PREFECT_API_URL" in text
     for told in ("search: COMPLETED", "restore: COMPLETED nothing is left to do", 'watch: {"'):
         assert told in text, words[-1]
     assert "refused: FAILED storage_options holds the credential 'secret'; Prefect keeps parameters" in text

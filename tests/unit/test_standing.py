@@ -18,7 +18,7 @@ from holdfast.core.errors import Conflict, Corrupt, ExperimentExists, HoldfastEr
 from holdfast.core.trial import Outcome
 from holdfast.holding import WentOn, check_path
 from holdfast.locate import Opened, open_path
-from holdfast.standing import Story, Verdict, judge
+from holdfast.standing import Story, Verdict, judge, verdict
 from holdfast.storage import journal
 from holdfast.storage.database import experiments, requests
 from holdfast.storage.database.driver import Driver, Ending
@@ -156,6 +156,13 @@ def test_a_database_that_stayed_behind_is_brought_up_to_date(path: Path, tmp_pat
             assert len(opened.notes) == (round_ > 0)
             drive(opened)
     assert numbers(path) == numbers(path, tmp_path / "other.db") == [0, 1, 2, 3, 4]
+
+
+def test_a_database_that_is_driven_while_the_path_is_looked_at_is_not_behind(path: Path) -> None:
+    with closing(open_path(path)) as looking, closing(open_path(path)) as driving:
+        drive(driving)  # after the record of the one that looks was read, and before its journal is
+        assert journal.end(looking.folder.root) > looking.record.seq
+        assert verdict(looking.folder, looking.folder.identity(), looking.database, looking.record) is Verdict.CURRENT
 
 
 def test_a_database_from_a_backup_is_brought_up_to_date(path: Path) -> None:

@@ -28,8 +28,10 @@ def add_deploying(commands: Commands) -> None:
         help="what watch and collect look after: a folder (made if need be), a URL or block:NAME; may be repeated (./runs)",
     )
     database_option(deploy)
-    deploy.add_argument("--pool", default="holdfast", metavar="NAME", help="the work pool, of type process (holdfast)")
-    deploy.add_argument("--workdir", metavar="DIR", help="the folder that runs work in, which relative paths mean (this one)")
+    deploy.add_argument(
+        "--pool", default="holdfast", metavar="NAME", help="the work pool; made, of type process, if there is none (holdfast)"
+    )
+    deploy.add_argument("--workdir", metavar="DIR", help="the folder that runs work in (this one); not for pools of containers")
     deploy.add_argument(
         "--no-automations",
         action="store_true",
@@ -53,9 +55,11 @@ def _deploy(options: argparse.Namespace) -> int:
     if options.print_yaml:
         sys.stdout.write(prefect_yaml())
         return 0
+    from holdfast.flows.serving import adopt
     from holdfast.settings import hush_prefect
 
     hush_prefect()
+    adopt()
     from prefect.settings import get_current_settings
 
     from holdfast.deployments.deploy import Wanted, deploy

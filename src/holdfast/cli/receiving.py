@@ -31,9 +31,11 @@ def _port(text: str) -> int:
 
 
 def _webhook(options: argparse.Namespace) -> int:
+    from holdfast.flows.serving import adopt
     from holdfast.settings import hush_prefect
 
     hush_prefect()
+    adopt()
     _check_libraries()
     from holdfast.deployments.webhook.config import WebhookConfig
 
