@@ -59,15 +59,17 @@ def test_silence_makes_our_runs_crashed_and_a_crash_is_looked_after(server: Own)
         "pending": server.flow_run("search", [TAG], "PENDING"),
     }
     tags = {"foreign": ["team-b"], "untagged": []}
-    for name, run in runs.items():
-        if name != "pending":
-            server.send("prefect.flow-run.heartbeat", run, tags.get(name, [TAG]))
+    # Each beat is followed at once by what ends the waiting for the next one: on a slow machine silence comes soon.
+    server.send("prefect.flow-run.heartbeat", runs["suspended"], [TAG])
     server.set_state(runs["suspended"], "PAUSED", name="Suspended")
+    server.send("prefect.flow-run.heartbeat", runs["finished"], [TAG])
     server.set_state(runs["finished"], "COMPLETED")
     # Its process beat once more after it was suspended, and then said that it ends.
     server.set_state(runs["left"], "PAUSED", name="Suspended")
     server.send("prefect.flow-run.heartbeat", runs["left"], [TAG])
     server.send("holdfast.flow-run.left", runs["left"], [TAG])
+    for name in ("foreign", "untagged", "ours"):
+        server.send("prefect.flow-run.heartbeat", runs[name], tags.get(name, [TAG]))
     server.until(lambda: server.type_of(runs["ours"]) == "CRASHED")
     server.until(lambda: len(server.runs_of(WATCH)) == 1)
     (looking,) = server.runs_of(WATCH)
