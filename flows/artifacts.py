@@ -221,7 +221,7 @@ def summary(shown: Shown, tally: Tally) -> str:
         f"| driven | for the {_ordinal(shown.epoch)} time |" if shown.epoch > 1 else "| driven | for the first time |",
     ]
     if shown.restored:
-        lines.append(f"| restored | {shown.lost} steps of work were lost, and are done again |")
+        lines.append(f"| restored | {_lost_words(shown.lost)} |")
     found = tally.errors()
     if found:
         lines += ["", "## Errors", "", "| trials | numbers | error |", "|---|---|---|"]
@@ -233,6 +233,16 @@ def summary(shown: Shown, tally: Tally) -> str:
         lines += ["", "This runs the errored trials again:", "", code_block(f"{shown.command} --restart-errored")]
     lines += ["", "Or run the deployment `restore/restore` with this path:", "", code_block(shown.path)]
     return "\n".join(lines)
+
+
+def _lost_words(steps: int) -> str:
+    match steps:
+        case 0:
+            return "no work was lost"
+        case 1:
+            return "1 step of work was lost, and is done again"
+        case _:
+            return f"{steps} steps of work were lost, and are done again"
 
 
 def _some(numbers: list[int]) -> str:

@@ -43,6 +43,7 @@ _DESCRIPTIONS = {
     "keep_top_k": "Keep the best so many of each trial; empty: 1.",
     "keep_last": "Keep the newest so many of each trial; empty: 2.",
     "options": 'What the engine takes, such as {"n_startup_trials": 20} of tpe.',
+    "population": 'Population based training, such as {"interval": 5}: steps between two looks; empty: trials are on their own.',
     "isolation": "process: in a process of its own; inline: for trainables that use Prefect.",
 }
 
@@ -55,6 +56,7 @@ _EXAMPLES: dict[str, list[Any]] = {
     "database": ["block:main", "postgresql+psycopg://user@host/name"],
     "constraints": [["lr * batch < 1"]],
     "feasible": [["memory <= 16"]],
+    "population": [{"interval": 5, "quantile": 0.25}],
 }
 
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
@@ -104,10 +106,10 @@ def _shape(schema: Schema, resolve: Resolve, seen: set[int]) -> None:
     properties: dict[str, Schema] = schema["properties"]
     hidden = [name for name in properties if (kind, name) in _HIDDEN]
     for position, (name, given) in enumerate([*properties.items()]):
-        found = _field(name, given, resolve)
-        properties[name] = {**found, "position": position}
         for below in _referred(given, resolve):
             _shape(below, resolve, seen)
+        found = _field(name, given, resolve)
+        properties[name] = {**found, "position": position}
     for name in hidden:
         schema.setdefault("patternProperties", {})[f"^{name}$"] = {}
         del properties[name]
@@ -134,7 +136,8 @@ def _field(name: str, given: Schema, resolve: Resolve) -> Schema:
                 {**others[1], "title": "Your own class"},
             ]
         elif reference:
-            found["anyOf"] = [{**others[0], "title": found["title"]}, {"type": "null", "title": "None"}]
+            del found["anyOf"]
+            found |= _whole(resolve(others[0]))
         elif has_null and len(others) == 1:
             del found["anyOf"]
             found.pop("default", None)
@@ -153,6 +156,16 @@ def _field(name: str, given: Schema, resolve: Resolve) -> Schema:
     elif found.get("type") == "object":
         found.pop("default", None)  # what is empty is edited as JSON, what holds {} is not shown at all
     return found
+
+
+def _whole(section: Schema) -> Schema:
+    """Return the schema of a section that is left out as a whole, or filled in as JSON.
+
+    A choice with null shows nothing but that it is one, and a section's own inputs would send their defaults: it would count.
+    """
+    members = {f"^{name}$": member for name, member in section["properties"].items()}
+    kept = {key: section[key] for key in ("required",) if key in section}
+    return {"type": "object", "patternProperties": members, "additionalProperties": False, **kept}
 
 
 def _said(text: str) -> str:

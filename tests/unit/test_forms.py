@@ -73,6 +73,18 @@ def test_no_input_is_one_that_the_form_cannot_show() -> None:
             assert all("title" in one or "$ref" in one for one in field.get("anyOf", [])), place
 
 
+def test_no_input_shows_null_before_anybody_chose_it() -> None:
+    for schema in SCHEMAS.values():
+        for place, field in sections(schema):
+            options = field.get("anyOf", [])
+            assert "default" not in field or field["default"] is not None, place
+            assert not options or options[0].get("type") != "null", place
+            assert not any("$ref" in one and {"type": "null", "title": "None"} in options for one in options), place
+    for bad in ({"interval": 0}, {"quantile": 0.2}, {"interval": 2, "intervall": 3}, [1]):
+        with pytest.raises(ValidationError, match="spec"):
+            check("search", {"spec": {**SPEC, "population": bad}})
+
+
 def test_only_the_experiment_has_to_be_named() -> None:
     assert SCHEMAS["restore"]["required"] == ["path"]
     assert SCHEMAS["watch"]["required"] == ["storages"]
