@@ -17,7 +17,7 @@ from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
 from holdfast.core.values import Json, strict
 from holdfast.report.tables import brief, config_words
-from holdfast.report.texts import code_block, marked_down, one_line
+from holdfast.report.texts import code_block, command_block, marked_down, one_line
 
 KINDS = ("progress", "leaderboard", "summary")
 TYPES = {"progress": "progress", "leaderboard": "table", "summary": "markdown"}
@@ -27,6 +27,8 @@ LEADERS = 20
 """Rows of the leaderboard."""
 ERRORS = 10
 """Kinds of errors that the summary shows."""
+PARAMETERS = 8
+"""Columns of parameters that it has at most: of more than so many it shows all in one."""
 NUMBERS = 8
 """Trials that are named for each of them."""
 KINDS_KEPT = 1000
@@ -163,25 +165,50 @@ def percent(shown: Shown, tally: Tally) -> float:
 
 
 def leaderboard(spec: ExperimentSpec, tally: Tally) -> list[dict[str, Any]]:
-    """Return the rows of the best trials, or of the front: the columns of ``holdfast trials``."""
+    """Return the rows of the best trials, or of the front: the columns of ``holdfast trials``.
+
+    With few parameters each has a column of its own. Text is markdown: that is how Prefect's UI shows the cells of a table.
+    """
     found = tally.leaders()[:LEADERS]
     repeated = any(len(candidate.members) > 1 for candidate in found)
+    fixed = {"rank", "trial", "status", "repeats", "step", "attempts", "config"}
+    goals = _columns(spec.objectives, fixed, "objective")
+    parameters = _columns(
+        dict.fromkeys(name for one in found for name in one.trial.config), {*fixed, *goals.values()}, "parameter"
+    )
     rows = []
     for place, candidate in enumerate(found):
         trial = candidate.trial
         row: dict[str, Any] = {"rank": place + 1, "trial": trial.number, "status": trial.status.value}
-        fixed = {*row, "repeats", "step", "attempts", "config"}
-        for name, value in zip(spec.objectives, candidate.values, strict=True):
-            row[f"{name} (objective)" if name in fixed else one_line(name, _CELL)] = brief(value)
+        row |= {goals[name]: _cell(brief(value)) for name, value in zip(spec.objectives, candidate.values, strict=True)}
         if repeated:
             row["repeats"] = len(candidate.members)
-        row |= {
-            "step": "" if trial.step is None else trial.step,
-            "attempts": trial.attempts,
-            "config": one_line(config_words(trial), _CONFIG),
-        }
+        row |= {"step": "" if trial.step is None else trial.step, "attempts": trial.attempts}
+        if len(parameters) <= PARAMETERS:
+            config = trial.config
+            row |= {column: _cell(brief(config[name])) if name in config else "" for name, column in parameters.items()}
+        else:
+            row["config"] = marked_down(config_words(trial), _CONFIG)
         rows.append(row)
     return rows
+
+
+def _columns(names: Iterable[str], taken: Iterable[str], kind: str) -> dict[str, str]:
+    """Return a column for each name, none of them ``taken`` or another's."""
+    columns, others = dict[str, str](), {*taken}
+    for name in names:
+        shown = column = one_line(name, _CELL) or kind
+        count = 1
+        while column in others:
+            column = f"{shown} ({kind})" if count == 1 else f"{shown} ({kind} {count})"
+            count += 1
+        columns[name] = column
+        others.add(column)
+    return columns
+
+
+def _cell(text: str) -> str:
+    return marked_down(text, _CELL)
 
 
 def best_words(spec: ExperimentSpec, tally: Tally) -> str:
@@ -228,9 +255,9 @@ def summary(shown: Shown, tally: Tally) -> str:
         lines += [f"| {len(numbers)} | {_some(numbers)} | {marked_down(words, _ERROR)} |" for words, numbers in found[:ERRORS]]
         if len(found) > ERRORS:
             lines.append(f"| {sum(len(numbers) for _, numbers in found[ERRORS:])} | | {len(found) - ERRORS} other errors |")
-    lines += ["", "## How to go on", "", _HOW[shown.ended], "", code_block(shown.command + _MORE.get(state, ""))]
+    lines += ["", "## How to go on", "", _HOW[shown.ended], "", command_block(shown.command + _MORE.get(state, ""))]
     if found and state == "completed":
-        lines += ["", "This runs the errored trials again:", "", code_block(f"{shown.command} --restart-errored")]
+        lines += ["", "This runs the errored trials again:", "", command_block(f"{shown.command} --restart-errored")]
     lines += ["", "Or run the deployment `restore/restore` with this path:", "", code_block(shown.path)]
     return "\n".join(lines)
 

@@ -43,7 +43,7 @@ _DESCRIPTIONS = {
     "keep_top_k": "Keep the best so many of each trial; empty: 1.",
     "keep_last": "Keep the newest so many of each trial; empty: 2.",
     "options": 'What the engine takes, such as {"n_startup_trials": 20} of tpe.',
-    "population": 'Population based training, such as {"interval": 5}: steps between looks; empty: trials are on their own.',
+    "population": 'Population based training, such as {"interval": 5}, in steps; empty: trials are on their own.',
     "isolation": "process: in a process of its own; inline: for trainables that use Prefect.",
 }
 

@@ -34,7 +34,7 @@ from holdfast.flows.naming import EXPERIMENT_EVENT, TAG, TRIAL_EVENT, artifact_k
 from holdfast.flows.prefect_runs import impatient_client, this_run
 from holdfast.flows.session import Session
 from holdfast.report.observer import Observer, restore_command
-from holdfast.report.texts import one_line
+from holdfast.report.texts import marked_down, one_line
 from holdfast.result import SearchResult
 
 POLL_SECONDS = 1.0
@@ -167,7 +167,7 @@ class Board:
                     ArtifactCreate(
                         key=self._keys[kind],
                         type=TYPES[kind],
-                        description=f"{kind} of {one_line(shown.name, 200)}",
+                        description=f"{kind} of {marked_down(shown.name, 200)}",  # markdown to the UI
                         data=data,
                         flow_run_id=self._run,
                     )

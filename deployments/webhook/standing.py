@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast import references
 from holdfast.core.errors import Corrupt, ExperimentNotFound, HoldfastError, SpecError
-from holdfast.deployments.webhook.places import BLOCK, candidates, spec_below
+from holdfast.deployments.webhook.places import BLOCK, candidates, location_below, parts_below, spec_below
 from holdfast.deployments.webhook.problems import Problem, later
 from holdfast.deployments.webhook.requests import Wanted
 from holdfast.holding import is_driven, is_driven_by_path
-from holdfast.locate import database_url, folder_at
-from holdfast.specfile import ExperimentSpec
+from holdfast.locate import database_url, experiment_path, folder_at, placed
+from holdfast.settings import settings
+from holdfast.specfile import ExperimentSpec, apply_overrides
 from holdfast.storage.database.engine import connect
 from holdfast.storage.database.experiments import by_uuid, has_schema
 from holdfast.storage.database.leases import Leases, describe
 from holdfast.storage.folder import Folder
-from holdfast.storage.root import absolute, join, name_of, parent_of
+from holdfast.storage.root import name_of, parent_of
 
 if TYPE_CHECKING:
     from holdfast.deployments.webhook.config import Root, WebhookConfig
@@ -37,27 +40,59 @@ class Target:
     parameters: dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where an experiment really is. Its options may hold a block's secrets: they stay in memory."""
+
+    folder: Folder = field(repr=False)
+    database: str | None = field(default=None, repr=False)
+
+
 def restore_of(wanted: Wanted, config: WebhookConfig) -> Target:
     """Return the restore that is wanted; a Problem (404) unless there is such an experiment below the roots."""
     for root, location in candidates(wanted.name, config.roots):
-        if not location.startswith(BLOCK) and not _is_there(location, root):
+        with _readable():
+            place = _found(root, location)
+        if place is None:
             continue
         parameters = {"path": location, **wanted.flags}
         if root.storage_options:
             parameters["storage_options"] = root.storage_options
         if root.database:
             parameters["database"] = root.database
-        if not location.startswith(BLOCK) and not wanted.forces:
-            check_free(folder_at(location, root.storage_options), root.database)
+        if not wanted.forces:
+            check_free(place.folder, place.database)
         return Target(place=location, name=name_of(location), parameters=parameters)
     raise Problem(404, "no-such-experiment", "there is no such experiment below the roots of this receiver")
 
 
-def _is_there(location: str, root: Root) -> bool:
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Make a Problem (503) of what cannot be looked up or read in the body."""
     try:
-        return folder_at(location, root.storage_options).exists()
+        yield
     except (HoldfastError, OSError, ValueError) as error:
         raise later(503, "storage", "the storage cannot be read; the receiver's log says why", 30.0) from error
+
+
+def _found(root: Root, location: str) -> _Place | None:
+    """Return where the experiment is, by the block that stands for its root if one does; None when there is none."""
+    options: Mapping[str, Any] | None = root.storage_options
+    if location.startswith(BLOCK):
+        base, options = references.place(root.location, options)
+        # The same checks as for a root that is named itself: the block may be a folder with links, or a URL.
+        parts = parts_below(location.removeprefix(f"{root.location}/"), str(base))
+        below = None if parts is None else location_below(str(base), parts)
+        if below is None:
+            return None
+        location = below
+    folder = folder_at(location, options)
+    return _Place(folder=folder, database=_database(root.database)) if folder.exists() else None
+
+
+def _database(given: str | None) -> str | None:
+    """Return the URL of a database that was given, or of the environment's, with what a block says of it."""
+    return references.database(given or settings().database_url)
 
 
 def search_of(wanted: Wanted, config: WebhookConfig) -> Target:
@@ -66,24 +101,33 @@ def search_of(wanted: Wanted, config: WebhookConfig) -> Target:
     if spec is None:
         raise Problem(404, "no-such-spec", "there is no such spec below the folders of this receiver, and no saved one")
     parameters = {"spec": spec, **({"overrides": list(wanted.overrides)} if wanted.overrides else {})}
+    read = _read(spec, wanted.overrides)
+    with _readable():
+        placed_at = placed(read)  # secrets of its blocks: in memory alone
+        location = experiment_path(placed_at)
+        known = "{" not in read.name and read.if_exists != "new"
+        folder = folder_at(location, placed_at.storage_options)
+        exists = known and folder.exists()
+        database = _database(read.database) if exists else None
+    if exists and read.if_exists == "fail":
+        raise Problem(409, "experiment-exists", "the experiment exists already, and its spec says if_exists: fail")
+    if exists:
+        check_free(folder, database)
+    return Target(place=location, name=read.name, parameters=parameters)
+
+
+def _read(spec: str, overrides: Sequence[str]) -> ExperimentSpec:
+    """Return a spec from its file or its block, as the flow reads it."""
+    saved = None
     if spec.startswith(BLOCK):
-        return Target(place=spec, name=spec.removeprefix(BLOCK), parameters=parameters)
+        with _readable():
+            saved = references.saved_spec(spec)
     try:
-        read = ExperimentSpec.from_file(spec, wanted.overrides)
+        if saved is None:
+            return ExperimentSpec.from_file(spec, overrides)
+        return ExperimentSpec.parse(apply_overrides(saved.data, overrides, spec), source=spec)
     except SpecError as error:
         raise Problem(422, "spec", "the spec with these overrides is refused; the receiver's log says why") from error
-    location = join(absolute(read.storage), read.name)
-    if "{" not in read.name and read.if_exists != "new":
-        folder = folder_at(location, read.storage_options)
-        try:
-            exists = folder.exists()
-        except (HoldfastError, OSError, ValueError) as error:
-            raise later(503, "storage", "the storage cannot be read; the receiver's log says why", 30.0) from error
-        if exists and read.if_exists == "fail":
-            raise Problem(409, "experiment-exists", "the experiment exists already, and its spec says if_exists: fail")
-        if exists:
-            check_free(folder, read.database)
-    return Target(place=location, name=read.name, parameters=parameters)
 
 
 def check_free(folder: Folder, database: str | None) -> None:

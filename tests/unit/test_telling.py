@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shlex
+import subprocess
 import threading
 import uuid
 from collections import Counter
@@ -27,7 +29,7 @@ from holdfast.flows.prefect_runs import impatient_client
 from holdfast.flows.telling import BURST, Bucket, Teller, public
 from holdfast.report.observer import RunLog
 from holdfast.report.ranking import Ranking
-from holdfast.report.texts import code_block, marked_down, one_line
+from holdfast.report.texts import code_block, command_block, marked_down, one_line
 from holdfast.result import SearchResult
 
 S = TrialStatus
@@ -357,6 +359,56 @@ def test_the_log_of_a_run_has_one_printable_line_a_message(caplog: pytest.LogCap
         assert len(message) <= 2000
         message.encode()
     assert "RuntimeError: |a|`b`\\n# c" in caplog.messages[1]
+
+
+def test_the_leaderboard_has_a_column_for_each_of_few_parameters_and_no_markup() -> None:
+    link = "![x](http://evil.example/x.png) <img src=x onerror=alert(1)> {{ 7 * 7 }} \U0001f600"
+    spec = spec_of()
+    few, many = Tally(spec), Tally(spec)
+    few.take(trial_of(0, metrics={"loss": 1.0}, config={"x": 0.123456789, "act": link, "loss": 3, "trial": 4}))
+    few.take(trial_of(1, metrics={"loss": 2.0}, config={"x": 1.0, "z" * 200 + "a": 1, "z" * 200 + "b": 2, "": 5}))
+    first, second = leaderboard(spec, few)
+    assert list(first) == list(second)
+    assert first["x"] == "0.12346"
+    assert (first["loss"], first["loss (parameter)"], first["trial"], first["trial (parameter)"]) == ("1", "3", 0, "4")
+    assert [value for key, value in second.items() if key.startswith("z")] == ["1", "2"]
+    assert second["parameter"] == "5"
+    assert second["act"] == ""
+    assert r"\!\[x\](http://evil.example/x.png) \<img src=x" in first["act"]
+    assert "\U0001f600" in first["act"]
+    many.take(trial_of(0, metrics={"loss": 1.0}, config={f"p{number}": link for number in range(9)}))
+    (row,) = leaderboard(spec, many)
+    assert list(row) == ["rank", "trial", "status", "loss", "step", "attempts", "config"]
+    assert r"p0=\!\[x\]" in row["config"]
+    assert len(json.dumps(row)) < 3000
+
+
+def test_what_describes_an_artifact_is_no_markup() -> None:
+    with api() as server, impatient_client() as client:
+        Teller(shown_of(spec_of(name="!x <img src=x onerror=y()>")), str(uuid.uuid4())).step(client)
+        assert {body["description"] for body in server.bodies.values()} == {
+            rf"{kind} of \!x \<img src=x onerror=y()\>" for kind in ("progress", "leaderboard", "summary")
+        }
+
+
+def test_a_long_command_is_one_that_the_shell_takes() -> None:
+    words = ["holdfast", "restore", "/data/" + "long" * 15 + '/it\'s "here" `x` $y', "--database", "sqlite:///" + "d" * 70]
+    block = command_block(shlex.join(words))
+    fence, *lines, last = block.split("\n")
+    assert fence == last
+    assert all(len(line) <= 100 for line in lines)
+    assert len(lines) >= 3
+    said = subprocess.run(
+        ["sh", "-c", "\n".join(lines).replace("holdfast ", "printf '%s\\n' ", 1)], capture_output=True, text=True
+    )
+    assert said.stdout.splitlines() == words[1:]
+    assert command_block("holdfast restore /runs/x") == "```\nholdfast restore /runs/x\n```"
+    assert command_block("holdfast restore '" + "x" * 5000).count("\n") == 2
+
+
+@pytest.mark.parametrize(("lost", "words"), [(0, "no work was lost"), (1, "1 step of work was"), (2, "2 steps of work were")])
+def test_what_was_lost_is_said_in_words(lost: int, words: str) -> None:
+    assert f"| restored | {words}" in summary(shown_of(spec_of(), restored=True, lost=lost), Tally(spec_of()))
 
 
 def test_progress_is_a_percentage_of_what_is_to_run() -> None:

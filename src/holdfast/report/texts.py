@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 LONGEST_LINE = 2000
 """Characters of a line of a log, or of a command, that are kept."""
+
+WIDTH = 80
+"""Characters of a line that is shown whole in Prefect's UI."""
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~!&$])")
 
@@ -30,6 +34,27 @@ def marked_down(text: str, limit: int = 500) -> str:
 
 def code_block(text: str, limit: int = 2 * LONGEST_LINE) -> str:
     """Return ``text`` as a block of code in markdown, which nothing in it ends."""
-    shown = one_line(text, limit)
+    return _fenced(one_line(text, limit))
+
+
+def command_block(command: str, limit: int = 2 * LONGEST_LINE) -> str:
+    """Return a command of a shell as a block of code: a long one on several lines, which the shell takes for one."""
+    shown = one_line(command, limit)
+    try:
+        words = [shlex.quote(word) for word in shlex.split(shown)]
+    except ValueError:  # its end, with a quote, was too much
+        return _fenced(shown)
+    if len(shown) <= WIDTH or shlex.join(shlex.split(shown)) != shown:
+        return _fenced(shown)
+    lines = [words[0]]
+    for word in words[1:]:
+        if word.startswith("-") or len(lines[-1]) + len(word) >= WIDTH:
+            lines.append(f"  {word}")
+        else:
+            lines[-1] += f" {word}"
+    return _fenced(" \\\n".join(lines))
+
+
+def _fenced(shown: str) -> str:
     fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", shown) or [""]))
     return f"{fence}\n{shown}\n{fence}"
