@@ -48,7 +48,7 @@ def command_block(command: str, limit: int = 2 * LONGEST_LINE) -> str:
         return _fenced(shown)
     lines = [words[0]]
     for word in words[1:]:
-        if word.startswith("-") or len(lines[-1]) + len(word) >= WIDTH:
+        if word.startswith("-"):  # a path stays beside its command, however long: it is searched for, and copied
             lines.append(f"  {word}")
         else:
             lines[-1] += f" {word}"
