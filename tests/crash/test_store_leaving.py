@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import PATIENCE
 
 from holdfast import CheckpointStore
 from tests.s3_server import S3
 
 LEAVING = """
-import os, signal, sys
+import os, signal, sys, time
 import numpy as np
 from holdfast import CheckpointStore
 
@@ -24,8 +25,8 @@ store.save(0, np.zeros(3_000_000))
 os.write(1, b"saved\\n")
 match sys.argv[2]:
     case "SIGTERM":
-        while True:
-            signal.pause()
+        while True:  # a pause that begins right after the signal came would never end: Python runs handlers between calls
+            time.sleep(0.05)
     case "SystemExit":
         sys.exit(5)
     case "error":
@@ -45,7 +46,10 @@ def test_what_is_under_way_is_finished_before_the_process_ends(how: str, code: i
     assert saver.stdout.readline() == "saved\n"
     if how == "SIGTERM":
         saver.send_signal(signal.SIGTERM)
-    saver.communicate()
+    try:
+        saver.communicate(timeout=PATIENCE)
+    finally:
+        saver.kill()
     assert saver.returncode == code
     assert CheckpointStore(tmp_path).load(0).shape == (3_000_000,)
 
