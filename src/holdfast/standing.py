@@ -89,9 +89,9 @@ def verdict(folder: Folder, identity: Identity, database: Database, record: Reco
         if _drove_last(mine, newest) and mine.copied_at is None:
             return Verdict.CURRENT  # it holds what the journal told; the next driver writes that anew
         raise
+    story = _story(database, record)  # also where the path says nothing: rows that cannot be read are noticed
     if lease is None and end == -1:
         return Verdict.CURRENT
-    story = _story(database, record)
     if _drove_last(story, newest):
         return judge(story, story.epochs, end)
     path = _epochs(journal.read(folder.root), newest)
