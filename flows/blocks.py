@@ -282,9 +282,9 @@ def _data(kind: type[Block], name: str) -> dict[str, Any]:
                 return dict(client.read_block_document_by_name(name, kind.get_block_type_slug()).data)
             except ObjectNotFound:
                 saved = {other: _names(client, other) for other in BLOCKS}
-    except (PrefectHTTPStatusError, httpx.HTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
         raise EngineError(
-            f"{reference} cannot be looked up: Prefect's API at {PREFECT_API_URL.value()} does not answer "
+            f"{reference} cannot be looked up: Prefect's API at {_without_user(str(PREFECT_API_URL.value()))} does not answer "
             f"({type(error).__name__}); look after the server, then try again"
         ) from None
     others = [other.__name__ for other, names in saved.items() if name in names]
@@ -307,6 +307,12 @@ def _api(reference: str) -> Iterator[None]:
         )
     with temporary_settings({PREFECT_API_URL: found.url}):
         yield
+
+
+def _without_user(url: str) -> str:
+    scheme, between, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}{between}{authority.rpartition('@')[2]}{slash}{path}"
 
 
 def _names(client: Any, kind: type[Block]) -> list[str]:

@@ -321,7 +321,7 @@ class Teller(Observer):
                 self._away = False
             except _AWAY as error:
                 self._away = not isinstance(error, PrefectHTTPStatusError | ObjectNotFound)  # a busy one still answers
-            except Exception:
+            except Exception:  # words about a search: a mistake in them takes neither it nor this thread along
                 log.warning("the artifacts of %s cannot be shown", one_line(self._shown.name), exc_info=True)
             now = self._clock()
             self._next = now + max(pause(len(self._tally)), LEAST_PAUSES * (now - began))

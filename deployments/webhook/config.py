@@ -297,6 +297,13 @@ class WebhookConfig(Section):
             raise ValueError("roots is missing: say below which folders or URLs experiments may be restored")
         if "search" in kinds and not self.specs:
             raise ValueError("specs is missing: say which spec files or saved specs may be searched by")
+        # A timestamp may be early or late by the tolerance: for so long a delivery can be sent again.
+        least = 2 * max((hook.tolerance for hook in self.hooks.values() if hook.signature == "standard"), default=0.0)
+        if self.memory.retention < least:
+            raise ValueError(
+                f"memory.retention is {self.memory.retention:g} s, but a delivery counts for up to {least:g} s, twice the "
+                "tolerance of its hook: what is forgotten before could be sent again; remember it for longer"
+            )
         return self
 
     @classmethod

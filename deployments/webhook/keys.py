@@ -8,7 +8,7 @@ from pathlib import Path
 
 from holdfast.core.errors import SpecError
 from holdfast.deployments.webhook.config import Hook, Secret
-from holdfast.deployments.webhook.problems import later
+from holdfast.deployments.webhook.problems import Problem, later
 from holdfast.deployments.webhook.signatures import key_of
 from holdfast.settings import variable
 
@@ -17,6 +17,9 @@ LARGEST = 4096
 
 REMEMBERED = 60.0
 """Seconds for which a block's value is taken without asking again."""
+
+FAILED = 5.0
+"""Seconds for which a block that could not be read is not asked for again: who is nobody yet must not make us ask."""
 
 ReadBlock = Callable[[str], Awaitable[str]]
 """Returns the value of a Secret block; a Problem when it cannot be had."""
@@ -30,6 +33,7 @@ class Keys:
         self._fixed = [key_of(hook.signature, _read(secret), secret.source) for secret in hook.secrets if secret.block is None]
         self._blocks = [secret for secret in hook.secrets if secret.block is not None]
         self._known: dict[str, tuple[float, bytes]] = {}
+        self._failed: dict[str, float] = {}
 
     async def now(self) -> list[bytes]:
         """Return the keys that count now; a Problem (503) when a block cannot be read."""
@@ -39,12 +43,18 @@ class Keys:
         name = str(secret.block)
         found = self._known.get(name)
         if found is None or self._clock() - found[0] > REMEMBERED:
+            if self._clock() - self._failed.get(name, float("-inf")) < FAILED:
+                raise later(503, "secret", "the secret of this hook cannot be had; the receiver's log says why", FAILED)
             try:
                 key = key_of(self._scheme, await self._read_block(name), secret.source)
             except SpecError as error:
+                self._failed[name] = self._clock()
                 raise later(
                     503, "secret", "the secret of this hook cannot be used; the receiver's log says why", 60.0
                 ) from error
+            except Problem:
+                self._failed[name] = self._clock()
+                raise
             found = self._known[name] = (self._clock(), key)
         return found[1]
 

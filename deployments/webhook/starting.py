@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
 _LOG = logging.getLogger("holdfast.webhook")
+_UNANSWERED = (httpx.HTTPError, OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError)
+"""What a client raises when nobody answers, or somebody who is not Prefect, such as the login page of a proxy."""
 _SOON = timedelta(minutes=1)
 _MOST_WAITING = 200
 
@@ -71,17 +73,18 @@ class Api:
         try:
             async with self._client() as client:
                 yield client
-        except (httpx.HTTPError, OSError, NoApi) as error:
+        except (*_UNANSWERED, NoApi) as error:
             code = f" {error.response.status_code}" if isinstance(error, PrefectHTTPStatusError) else ""
             _LOG.warning("Prefect's API: %s%s", type(error).__name__, code)
-            raise _away("Prefect's API does not answer; try again") from error
+            # The error may quote the URL with its password, or an answer with a secret in it: it goes no further.
+            raise _away("Prefect's API does not answer; try again") from None
 
     async def answers(self) -> bool:
         """Tell whether the API answers."""
         try:
             async with self._client() as client:
                 return await client.api_healthcheck() is None
-        except (httpx.HTTPError, OSError, NoApi):
+        except (*_UNANSWERED, NoApi):
             return False
 
     async def secret(self, name: str) -> str:

@@ -64,6 +64,8 @@ def test_what_is_relative_is_taken_from_the_files_folder(tmp_path: Path) -> None
         ({"roots": [{"location": ".", "database": "postgresql://u:geheim@h/d"}]}, "a password is never written"),
         ({"memory": {"database": "postgresql://u:geheim@h/d"}}, "a password is never written"),
         ({"memory": {"retention": 0}}, "memory.retention is 0"),
+        ({"memory": {"retention": 599}}, "memory.retention is 599 s, but a delivery counts for up to 600 s"),
+        ({"hook": {"tolerance": 86400 * 4}}, "sent again"),
         ({"limits": {"body": "large"}}, "limits.body is 'large'"),
         ({"limit": {}}, "did you mean 'limits'"),
     ],
@@ -118,7 +120,7 @@ def test_a_secret_in_a_file(tmp_path: Path) -> None:
 
 
 def test_the_example_is_checked_and_told_for_cloud(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("HOOK_SECRET", "MONITOR_SECRET"):
+    for name in ("HOOK_SECRET", "MONITOR_SECRET", "SEARCH_HOOK_SECRET"):
         monkeypatch.setenv(name, "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
     monkeypatch.setenv("GITHUB_HOOK_SECRET", "It's a Secret to Everybody")
     assert main(["webhook", str(EXAMPLES / "hooks.yaml"), "--check"]) == 0
