@@ -250,7 +250,9 @@ def test_of_two_transactions_that_wait_for_each_other_one_is_repeated(beside: Da
         crossing = [pool.submit(cross, beside, labs), pool.submit(cross, other, labs[::-1])]
         for each in crossing:
             each.result()
-    assert len(runs) == 3
+    # Three as a rule. The repeated one may come so early that it takes the free row before the other does, who was waiting
+    # for it: then they wait for each other once more, and one is repeated again.
+    assert len(runs) >= 3
     found = [experiments.by_name(beside, each.record.name) for each in labs]
     assert [record and record.active_seconds for record in found] == [2.0, 2.0]
 
