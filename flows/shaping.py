@@ -14,7 +14,7 @@ Resolve = Callable[[Schema], Schema]
 _FIRST = ("name", "description", "trainable", "objectives", "space", "search", "storage", "if_exists")
 """What comes first in the form; the rest stands in the spec's own order."""
 
-_HIDDEN = {("CheckpointConfig", "directory"), ("SearchSection", "chosen"), ("ExecutionSection", "runner")}
+_HIDDEN = {("CheckpointConfig", "directory"), ("SearchSection", "chosen")}
 """Allowed, but nothing that a person would fill in."""
 
 _TITLES = {

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "storage.checkpoints": {"core", "storage"},
     "storage.database": {"core", "storage"},
     "tasks.workers": {"core", "storage", "storage.checkpoints"},
-    "tasks": {"core", "storage", "storage.checkpoints", "storage.database", "tasks.workers"},
+    "tasks": {"core", "storage", "storage.checkpoints", "storage.database", "tasks.workers", "settings"},
     "report": {"core", "storage", "storage.checkpoints", "storage.database"},
     "testing": {"core", "storage", "storage.checkpoints", "storage.database"},
 }

@@ -124,7 +124,7 @@ def test_keys_that_users_name_are_free():
     assert known_keys(ExperimentSpec, ["space"]) == []
     assert known_keys(ExperimentSpec, ["objectives"]) == []
     assert "log" in known_keys(ExperimentSpec, ["space", "lr", "float"])
-    assert known_keys(ExperimentSpec, ["execution", "resources"]) == ["cpu", "gpu"]
+    assert known_keys(ExperimentSpec, ["execution", "resources"]) == ["cpu", "custom", "gpu"]
     for path in CHANGEABLE:
         section, key = path.split(".")
         assert key in known_keys(ExperimentSpec, [section])

@@ -24,11 +24,12 @@ from pydantic_core import ErrorDetails
 from holdfast.core.checkpoint_config import SEARCH_DEFAULTS, CheckpointConfig, for_search
 from holdfast.core.conditions import problem_of
 from holdfast.core.errors import SpecError
+from holdfast.core.execution_section import ExecutionSection
 from holdfast.core.expression import Expression
 from holdfast.core.failure_section import FailureSection, RecoverySection
 from holdfast.core.objective import Direction, Objective
 from holdfast.core.search_section import PopulationSection, SearchSection
-from holdfast.core.space import Section, Space, Whole
+from holdfast.core.space import Section, Space
 from holdfast.core.spelling import hint, nearest
 from holdfast.core.stopping_section import StoppingSection
 
@@ -44,23 +45,9 @@ CHANGEABLE = (
     "search.max_cost",
     *(f"failure.{name}" for name in FailureSection.model_fields),
     *(f"recovery.{name}" for name in RecoverySection.model_fields),
+    *(f"execution.{name}" for name in ExecutionSection.model_fields),
 )
 """What a restore may change; each change is recorded in the audit."""
-
-
-class Resources(Section):
-    """What each running trial gets for itself."""
-
-    cpu: Whole = Field(default=1, ge=1, description="threads of numerical libraries")
-    gpu: Whole = Field(default=0, ge=0, description="devices, by CUDA_VISIBLE_DEVICES")
-
-
-class ExecutionSection(Section):
-    """Where user code runs."""
-
-    isolation: Literal["process", "inline"] = Field(default="process", description="inline: for trainables that use Prefect")
-    runner: Literal["threads"] = Field(default="threads", description="threads of one process supervise the trials")
-    resources: Resources = Resources()
 
 
 def _condition(text: str) -> str:

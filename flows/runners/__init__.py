@@ -1,0 +1,1 @@
+"""Engines that trials run on, behind one port."""

@@ -1,0 +1,36 @@
+"""What a worker on any machine needs to find an experiment and to run one of its attempts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """An experiment as one drive shows it to its workers. Travels with each task, never into a row, a log or an artifact."""
+
+    uuid: str
+    name: str
+    experiment: int
+    """row id"""
+    epoch: int
+    location: str
+    """of the experiment's folder: a path of this machine, or a URL"""
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """of the object store; may hold credentials"""
+    database: str = field(repr=False)
+    """URL of the experiment store; may hold a password"""
+    workdir: str
+    """the working directory of the search, where a worker runs attempts if nothing was shipped and it is there"""
+    code: str | None = None
+    """digest of the shipped code (``storage.code``)"""
+    trainable: str
+    """as a spec names it; a file is relative to the shipped code's folder where code was shipped"""
+    host: str
+    """``tasks.workers.processes.same_host()`` of the driver: SQLite and local paths are good there alone"""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """of Python and packages at the driver, by name"""
+    slots: int = 1
+    """how many attempts one worker process runs at once, at most"""
