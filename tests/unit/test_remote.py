@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from remote_kit import Drive, children, descriptors, in_threads
 from store_kit import until
+from support_workers import Drive, children, descriptors, in_threads
 
 from holdfast.core.errors import Conflict, Fenced, HoldfastError, Infrastructure, Unfit
 from holdfast.core.trial import Outcome

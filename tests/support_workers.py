@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from store_kit import create
-
+from holdfast import locate
 from holdfast.locate import Opened
 from holdfast.storage.database.attempts import AttemptWriter
 from holdfast.storage.database.driver import Driver
@@ -20,6 +19,7 @@ from holdfast.tasks.place import Place
 from holdfast.tasks.probing import versions
 from holdfast.tasks.remote import RemoteRuntime
 from holdfast.tasks.workers.processes import same_host
+from holdfast.testing.samples import sample_spec
 
 TRAINABLE = """
 import pathlib, time
@@ -33,12 +33,12 @@ def endless(trial):
         time.sleep(0.01)
 
 def reporting(trial):
-    step = 0
-    while True:
-        trial.report({"loss": 1.0})
-        pathlib.Path("running").write_text("x")
-        step += 1
-        time.sleep(0.02)
+    trial.report({"loss": 1.0}, state={"step": 0})
+    pathlib.Path("running").write_text("x")
+    while not pathlib.Path("go").exists():
+        time.sleep(0.01)
+    trial.report({"loss": 2.0}, state={"step": 1})
+    return {"loss": 2.0}
 """
 
 
@@ -52,7 +52,8 @@ class Drive:
     @classmethod
     def begin(cls, folder: Path, **changes: Any) -> Drive:
         (folder / "train.py").write_text(TRAINABLE)
-        opened = create(folder / "runs", trainable="train.py:quick", **changes)
+        values = {"name": "sample", "trainable": "train.py:quick", "storage": str(folder / "runs"), **changes}
+        opened = locate.create(sample_spec(**values), seed=1, workdir=str(folder))
         drive = cls(opened)
         drive.leases.take(seen=0, epoch=1, holder={"pid": 1}, action="started", detail={})
         return drive
@@ -81,8 +82,9 @@ class Drive:
             "experiment": opened.record.id,
             "epoch": self.epoch,
             "location": opened.folder.location,
+            "options": opened.spec.storage_options,
             "database": opened.database.engine.url.render_as_string(hide_password=False),
-            "workdir": str(Path(opened.folder.location).parents[1]),
+            "workdir": opened.record.workdir,
             "trainable": "train.py:quick",
             "host": same_host(),
             "versions": versions(),
