@@ -83,8 +83,13 @@ def _is_installed(name: str, file: str | None) -> bool:
         return True
     if file is None:
         return False
-    places = [os.path.realpath(sysconfig.get_path(kind)) + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return any(file.startswith(place) for place in places) or bool(_INSTALLED.intersection(Path(file).parts))
+    return any(file.startswith(place) for place in _places()) or bool(_INSTALLED.intersection(Path(file).parts))
+
+
+@functools.cache
+def _places() -> list[str]:
+    paths = sysconfig.get_paths()
+    return [os.path.realpath(paths[kind]) + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
 
 
 def keep(pickled: bytes, folder: Path) -> None:

@@ -19,7 +19,7 @@ FILES = {
     "mine/lib/__init__.py": "",
     "mine/lib/train.py": (
         "import math\n"
-        "import numpy as np\n"
+        "import xxhash\n"
         "import helpers\n"
         "from . import scale\n"
         "from .scale import Scaled\n"
@@ -28,7 +28,7 @@ FILES = {
         "def inner(x):\n"
         "    return FACTOR * halved(x)\n"
         "def train(trial):\n"
-        "    return {'loss': inner(4.0) + helpers.one() + scale.SHIFT + float(np.float64(math.sqrt(4)))}\n"
+        "    return {'loss': inner(4.0) + helpers.one() + scale.SHIFT + math.sqrt(4) + len(xxhash.xxh32().hexdigest())}\n"
         "class Train:\n"
         "    def __init__(self, offset):\n"
         "        self.offset = offset\n"
@@ -88,7 +88,7 @@ def test_a_worker_needs_no_file_of_it(tmp_path: Path) -> None:
     for name in ("mine", "here"):
         shutil.rmtree(tmp_path / name)
     found = run_script(LOADING, tmp_path, "function", "object", "partial")
-    assert json.loads(found.stdout) == [{"loss": 109.0}, {"loss": 10.0}, {"loss": 109.0}]
+    assert json.loads(found.stdout) == [{"loss": 117.0}, {"loss": 10.0}, {"loss": 117.0}]
 
 
 def test_what_is_installed_is_named_and_not_carried() -> None:
