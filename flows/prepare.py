@@ -29,6 +29,7 @@ from holdfast.engines.choosing import chosen
 from holdfast.engines.own import engine_name
 from holdfast.flows import reconcile
 from holdfast.flows.session import Session, begin, make_pool, runnable
+from holdfast.flows.shipping import packed_of
 from holdfast.flows.signals import undisturbed, why
 from holdfast.holding import WentOn, end_children, liveness
 from holdfast.locate import (
@@ -111,7 +112,7 @@ def checked_spec(
     if isinstance(spec, ExperimentSpec) and not isinstance(spec, specfile.ExperimentSpec):
         spec = {**spec.stored(), **{name: getattr(spec, name) for name in LOCATION_FIELDS}}
     checked = spec if isinstance(spec, specfile.ExperimentSpec) else specfile.ExperimentSpec.parse(spec)
-    pickled = None if checked.function is None else dump(checked.function)
+    pickled = None if checked.function is None else dump(checked.function, whole=checked.execution.is_remote)
     return placed(checked), Origin(commit=git_commit(Path.cwd()), pickled=pickled)
 
 
@@ -150,6 +151,7 @@ def prepare_search(
     observer.preparing()
     pool = _checked_pool(spec, origin)
     try:
+        packed = packed_of(spec, origin.workdir)
         opened = make_experiment(spec, origin)
         observer.opened(opened, restored=False)
         session = begin(opened, pool, observer, action="started", detail={})
@@ -157,6 +159,7 @@ def prepare_search(
         if pool is not None:
             pool.close()
         raise
+    session.packed = packed
     return Restored(opened=session.opened, plan=(), session=session)
 
 
@@ -177,6 +180,7 @@ def prepare_creation(spec: ExperimentSpec, origin: Origin) -> Opened:
     pool = _checked_pool(spec, origin)
     if pool is not None:
         pool.close()
+    packed_of(spec, origin.workdir)
     return make_experiment(spec, origin)
 
 
@@ -343,11 +347,13 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
             raise
         raise TrainableError(f"{error}; if it is elsewhere now, say where: --trainable FILE.py:FUNCTION") from error
     try:
+        packed = packed_of(spec, opened.record.workdir)
         session = _take_over(opened, pool, request, changes, observer, followed)
     except BaseException:
         if pool is not None:
             pool.close()
         raise
+    session.packed = packed
     return Restored(opened=session.opened, plan=session.plan or (), session=session)
 
 

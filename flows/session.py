@@ -18,6 +18,7 @@ from holdfast.locate import Opened
 from holdfast.report.observer import Observer
 from holdfast.settings import visible_gpus
 from holdfast.storage.checkpoints.ports import checkpoints_in
+from holdfast.storage.code import Packed
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.following import Followed
 from holdfast.storage.database.leases import Leases, describe
@@ -44,6 +45,8 @@ class Session:
     runtime: Runtime
     journal: JournalWriter
     new_trials: bool = True
+    packed: Packed | None = None
+    """the code that travels to workers; None where trials run on this machine"""
     plan: Sequence[Planned] | None = None
     """what a restore does with each stored trial; None for a fresh search"""
     dead: Sequence[Attempt] = field(default=())
