@@ -18,6 +18,7 @@ from holdfast.locate import Opened
 from holdfast.report.observer import Observer
 from holdfast.settings import visible_gpus
 from holdfast.storage.checkpoints.ports import checkpoints_in
+from holdfast.storage.code import Packed, keep
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.following import Followed
 from holdfast.storage.database.leases import Leases, describe
@@ -52,6 +53,8 @@ class Session:
     """what interrupted it: a flow's final state keeps words only"""
     stuck: Sequence[str] = ()
     """task runs whose code goes on in threads of this process, though it was told to stop: only the process can end"""
+    packed: Packed | None = None
+    """the code that travels to workers elsewhere; None where trials run in this process's own"""
     is_seen: bool = True
     """whether anybody can look at the Prefect API that it runs on: an embedded server goes with the process"""
 
@@ -79,9 +82,14 @@ def prepared_session() -> Session | None:
 
 
 def make_pool(spec: ExperimentSpec) -> WorkerPool | None:
-    """Return the worker processes of a spec, none started yet; None with ``isolation: inline``."""
+    """Return the worker processes of a spec, none started yet; None with ``isolation: inline``.
+
+    Where trials run elsewhere it is one, for the look at the trainable before there is anything.
+    """
     if spec.execution.isolation == "inline":
         return None
+    if spec.execution.is_remote:
+        return WorkerPool(1)
     resources = spec.execution.resources
     gpus = visible_gpus(needed=spec.search.max_concurrent * resources.gpu) if resources.gpu else None
     return WorkerPool(spec.search.max_concurrent, cpu_per_trial=resources.cpu, gpus=gpus, gpus_per_trial=resources.gpu)
@@ -123,8 +131,12 @@ def begin(
     detail: dict[str, Json],
     force: bool = False,
     followed: Followed | None = None,
+    packed: Packed | None = None,
 ) -> Session:
-    """Take the lease of an opened experiment and start to renew it; ``followed`` are its trials as they were seen before."""
+    """Take the lease of an opened experiment and start to renew it; ``followed`` are its trials as they were seen before.
+
+    ``packed`` is the code for workers elsewhere: it is in the path when this returns.
+    """
     if force:
         _end_suspended(opened, observer)
     claimant = Claimant(holder=holder(), liveness=liveness, say=observer.say, force=force)
@@ -140,8 +152,11 @@ def begin(
     )
     outbox = Outbox(opened.database, opened.record.id, keeper.epoch)
     writer = JournalWriter(opened.folder.root, keeper.epoch, outbox, keeper.check)
+    keeper.journaled = lambda: writer.end
     try:
         writer.start()
+        if packed is not None:
+            keep(opened.folder, packed)
     except BaseException as error:
         with undisturbed():
             keeper.release_quietly(why(error))
@@ -172,4 +187,5 @@ def begin(
         followed=followed or Followed(reader),
         runtime=runtime,
         journal=writer,
+        packed=packed,
     )

@@ -16,8 +16,8 @@ from holdfast.tasks.probing import versions
 from holdfast.tasks.workers.processes import same_host
 
 
-def runner_of(spec: ExperimentSpec, place: Place) -> Runner:
-    """Return the engine that runs the trials of a spec; SpecError when it is not installed."""
+def runner_of(spec: ExperimentSpec, place: Place | None) -> Runner:
+    """Return the engine that runs the trials of a spec; SpecError when it is not installed. Threads need no ``place``."""
     execution, most = spec.execution, spec.search.max_concurrent
     check_installed(execution.runner)
     try:
@@ -35,6 +35,7 @@ def runner_of(spec: ExperimentSpec, place: Place) -> Runner:
             case "workpool":
                 from holdfast.flows.runners.workpool import WorkPoolRunner
 
+                assert place is not None
                 return WorkPoolRunner(spec, place)
     except ImportError as error:
         extra = execution.runner
