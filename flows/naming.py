@@ -1,12 +1,14 @@
-"""What things of ours are called in Prefect: deployments, tags, events, artifacts. Imports nothing but the standard library."""
+"""What things of ours are called in Prefect: deployments, tags, events, artifacts. Imports no library."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 
-TAG = "holdfast"
-"""Every flow run of ours has it; automations match it, and nobody else's runs."""
+from holdfast.tasks import naming
+
+TAG, experiment_tag, trial_tag = naming.TAG, naming.experiment_tag, naming.trial_tag
+"""What tasks on any machine need, too."""
 
 POOL = "holdfast"
 """The work pool."""
@@ -23,16 +25,6 @@ LEFT_EVENT = "holdfast.flow-run.left"
 
 _FOREIGN = re.compile(r"[^a-z0-9]+")
 _KEY_LENGTH = 60
-
-
-def experiment_tag(name: str) -> str:
-    """Return the tag of the runs of an experiment."""
-    return f"experiment:{name}"
-
-
-def trial_tag(number: int) -> str:
-    """Return the tag of the task runs of a trial."""
-    return f"trial:{number}"
 
 
 def experiment_resource(uuid: str) -> str:
