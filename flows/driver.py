@@ -38,7 +38,7 @@ from holdfast.storage.database import requests
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.reads import ALL
 from holdfast.tasks import runtime as runtimes
-from holdfast.tasks.results import results_in
+from holdfast.tasks.results import WorkerResults, results_in
 from holdfast.tasks.trial import run_trial
 from holdfast.tasks.workers.messages import Decision
 
@@ -92,11 +92,13 @@ class Drive:
         self._signals = signals
         signals.wake = lambda: self._done.put(None)
         self._seq = -1
+        self._place = place_of(session) if spec.execution.is_remote else None
         self._task = run_trial.with_options()
-        self._task.result_storage = results_in(session.opened.folder)
+        local = results_in(session.opened.folder)
+        here = self._place is None
+        self._task.result_storage = local if here else WorkerResults(experiment=self._runtime.uuid, epoch=self._runtime.epoch)
         self._ticked = time.monotonic()
         self._runner: Runner
-        self._place = place_of(session, session.packed) if spec.execution.is_remote else None
         self._remote = Remote(session, observer.say, self._inflight, self._trials, self._complete, self.ledger.update)
 
     def run(self) -> str:

@@ -44,6 +44,8 @@ class Remote:
         self._ending = False
         self._runs = LostRuns()
         self._looked = time.monotonic()
+        self._gone: set[int] = set()
+        """workers (row ids) whose attempts were closed"""
 
     def start(self, runner: Runner) -> None:
         """Begin with an engine that is there, and whose workers were asked."""
@@ -127,7 +129,8 @@ class Remote:
         self._runner.look()
         epoch = self._session.runtime.epoch
         database, experiment = self._session.opened.database, self._session.runtime.experiment
-        for row, why in gone(workers.every(database, experiment, epoch=epoch)):
+        rows = workers.every(database, experiment, epoch=epoch)
+        for row, why in gone(row for row in rows if row.id not in self._gone):
             its = {
                 run: flight
                 for run, flight in self._inflight.items()
@@ -138,7 +141,10 @@ class Remote:
             words = f"{worker_words(row)} is lost: {why}"
             silent = SILENT_SECONDS if row.silent >= SILENT_SECONDS else None
             lost = workers.lose(database, experiment, epoch, row.id, words, silent=silent)
-            self._say(words + (f"; trials {', '.join(str(number) for number, _ in lost)} go on elsewhere" if lost else ""))
+            if lost or row.left is None:
+                self._say(words + (f"; trials {', '.join(str(number) for number, _ in lost)} go on elsewhere" if lost else ""))
+            if row.left is not None or silent is None or lost:
+                self._gone.add(row.id)  # what it had is closed, and it can claim nothing more
             closed = {attempt for _, attempt in lost}
             for run, flight in its.items():
                 if flight.row in closed:

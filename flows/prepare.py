@@ -30,6 +30,7 @@ from holdfast.engines.own import engine_name
 from holdfast.flows import reconcile
 from holdfast.flows.hosts import check_hosts
 from holdfast.flows.session import Session, begin, make_pool, runnable
+from holdfast.flows.shipping import packed_of
 from holdfast.flows.signals import undisturbed, why
 from holdfast.flows.waiting import await_workers
 from holdfast.holding import WentOn, end_children, liveness
@@ -49,7 +50,6 @@ from holdfast.locate import (
     placed,
 )
 from holdfast.report.observer import Observer
-from holdfast.storage import code
 from holdfast.storage.database import experiments, requests
 from holdfast.storage.database.following import Followed
 from holdfast.storage.database.leases import Leases, held
@@ -87,11 +87,6 @@ def kept_pool(spec: ExperimentSpec, pool: WorkerPool | None) -> WorkerPool | Non
         return pool
     pool.close()
     return None
-
-
-def packed(spec: ExperimentSpec, workdir: str) -> code.Packed | None:
-    """Return the code that travels to the workers of a spec; SpecError when it cannot."""
-    return code.pack(Path(workdir), spec.execution.ship, spec.trainable) if spec.execution.is_remote else None
 
 
 def probe(spec: ExperimentSpec, pool: WorkerPool | None, workdir: str) -> None:
@@ -167,14 +162,15 @@ def prepare_search(
     observer.preparing()
     pool = _checked_pool(spec, origin)
     try:
-        shipped = packed(spec, origin.workdir)
+        packed = packed_of(spec, origin.workdir)
         opened = make_experiment(spec, origin)
         observer.opened(opened, restored=False)
-        session = begin(opened, pool, observer, action="started", detail=_shipped(shipped), packed=shipped)
+        session = begin(opened, pool, observer, action="started", detail={})
     except BaseException:
         if pool is not None:
             pool.close()
         raise
+    session.packed = packed
     return Restored(opened=session.opened, plan=(), session=session)
 
 
@@ -195,12 +191,8 @@ def prepare_creation(spec: ExperimentSpec, origin: Origin) -> Opened:
     pool = _checked_pool(spec, origin)
     if pool is not None:
         pool.close()
-    packed(spec, origin.workdir)
+    packed_of(spec, origin.workdir)
     return make_experiment(spec, origin)
-
-
-def _shipped(packed: code.Packed | None) -> dict[str, Json]:
-    return {} if packed is None or packed.digest is None else {"code": packed.digest}
 
 
 def _as_it_is(request: RestoreRequest) -> Opened:
@@ -391,11 +383,13 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
         raise TrainableError(f"{error}; if it is elsewhere now, say where: --trainable FILE.py:FUNCTION") from error
     pool = kept_pool(spec, pool)
     try:
+        packed = packed_of(spec, opened.record.workdir)
         session = _take_over(opened, pool, request, changes, observer, followed)
     except BaseException:
         if pool is not None:
             pool.close()
         raise
+    session.packed = packed
     return Restored(opened=session.opened, plan=session.plan or (), session=session)
 
 
@@ -407,12 +401,8 @@ def _take_over(
     observer: Observer,
     followed: Followed,
 ) -> Session:
-    detail: dict[str, Json] = {"policy": {name: str(value) for name, value in vars(request.policy).items()}, "force": request.force}
-    shipped = packed(opened.spec, opened.record.workdir)
-    detail |= _shipped(shipped)
-    session = begin(
-        opened, pool, observer, action="restored", detail=detail, force=request.force, followed=followed, packed=shipped
-    )
+    detail = {"policy": {name: str(value) for name, value in vars(request.policy).items()}, "force": request.force}
+    session = begin(opened, pool, observer, action="restored", detail=detail, force=request.force, followed=followed)
     try:
         faults.point("restore.lease-taken")
         if not request.force:

@@ -18,7 +18,7 @@ from holdfast.locate import Opened
 from holdfast.report.observer import Observer
 from holdfast.settings import visible_gpus
 from holdfast.storage.checkpoints.ports import checkpoints_in
-from holdfast.storage.code import Packed, keep
+from holdfast.storage.code import Packed
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.following import Followed
 from holdfast.storage.database.leases import Leases, describe
@@ -45,6 +45,8 @@ class Session:
     runtime: Runtime
     journal: JournalWriter
     new_trials: bool = True
+    packed: Packed | None = None
+    """the code that travels to workers; None where trials run on this machine"""
     plan: Sequence[Planned] | None = None
     """what a restore does with each stored trial; None for a fresh search"""
     dead: Sequence[Attempt] = field(default=())
@@ -53,8 +55,6 @@ class Session:
     """what interrupted it: a flow's final state keeps words only"""
     stuck: Sequence[str] = ()
     """task runs whose code goes on in threads of this process, though it was told to stop: only the process can end"""
-    packed: Packed | None = None
-    """the code that travels to workers elsewhere; None where trials run in this process's own"""
     is_seen: bool = True
     """whether anybody can look at the Prefect API that it runs on: an embedded server goes with the process"""
 
@@ -131,12 +131,8 @@ def begin(
     detail: dict[str, Json],
     force: bool = False,
     followed: Followed | None = None,
-    packed: Packed | None = None,
 ) -> Session:
-    """Take the lease of an opened experiment and start to renew it; ``followed`` are its trials as they were seen before.
-
-    ``packed`` is the code for workers elsewhere: it is in the path when this returns.
-    """
+    """Take the lease of an opened experiment and start to renew it; ``followed`` are its trials as they were seen before."""
     if force:
         _end_suspended(opened, observer)
     claimant = Claimant(holder=holder(), liveness=liveness, say=observer.say, force=force)
@@ -155,8 +151,6 @@ def begin(
     keeper.journaled = lambda: writer.end
     try:
         writer.start()
-        if packed is not None:
-            keep(opened.folder, packed)
     except BaseException as error:
         with undisturbed():
             keeper.release_quietly(why(error))
@@ -187,5 +181,4 @@ def begin(
         followed=followed or Followed(reader),
         runtime=runtime,
         journal=writer,
-        packed=packed,
     )

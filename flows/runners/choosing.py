@@ -8,8 +8,8 @@ from holdfast.flows.hosts import check_installed
 from holdfast.flows.runners.port import Runner
 from holdfast.flows.runners.threads import ThreadRunner
 from holdfast.flows.session import Session
+from holdfast.flows.shipping import shipped
 from holdfast.settings import settings
-from holdfast.storage.code import Packed
 from holdfast.storage.root import is_url
 from holdfast.tasks.place import Place
 from holdfast.tasks.probing import versions
@@ -44,7 +44,7 @@ def runner_of(spec: ExperimentSpec, place: Place | None) -> Runner:
         ) from error
 
 
-def place_of(session: Session, packed: Packed | None) -> Place:
+def place_of(session: Session) -> Place:
     """Return what workers need to find the experiment that ``session`` drives."""
     opened, spec = session.opened, session.spec
     location = opened.folder.location
@@ -58,10 +58,8 @@ def place_of(session: Session, packed: Packed | None) -> Place:
         location=location,
         options=options,
         database=opened.database.address,
-        workdir=opened.record.workdir,
-        code=None if packed is None else packed.digest,
-        trainable=spec.trainable if packed is None else packed.trainable,
         host=same_host(),
         versions=versions(),
         slots=spec.search.max_concurrent if runner == "dask" else 1,
+        **shipped(session),
     )
