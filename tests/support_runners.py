@@ -28,8 +28,17 @@ def rows(lab: Lab, query: str) -> list[tuple[Any, ...]]:
         return connection.execute(query).fetchall()
 
 
+def keep_log_here(lab: Lab) -> None:
+    """Let the trainable log into the laboratory's folder wherever its own file was brought."""
+    file = lab.folder / "train.py"
+    text = file.read_text()
+    assert "HERE = Path(__file__).parent" in text
+    file.write_text(text.replace("HERE = Path(__file__).parent", f"HERE = Path({str(lab.folder)!r})"))
+
+
 def goes_through_everything(lab: Lab, runner: str, **execution: Any) -> None:
     """Run a search on an engine, lose a worker, cancel a trial, end the driver, restore: it comes to what threads come to."""
+    keep_log_here(lab)
     lab.run("run", lab.spec(name="threads", search=SEARCH))
     lab.clear_log()
     held = [lab.order("hold", 0, 1), lab.order("hold", 1, 1)]
