@@ -82,9 +82,14 @@ def prepared_session() -> Session | None:
 
 
 def make_pool(spec: ExperimentSpec) -> WorkerPool | None:
-    """Return the worker processes of a spec, none started yet; None with ``isolation: inline``."""
+    """Return the worker processes of a spec, none started yet; None with ``isolation: inline``.
+
+    Where trials run elsewhere it is one, for the look at the trainable before there is anything.
+    """
     if spec.execution.isolation == "inline":
         return None
+    if spec.execution.is_remote:
+        return WorkerPool(1)
     resources = spec.execution.resources
     gpus = visible_gpus(needed=spec.search.max_concurrent * resources.gpu) if resources.gpu else None
     return WorkerPool(spec.search.max_concurrent, cpu_per_trial=resources.cpu, gpus=gpus, gpus_per_trial=resources.gpu)
@@ -143,6 +148,7 @@ def begin(
     )
     outbox = Outbox(opened.database, opened.record.id, keeper.epoch)
     writer = JournalWriter(opened.folder.root, keeper.epoch, outbox, keeper.check)
+    keeper.journaled = lambda: writer.end
     try:
         writer.start()
     except BaseException as error:
