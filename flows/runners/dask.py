@@ -60,7 +60,9 @@ class DaskRunner:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
         self._stack.close()
 
     @contextmanager
@@ -183,3 +185,5 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         multiprocessing.spawn.get_preparation_data = original
+
+

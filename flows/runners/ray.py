@@ -97,7 +97,9 @@ class RayRunner:
                 "execution.address"
             ) from error
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
         if self._own:
             with _same_signals():
                 ray.shutdown()

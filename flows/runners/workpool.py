@@ -326,7 +326,7 @@ class WorkPoolRunner:
             pool = self._deployed.pool if self._deployed is not None else "the deployment's"
             self._say(
                 f"{len(late)} trials have waited for a worker of the work pool {pool!r} for more than {LATE_SECONDS:g} s; "
-                f"start one with `prefect worker start --pool {pool}`, or look whether the pool is paused or its limit is reached "
+                f"start one with `prefect worker start --pool {pool}`, or look whether the pool is paused or at its limit "
                 "(the search's own run counts in it); the search goes on waiting"
             )
 
