@@ -118,6 +118,11 @@ class Database:
         return _shown(self.engine.url)
 
     @property
+    def address(self) -> str:
+        """The URL with its password: for processes that are to open it, never to be shown or stored."""
+        return self.engine.url.render_as_string(hide_password=False)
+
+    @property
     def clock(self) -> str:
         """SQL for the seconds since 1970 by the database's clock."""
         if self.is_sqlite:
