@@ -19,7 +19,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from holdfast.core.errors import Conflict, Contention, DatabaseError, ExperimentNotFound, Fenced, HoldfastError, SpecError, Unfit
+from holdfast.core.errors import (
+    Conflict,
+    Contention,
+    DatabaseError,
+    ExperimentNotFound,
+    Fenced,
+    HoldfastError,
+    SpecError,
+    Unfit,
+)
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import Json, Metrics
 from holdfast.settings import settings, variable, visible_gpus
@@ -32,7 +41,7 @@ from holdfast.storage.database.leases import TERMS
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import TRAINABLE, Folder
 from holdfast.storage.leasing import elapsed
-from holdfast.storage.root import is_url, parent_of
+from holdfast.storage.root import parent_of
 from holdfast.tasks.judging import StoredJudge
 from holdfast.tasks.naming import TAG, experiment_tag, trial_tag
 from holdfast.tasks.place import Place
@@ -90,6 +99,7 @@ class RemoteRuntime(Runtime):
         super().__post_init__()
         self._stored = StoredJudge(self.experiment, self._rules)
         self._devices = variable(DEVICES)
+        self.held = self._hold
 
     @property
     def _patience(self) -> float:
@@ -120,7 +130,7 @@ class RemoteRuntime(Runtime):
     def journaled(self) -> int:
         return -1 if self._told is None else self._told.journaled
 
-    def held(self) -> None:
+    def _hold(self) -> None:
         """Raise what ended this worker; one that was suspended notices here, before anything is written."""
         if self.over is None and elapsed() - self._heard > self._patience:
             self._give_up(self._silence())
