@@ -22,6 +22,8 @@ FORMAT = 1
 IDENTITY = "experiment.json"
 LEASE = "lease.json"
 JOURNAL = "journal"
+CODE = "code"
+"""Where shipped code is: an archive by its digest."""
 TRAINABLE = "trainable.pkl"
 LONGEST_LOG = 4 << 20
 """Bytes of an attempt's log that are kept on an object store: its end."""
@@ -30,6 +32,7 @@ FORKING = ".fork.json"
 """Who makes a folder that is to be a fork; gone when it is one."""
 _BY_THE_WAY = (LOCK, _PROBE, TRAINABLE, FORKING)
 OWN_IN_TRIAL = re.compile(r"(result-a\d+\.json|log-a\d+\.txt)(\.\d+)?")
+OWN_CODE = re.compile(r"([0-9a-f]{32})\.zip")
 _OWN_CHECKPOINT = re.compile(r"(\.staging-|\.trash-|\.pin-)?step_\d{8,}-a\d+-[0-9a-f]{4,32}")
 _TRIAL_FOLDER = re.compile(r"\d{6,}")
 
@@ -259,12 +262,13 @@ class Folder:
         try:
             for trial in _entries(self.path / "trials", _TRIAL_FOLDER):
                 _delete_trial(trial)
+            self._delete_code()
             for name in (JOURNAL, ".prefect"):
                 self.root.delete_folder(name)
             for name in (LEASE, *self.leftovers()):
                 if name not in but:
                     self.root.delete(name)
-            for folder in (self.path / "trials", self.path):
+            for folder in (self.path / "trials", self.path / CODE, self.path):
                 _remove_empty(folder)
         except OSError as error:
             raise StorageError(f"{self.location}: {error.strerror or error}; delete the rest by hand") from error
@@ -281,6 +285,7 @@ class Folder:
                         self.root.delete(f"trials/{number}/checkpoints/{name}")
                     elif _OWN_CHECKPOINT.fullmatch(name):
                         self.root.delete_folder(f"trials/{number}/checkpoints/{name}")
+        self._delete_code()
         self.root.delete_folder(JOURNAL)
         for name in (LEASE, *self.leftovers()):
             if name not in but:
@@ -288,6 +293,11 @@ class Folder:
         if self.path != Path(self.location):
             shutil.rmtree(self.path, ignore_errors=True)  # where this host worked on it
         return [join(self.location, name) for name in self.root.names()]
+
+    def _delete_code(self) -> None:
+        for name in self.root.names(CODE):
+            if OWN_CODE.fullmatch(name) or is_draft(name):
+                self.root.delete(f"{CODE}/{name}")
 
 
 def _body(identity: Identity) -> bytes:

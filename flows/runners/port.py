@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import StrEnum
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from prefect.client.schemas import State
 from prefect.futures import PrefectFuture
 from prefect.tasks import Task
 
 from holdfast.tasks.place import Place
+
+
+class How(StrEnum):
+    """How an execution of a task came to its end, as its engine tells it."""
+
+    STATE = "state"
+    """in a state of Prefect's"""
+    LOST = "lost"
+    """the process that ran it, or was about to, is gone"""
+    UNCLEAR = "unclear"
+    """in another way: it was taken back, or could not be begun, or the engine lost sight of it; it may still run"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """What an engine says of a future that called back."""
+
+    how: How
+    state: State[Any] | None = None
+    """with STATE"""
+    why: str = ""
+    is_suspended: bool = False
+    """whether somebody has suspended the flow run in Prefect"""
 
 
 class Runner(Protocol):
@@ -30,4 +56,12 @@ class Runner(Protocol):
 
     def withdraw(self, future: PrefectFuture[Any]) -> None:
         """Take a task back that no worker has begun; one that runs is left alone."""
+        ...
+
+    def ended(self, future: PrefectFuture[Any]) -> End:
+        """Say how a future that called back came to its end; what it costs is a few seconds at most."""
+        ...
+
+    def look(self) -> None:
+        """Raise Infrastructure when the engine itself is gone: nothing that it runs will ever call back."""
         ...

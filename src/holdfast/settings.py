@@ -89,6 +89,12 @@ def use_api(url: str) -> None:
     os.environ["PREFECT_API_URL"] = url
 
 
+def hush_ray() -> None:
+    """Keep Ray, and what it starts, from sending usage statistics and from warning about it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
 def _is_named(setting: str) -> bool:
     if os.environ.get(f"PREFECT_{setting.upper()}"):
         return True

@@ -78,7 +78,7 @@ class Cache:
 
     def hold(self, path: str) -> Hold | None:
         """Return a hold on the copy of the checkpoint ``path``, or None when there is none."""
-        return _lock(self.work / path, fcntl.LOCK_SH)
+        return lock_folder(self.work / path, fcntl.LOCK_SH)
 
     def incoming(self, path: str) -> tuple[Path, Hold]:
         """Make and return a new folder for a copy of ``path`` to be written into; StorageError when it cannot be made.
@@ -93,7 +93,7 @@ class Cache:
                 except FileNotFoundError:
                     os.makedirs(folder.parent, exist_ok=True)
                     continue
-                if (held := _lock(folder, fcntl.LOCK_SH)) is not None:
+                if (held := lock_folder(folder, fcntl.LOCK_SH)) is not None:
                     return folder, held
 
     def put(self, folder: Path, path: str) -> Hold | None:
@@ -102,7 +102,7 @@ class Cache:
         StorageError when that cannot be.
         """
         with storage_errors(f"keep a copy of {path}"):
-            held = _lock(folder, fcntl.LOCK_SH)
+            held = lock_folder(folder, fcntl.LOCK_SH)
             if held is None:
                 raise FileNotFoundError(errno.ENOENT, f"{folder} is gone")
             try:
@@ -117,7 +117,7 @@ class Cache:
 
     def keep_limit(self, path: str) -> None:
         """Count the new copy ``path``, and evict others when all of them take more than the limit."""
-        self._account(_size(self.work / path))
+        self._account(size_on_disk(self.work / path))
 
     def drop(self, path: str) -> None:
         """Remove the copy of ``path``, if there is one, whoever uses it."""
@@ -161,7 +161,7 @@ class Cache:
                     _evict(folder)
                 elif is_name(name):
                     with contextlib.suppress(OSError):
-                        yield _Copy(folder, os.stat(folder).st_mtime_ns, _size(folder))
+                        yield _Copy(folder, os.stat(folder).st_mtime_ns, size_on_disk(folder))
 
     def _trials(self) -> Iterator[Path]:
         """Yield the folders in which copies may be."""
@@ -188,7 +188,7 @@ class Cache:
             return write()
 
 
-def _lock(folder: Path, kind: int) -> Hold | None:
+def lock_folder(folder: Path, kind: int) -> Hold | None:
     """Lock a folder without waiting, and be sure that it still has its name; None when that is not so."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -216,7 +216,7 @@ def _lock(folder: Path, kind: int) -> Hold | None:
 def _evict(folder: Path) -> bool:
     """Remove a copy that nobody uses, by way of a trash name; tell whether it is gone."""
     try:
-        held = _lock(folder, fcntl.LOCK_EX)
+        held = lock_folder(folder, fcntl.LOCK_EX)
         if held is None:
             return False
         try:
@@ -248,13 +248,13 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _size(folder: Path) -> int:
+def size_on_disk(folder: Path) -> int:
     """Return about how many bytes a folder takes on the disk; what vanishes meanwhile takes none."""
     total = _BLOCK
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                total += _size(Path(entry.path))
+                total += size_on_disk(Path(entry.path))
             else:
                 with contextlib.suppress(OSError):
                     total += -(-entry.stat(follow_symlinks=False).st_size // _BLOCK) * _BLOCK

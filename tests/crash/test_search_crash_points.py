@@ -15,7 +15,7 @@ from support import Ended, Entry, Lab, executed, starts
 
 from holdfast.core.faults import POINTS
 
-SEARCHED = [name for name in POINTS if not name.startswith(("upgrade.", "population.", "fork.", "watch."))]
+SEARCHED = [name for name in POINTS if not name.startswith(("upgrade.", "population.", "fork.", "watch.", "code."))]
 """The points that a search or its restore passes."""
 
 pytestmark = pytest.mark.xdist_group("crash points")  # they share scenarios that run side by side

@@ -36,6 +36,8 @@ POINTS: dict[str, str] = {
     "search.finished": "every trial ended, the lease is not released",
     "fork.linked": "a fork's files and journal are there, experiment.json is not",
     "fork.identified": "a fork is an experiment, no database knows it",
+    "code.kept": "shipped code is in the path, no row names it",
+    "code.unpacked": "shipped code is unpacked on a host, beside its place",
     "watch.claimed": "a watcher has claimed a restore, nothing is started",
     "upgrade.backed-up": "a database's backup is in place, its schema is the old one",
     "upgrade.migrated": "the new schema is written, not committed",

@@ -1,0 +1,189 @@
+"""Trials on a Dask cluster: one that runs, or one of this machine for the run."""
+
+from __future__ import annotations
+
+import multiprocessing.spawn
+import os
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import dask
+import distributed
+from distributed.scheduler import KilledWorker
+from prefect.client.schemas import State
+from prefect.exceptions import Pause
+from prefect.futures import PrefectFuture
+from prefect.tasks import Task
+from prefect_dask.task_runners import PrefectDaskFuture
+
+from holdfast.core.errors import Infrastructure
+from holdfast.core.execution_section import Resources
+from holdfast.flows.runners.asking import first_workers, lacking, refuse_unfit
+from holdfast.flows.runners.port import End, How
+from holdfast.settings import visible_gpus
+from holdfast.tasks.executing import ask, execute, pack_task
+from holdfast.tasks.place import Place
+
+_RESULT_SECONDS = 5.0
+"""How long the state of a task that has ended is waited for; else rows tell what became of it."""
+_CONNECT_SECONDS = 30
+
+
+class DaskRunner:
+    """Hands tasks to a scheduler. A worker's death is told where the scheduler lets a task die with it.
+
+    By default a scheduler runs such a task again elsewhere: the attempt's claim refuses that execution then.
+    """
+
+    def __init__(self, address: str | None, resources: Resources, max_concurrent: int) -> None:
+        self._address = address
+        self._max_concurrent = max_concurrent
+        self._gpus = resources.gpu
+        self._needed: dict[str, float] = {**({"GPU": float(resources.gpu)} if resources.gpu else {}), **resources.custom}
+        self._stack = ExitStack()
+        self._client: distributed.Client
+        self._packet: tuple[int, bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with self._stack as stack:
+            target: Any = self._address or stack.enter_context(self._cluster())
+            try:
+                self._client = stack.enter_context(distributed.Client(target, set_as_default=False, timeout=_CONNECT_SECONDS))
+            except (OSError, TimeoutError, ImportError, ValueError) as error:
+                raise Infrastructure(
+                    f"no Dask scheduler answers at {target} ({error}); start one (`dask scheduler`), or mend execution.address"
+                ) from error
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def _cluster(self) -> Iterator[distributed.LocalCluster]:
+        workers = 1 if self._gpus else max(1, min(os.cpu_count() or 1, self._max_concurrent))
+        threads = -(-self._max_concurrent // workers)
+        offered = {name: amount * threads for name, amount in self._needed.items()}
+        if self._gpus:  # one process deals the devices out, or two trials would get the same one
+            offered["GPU"] = float(len(visible_gpus(needed=self._max_concurrent * self._gpus)))
+        settings = {
+            "distributed.scheduler.allowed-failures": 0,
+            "distributed.admin.system-monitor.interval": "10s",
+            "distributed.comm.timeouts.connect": f"{_CONNECT_SECONDS}s",
+        }
+        with (
+            dask.config.set(settings),
+            _without_main(),
+            distributed.LocalCluster(
+                n_workers=workers,
+                threads_per_worker=threads,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address=None,
+                worker_dashboard_address=None,
+                memory_limit=0,
+                resources=offered,
+                silence_logs=50,
+            ) as cluster,
+        ):
+            yield cluster
+
+    def check(self, place: Place) -> None:
+        first_workers(self._fitting, self._nobody)
+        answers: dict[str, Any] = self._client.run(ask, place, on_error="return")
+        said = []
+        for worker, answer in answers.items():
+            if isinstance(answer, BaseException):
+                said.append((worker, [f"it did not answer: {type(answer).__name__}: {answer}"]))
+            else:
+                said.append((f"{answer[0]} ({worker})", answer[1]))
+        refuse_unfit(said)
+
+    def _workers(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._client.scheduler_info()["workers"]
+        return found
+
+    def _fitting(self) -> dict[str, Any] | None:
+        workers = self._workers()
+        if not workers or lacking(self._needed, (worker.get("resources") or {} for worker in workers.values())):
+            return None
+        return workers
+
+    def _nobody(self) -> str:
+        scheduler, workers = self._client.scheduler.address, self._workers()
+        if not workers:
+            return f"the Dask scheduler at {scheduler} has no worker; start some with `dask worker {scheduler}`"
+        words = " ".join(f"{name}={amount:g}" for name, amount in self._needed.items())
+        return (
+            f"none of the {len(workers)} workers of the Dask scheduler at {scheduler} has the resources {words}; start some with "
+            f'`dask worker {scheduler} --resources "{words}"`, or change execution.resources'
+        )
+
+    def submit(self, task: Task[..., Any], parameters: dict[str, Any]) -> PrefectDaskFuture[Any]:
+        if self._packet is None or self._packet[0] != id(task):
+            self._packet = id(task), pack_task(task)
+        run = uuid.uuid4()
+        future = self._client.submit(
+            execute,
+            self._packet[1],
+            run,
+            parameters,
+            key=f"trial-{parameters['trial']}-{parameters['attempt']}-{run}",
+            pure=False,
+            retries=0,
+            resources=self._needed or None,
+        )
+        return PrefectDaskFuture(task_run_id=run, wrapped_future=future)
+
+    def withdraw(self, future: PrefectFuture[Any]) -> None:
+        assert isinstance(future, PrefectDaskFuture)
+        if self._client.status == "running":
+            self._client.cancel([future.wrapped_future], reason="withdrawn", msg="the search takes it back")
+
+    def ended(self, future: PrefectFuture[Any]) -> End:
+        assert isinstance(future, PrefectDaskFuture)
+        try:
+            found = future.wrapped_future.result(timeout=_RESULT_SECONDS)
+        except KilledWorker as error:
+            return End(how=How.LOST, why=f"Dask: worker {getattr(error.last_worker, 'address', error.last_worker)} is gone")
+        except Pause:
+            return End(how=How.UNCLEAR, why="the flow run is suspended", is_suspended=True)
+        except CancelledError as error:
+            return End(how=How.UNCLEAR, why=str(error))
+        except Exception as error:  # noqa: BLE001  # whatever a worker raised that could not even begin the task
+            return End(how=How.UNCLEAR, why=f"Dask: {type(error).__name__}: {error}")
+        if isinstance(found, State):
+            return End(how=How.STATE, state=found)
+        return End(how=How.UNCLEAR, why=f"Dask returned {type(found).__name__}")
+
+    def look(self) -> None:
+        if self._client.status in ("closed", "closing"):
+            raise Infrastructure(
+                f"the Dask scheduler at {self._address or 'this machine'} is gone; see to it, then restore the search"
+            )
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Let the workers of a local cluster not run the caller's script once more, as multiprocessing would have it."""
+    original = multiprocessing.spawn.get_preparation_data
+
+    def prepared(name: str) -> dict[str, Any]:
+        data: dict[str, Any] = original(name)
+        if name.startswith("Dask Worker process"):
+            data = {key: value for key, value in data.items() if not key.startswith("init_main_from")}
+        return data
+
+    multiprocessing.spawn.get_preparation_data = prepared
+    try:
+        yield
+    finally:
+        multiprocessing.spawn.get_preparation_data = original
+
+

@@ -1,0 +1,190 @@
+"""Trials on a Ray cluster: one that runs, or one of this machine for the run."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from prefect.client.schemas import State
+from prefect.exceptions import Pause
+from prefect.futures import PrefectFuture
+from prefect.tasks import Task
+from prefect_ray.task_runners import PrefectRayFuture
+from ray import exceptions as errors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from holdfast.core.errors import Infrastructure
+from holdfast.core.execution_section import Resources
+from holdfast.flows.runners.asking import ANSWER_SECONDS, first_workers, lacking, refuse_unfit
+from holdfast.flows.runners.port import End, How
+from holdfast.settings import hush_ray, visible_gpus
+from holdfast.tasks.executing import ask, execute_alone, pack_task
+from holdfast.tasks.place import Place
+
+_RESULT_SECONDS = 5.0
+"""How long the state of a task that has ended is waited for; else rows tell what became of it."""
+_STORE_BYTES = 100 << 20
+"""The object store of a local cluster: only states go through it."""
+
+_GONE = (
+    errors.WorkerCrashedError,
+    errors.NodeDiedError,
+    errors.LocalRayletDiedError,
+    errors.OutOfMemoryError,
+    errors.ObjectLostError,
+    errors.RayActorError,
+)
+
+
+class RayRunner:
+    """Hands tasks to Ray. Each runs in a process of its own and is run once: a death is told, not repaired."""
+
+    def __init__(self, address: str | None, resources: Resources, max_concurrent: int) -> None:
+        self._address = address
+        self._resources = resources
+        self._max_concurrent = max_concurrent
+        self._own = False
+        self._packet: tuple[int, Any] | None = None
+        self._remote: Any = None
+
+    @property
+    def _needed(self) -> dict[str, float]:
+        gpu = {"GPU": float(self._resources.gpu)} if self._resources.gpu else {}
+        return {"CPU": float(self._resources.cpu), **gpu, **self._resources.custom}
+
+    def __enter__(self) -> Self:
+        hush_ray()
+        if not ray.is_initialized():
+            with _same_signals():
+                self._start()
+            self._own = True
+        # One function for all trials: Ray would export it anew for each task otherwise.
+        self._remote = ray.remote(
+            max_retries=0,
+            num_cpus=self._resources.cpu,
+            num_gpus=self._resources.gpu,
+            resources=dict(self._resources.custom) or None,
+        )(execute_alone)
+        return self
+
+    def _start(self) -> None:
+        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "holdfast"}
+        try:
+            if self._address is not None:
+                ray.init(address=self._address, **quiet)
+                return
+            most = self._max_concurrent
+            ray.init(
+                address="local",
+                num_cpus=most * self._resources.cpu,
+                num_gpus=len(visible_gpus(needed=most * self._resources.gpu)) if self._resources.gpu else 0,
+                resources={name: amount * most for name, amount in self._resources.custom.items()} or None,
+                include_dashboard=False,
+                object_store_memory=_STORE_BYTES,
+                **quiet,
+            )
+        except (ConnectionError, OSError, RuntimeError, ValueError, errors.RayError) as error:
+            where = self._address or "this machine"
+            raise Infrastructure(
+                f"no Ray cluster answers at {where} ({type(error).__name__}: {error}); start one (`ray start --head`), or mend "
+                "execution.address"
+            ) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        if self._own:
+            with _same_signals():
+                ray.shutdown()
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [node for node in ray.nodes() if node.get("Alive") or node.get("alive")]
+
+    def check(self, place: Place) -> None:
+        nodes = first_workers(self._fitting, self._nobody)
+        asked = ray.remote(max_retries=0, num_cpus=0)(ask)
+        packet = ray.put(place)
+        references = {
+            asked.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(packet): node
+            for node in nodes
+        }
+        ready, late = ray.wait(list(references), num_returns=len(references), timeout=ANSWER_SECONDS)
+        said = [(str(references[one]["NodeManagerHostname"]), [f"no answer in {ANSWER_SECONDS:g} s"]) for one in late]
+        for one in ready:
+            name = str(references[one]["NodeManagerHostname"])
+            try:
+                said.append((name, ray.get(one)[1]))
+            except errors.RayError as error:
+                said.append((name, [f"it did not answer: {_last_line(error)}"]))
+        refuse_unfit(said)
+
+    def _fitting(self) -> list[dict[str, Any]] | None:
+        nodes = self._nodes()
+        return None if lacking(self._needed, (node["Resources"] for node in nodes)) else nodes
+
+    def _nobody(self) -> str:
+        words = ", ".join(f"{amount:g} {name}" for name, amount in self._needed.items())
+        return (
+            f"none of the {len(self._nodes())} nodes of the Ray cluster at {self._address or 'this machine'} has {words} for a "
+            "trial; start one that has (`ray start --address ...`), or change execution.resources"
+        )
+
+    def submit(self, task: Task[..., Any], parameters: dict[str, Any]) -> PrefectRayFuture[Any]:
+        if self._packet is None or self._packet[0] != id(task):
+            self._packet = id(task), pack_task(task)
+        run = uuid.uuid4()
+        name = f"trial-{parameters['trial']}#{parameters['attempt']}"
+        reference = self._remote.options(name=name).remote(self._packet[1], run, parameters)
+        return PrefectRayFuture(task_run_id=run, wrapped_future=reference)
+
+    def withdraw(self, future: PrefectFuture[Any]) -> None:
+        assert isinstance(future, PrefectRayFuture)
+        ray.cancel(future.wrapped_future, force=False, recursive=False)
+
+    def ended(self, future: PrefectFuture[Any]) -> End:
+        assert isinstance(future, PrefectRayFuture)
+        try:
+            found = ray.get(future.wrapped_future, timeout=_RESULT_SECONDS)
+        except _GONE as error:
+            return End(how=How.LOST, why=f"Ray: {_last_line(error)}")
+        except Pause:
+            return End(how=How.UNCLEAR, why="the flow run is suspended", is_suspended=True)
+        except Exception as error:  # noqa: BLE001  # whatever a worker raised that could not even begin the task
+            self.look()
+            return End(how=How.UNCLEAR, why=f"Ray: {type(error).__name__}: {_last_line(error)}")
+        if isinstance(found, State):
+            return End(how=How.STATE, state=found)
+        return End(how=How.UNCLEAR, why=f"Ray returned {type(found).__name__}")
+
+    def look(self) -> None:
+        if not ray.is_initialized():
+            raise Infrastructure(
+                f"the Ray cluster at {self._address or 'this machine'} is gone; see to it, then restore the search"
+            )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if isinstance(error, _GONE) else lines[-1]
+
+
+@contextmanager
+def _same_signals() -> Iterator[None]:
+    """Let nothing in the body change what signals do: Ray would make SIGTERM end this process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)

@@ -1,0 +1,59 @@
+"""A trial's task where an engine has brought it: what is alike for all trials of a search travels as one packet."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import socket
+import threading
+import uuid
+from typing import Any
+
+import cloudpickle
+from prefect.client.schemas import State
+from prefect.context import serialize_context
+from prefect.task_engine import run_task_sync
+from prefect.tasks import Task
+
+from holdfast.core.errors import HoldfastError
+from holdfast.tasks.place import Place
+
+
+def pack_task(task: Task[..., Any]) -> bytes:
+    """Return a task with the context of the flow run that this is called in: both are alike for every trial of it."""
+    return bytes(cloudpickle.dumps((task, serialize_context())))
+
+
+@functools.lru_cache(maxsize=8)
+def _unpacked(packet: bytes) -> tuple[Task[..., Any], dict[str, Any]]:
+    task, context = cloudpickle.loads(packet)
+    return task, context
+
+
+def execute(packet: bytes, run: uuid.UUID, parameters: dict[str, Any]) -> State[Any]:
+    """Run a packed task as task run ``run`` and return its final state."""
+    task, context = _unpacked(packet)
+    found: State[Any] = run_task_sync(
+        task=task, task_run_id=run, parameters=parameters, context=dict(context), return_type="state"
+    )
+    return found
+
+
+def execute_alone(packet: bytes, run: uuid.UUID, parameters: dict[str, Any]) -> State[Any]:
+    """Run a packed task in the main thread of a process that has nothing else to do.
+
+    An engine that takes a task back interrupts the process that has begun it; what has begun is ended by rows alone.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return execute(packet, run, parameters)
+
+
+def ask(place: Place) -> tuple[str, list[str]]:
+    """Return this host's name, and why this process cannot run trials of ``place``."""
+    from holdfast.tasks.probing import probe
+
+    try:
+        return socket.gethostname(), probe(place)
+    except (HoldfastError, OSError, ImportError) as error:
+        return socket.gethostname(), [f"{type(error).__name__}: {error}"]
