@@ -1,12 +1,13 @@
-"""What things of ours are called in Prefect: deployments, tags, events, artifacts. Imports nothing but the standard library."""
+"""What things of ours are called in Prefect: deployments, tags, events, artifacts. Imports no library."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 
-TAG = "holdfast"
-"""Every flow run of ours has it; automations match it, and nobody else's runs."""
+from holdfast.tasks.naming import TAG as TAG
+from holdfast.tasks.naming import experiment_tag as experiment_tag
+from holdfast.tasks.naming import trial_tag as trial_tag
 
 POOL = "holdfast"
 """The work pool."""
@@ -27,16 +28,6 @@ LEFT_EVENT = "holdfast.flow-run.left"
 
 _FOREIGN = re.compile(r"[^a-z0-9]+")
 _KEY_LENGTH = 60
-
-
-def experiment_tag(name: str) -> str:
-    """Return the tag of the runs of an experiment."""
-    return f"experiment:{name}"
-
-
-def trial_tag(number: int) -> str:
-    """Return the tag of the task runs of a trial."""
-    return f"trial:{number}"
 
 
 def experiment_resource(uuid: str) -> str:

@@ -122,11 +122,14 @@ class Keeper:
         *,
         drives: bool = True,
         clock: Callable[[], float] = elapsed,
+        journaled: Callable[[], int] | None = None,
     ) -> None:
         self.epoch = lease.epoch
         self.token = lease.token
         self.stop_requested = False
         self.active_seconds = 0.0
+        self.journaled = journaled
+        """gives the seq that the journal reaches: each renewal tells it to workers"""
         self._terms = terms
         self._drives = drives
         self._leases = Leases(database, experiment, terms)
@@ -209,7 +212,8 @@ class Keeper:
             moment = self._clock()
             active = self._active()
             try:
-                _, stop, self.active_seconds = self._leases.renew(epoch=self.epoch, active=active)
+                journaled = None if self.journaled is None else self.journaled()
+                _, stop, self.active_seconds = self._leases.renew(epoch=self.epoch, active=active, journaled=journaled)
             except BaseException:
                 self._counted -= active
                 raise
@@ -268,6 +272,7 @@ def take(
     detail: Mapping[str, Json],
     uuid: str = "",
     check: Callable[[], None] = lambda: None,
+    journaled: Callable[[], int] | None = None,
 ) -> Keeper:
     """Take the lease of an experiment, in the database and in its path.
 
@@ -306,7 +311,7 @@ def take(
         except BaseException as error:  # a signal, too
             leases.release(epoch=lease.epoch, active=0.0, ended=f"interrupted: {str(error) or type(error).__name__}")
             raise
-    return Keeper(database, experiment, folder, lease, claimant.terms, drives=claimant.drives)
+    return Keeper(database, experiment, folder, lease, claimant.terms, drives=claimant.drives, journaled=journaled)
 
 
 def _own(lease: PathLease | None, uuid: str) -> PathLease | None:

@@ -11,6 +11,7 @@ from holdfast.core.errors import StorageError
 from holdfast.storage.atomic import make_folder, sync_folder, write_file
 from holdfast.storage.folder import Folder
 from holdfast.storage.root import Root
+from holdfast.tasks.remote import known
 
 
 class HoldfastResults(LocalFileSystem):
@@ -89,6 +90,49 @@ class RemoteResults(WritableFileSystem):
 
     def _resolve_path(self, path: str) -> None:
         """Say that keys are what they are: Prefect would resolve them against the working directory."""
+
+
+class WorkerResults(WritableFileSystem):
+    """Prefect result storage that travels with a task to a worker: it says which experiment, and nothing about where that is.
+
+    The runtime of the process that it is in then knows the place, and that it still is this worker's to write to. Before a trial
+    has reached its experiment there, there is nothing to be read.
+    """
+
+    _block_type_name = "Holdfast Worker Results"
+    _block_type_slug = "holdfast-worker-results"
+
+    experiment: str
+    """UUID"""
+    epoch: int
+
+    def write_path(self, path: str, content: bytes, _sync: bool = True) -> str:  # type: ignore[override]  # as Prefect's engine calls it
+        if "/" in _inside(path):  # else one of Prefect's own keys, as above
+            runtime = known(self.experiment, self.epoch)
+            if runtime is None or not runtime.enter():
+                raise StorageError(f"result {path} is not written: this worker is none of the experiment's any more")
+            try:
+                runtime.held()
+                runtime.folder.root.write(path, content)
+            finally:
+                runtime.leave()
+        return path
+
+    async def awrite_path(self, path: str, content: bytes) -> str:
+        return self.write_path(path, content)
+
+    def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]  # as Prefect's engine calls it
+        runtime = known(self.experiment, self.epoch)
+        found = None if runtime is None else runtime.folder.root.read(_inside(path))
+        if found is None:
+            raise FileNotFoundError(f"there is no result {path}")
+        return found
+
+    async def aread_path(self, path: str) -> bytes:
+        return self.read_path(path)
+
+    def _resolve_path(self, path: str) -> None:
+        """Say that keys are what they are, as above."""
 
 
 def _inside(path: str) -> str:

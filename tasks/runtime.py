@@ -15,12 +15,17 @@ from holdfast.core.spec import ExperimentSpec
 from holdfast.core.stopping import Rules, make
 from holdfast.core.values import Metrics
 from holdfast.storage.checkpoints.ports import Checkpoints
-from holdfast.storage.database.engine import Database
+from holdfast.storage.database.attempts import AttemptWriter
+from holdfast.storage.database.engine import Database, Transaction
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import Folder
 from holdfast.storage.journal import JournalWriter
 from holdfast.tasks.workers.messages import Decision
 from holdfast.tasks.workers.pool import WorkerPool
+
+
+Judge = Callable[[Transaction], str | None]
+"""Says, within the transaction that commits a report, why the trial ends after it, or None."""
 
 
 @dataclass
@@ -46,6 +51,8 @@ class Runtime:
     cancelled: set[int] = field(default_factory=set)
     """numbers of trials that somebody asked to cancel"""
     lost: HoldfastError | None = None
+    worker: int | None = None
+    """row of the worker that this process is to the driver; None in the driver's own"""
     began: float = field(default_factory=time.monotonic)
     """the moment of this process's monotonic clock from which the deadlines of this drive count"""
     borrowed: Counter[int] = field(default_factory=Counter)
@@ -68,18 +75,19 @@ class Runtime:
                 self._history = stored_history(self.reader, self._rules)
 
     @contextmanager
-    def judged(self, trial: int, step: int, metrics: Metrics) -> Iterator[str | None]:
-        """Say why a trial ends after a report, or None; the block commits it, before anybody else's is decided about.
+    def judged(self, trial: int, step: int, metrics: Metrics) -> Iterator[Judge]:
+        """Give what says why a trial ends after a report; the block commits it, before anybody else's is decided about.
 
         So the order of decisions is the order in which reports were committed. A report whose block raises does not count.
         """
         if not self._rules:
-            yield None
+            yield _goes_on
             return
         with self._judging:
             self._history.add(trial, step, metrics)
             try:
-                yield self._rules.decide(self._history, trial, step)
+                reason = self._rules.decide(self._history, trial, step)
+                yield lambda _: reason
             except BaseException:
                 self._history.withdraw(trial, step)
                 raise
@@ -102,11 +110,26 @@ class Runtime:
         with self._lock:
             self._order = decision
 
-    def decision(self, trial: int) -> Decision:
-        """Return what a running attempt of ``trial`` is to do now."""
+    def decision(self, trial: int, attempt: int | None = None) -> Decision:
+        """Return what a running attempt (row id, None before it is claimed) of ``trial`` is to do now."""
         if self._order is Decision.CONTINUE and trial in self.cancelled:
             return Decision.CANCEL
         return self._order
+
+    def journaled(self) -> int:
+        """Return the seq up to which the journal in the path is known to reach."""
+        return self.journal.end if self.journal is not None else -1
+
+    def fail(self, error: HoldfastError) -> None:
+        """Note what is no fault of a trial's: the search is interrupted by it, and a restore goes on."""
+        self.lost = self.lost or error
+
+    def claimed(self, writer: AttemptWriter) -> None:
+        """Take note of an attempt that runs here from now on."""
+
+
+def _goes_on(_: Transaction) -> None:
+    """End no trial."""
 
 
 def stored_history(reader: Reader, rules: Rules) -> History:

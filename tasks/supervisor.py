@@ -20,6 +20,7 @@ from holdfast.core.values import Config, Metrics
 from holdfast.storage.checkpoints.local import Published
 from holdfast.storage.checkpoints.manifest import Kind, Manifest
 from holdfast.storage.database.attempts import AttemptWriter, Saved
+from holdfast.storage.database.engine import Transaction
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.rows import micros
 from holdfast.storage.recovery import Told
@@ -53,7 +54,7 @@ class Supervisor:
     _pruner: Pruner | None = None
     _has_saved: bool = False
     _borrowed: list[int] = field(default_factory=list)
-    """numbers of other trials whose local copies stay while this attempt runs"""
+    """numbers of the trials, its own among them, whose local copies stay while this attempt runs"""
 
     @property
     def writer(self) -> AttemptWriter:
@@ -74,6 +75,7 @@ class Supervisor:
         """
         if self.runtime.folder.is_local:
             return tuple(self._candidate(checkpoint) for checkpoint in self.candidates)
+        self._borrow(self.trial)
         for checkpoint in self.candidates:
             self._borrow(checkpoint.trial)
             try:
@@ -95,33 +97,40 @@ class Supervisor:
         return candidate if checkpoint.trial == self.trial else replace(candidate, trial=checkpoint.trial)
 
     def _borrow(self, trial: int) -> None:
-        if trial != self.trial:
+        if trial not in self._borrowed:
             with self.runtime.borrowing:
                 self.runtime.borrowed[trial] += 1
             self._borrowed.append(trial)
 
     def _release(self) -> None:
-        """Drop the trial's local copies, unless another member of the population uses one."""
+        """Drop the trial's local copies, unless another member of the population, or a second execution, uses one."""
         with self.runtime.borrowing:
             self.runtime.borrowed.subtract(self._borrowed)
             self._borrowed.clear()
             if self.runtime.borrowed[self.trial] <= 0:
                 self.runtime.checkpoints.release(self.trial)
+                if self._writer is None:
+                    self.runtime.folder.log_file(self.trial, self.attempt).unlink(missing_ok=True)
 
     def tidy(self) -> None:
         """Remove what the ended attempt left on this host only, its log first kept with the experiment; failures are logged.
 
-        Nothing happens when somebody else runs the trial: it may be on this host, too.
+        In the driver's process nothing happens when somebody else runs the trial: it may be on this host, too. A worker's
+        local files are its own.
         """
-        if self.runtime.folder.is_local or self._writer is None or self.runtime.lost is not None:
+        if self.runtime.folder.is_local:
             return
         try:
-            if Leases(self.runtime.database, self.runtime.experiment).look().epoch != self.runtime.epoch:
+            if self._writer is not None and self.runtime.lost is None and self._is_current():
+                self.runtime.folder.keep_log(self.trial, self.attempt)
+            elif self.runtime.worker is None:
                 return
-            self.runtime.folder.keep_log(self.trial, self.attempt)
             self._release()
         except (OSError, Infrastructure) as error:
             self.logger.warning("the trial's log stays on this host: %s", error)
+
+    def _is_current(self) -> bool:
+        return Leases(self.runtime.database, self.runtime.experiment).look().epoch == self.runtime.epoch
 
     def started(self, process: ProcessIdentity | None, resumed: Candidate | None, rejected: Sequence[Rejected]) -> None:
         """Claim the attempt for the process that is ready to run it, with what it really continues from.
@@ -137,13 +146,15 @@ class Supervisor:
                 self.logger.warning("checkpoint at step %d is not used: %s", checkpoint.step, rejection.reason)
         self.resumed = self._checkpoint(resumed)
         note = "; ".join(f"checkpoint at step {item.candidate.step}: {item.reason}" for item in rejected)
+        self.runtime.held()
         with self.runtime.changing(self.trial) if self.attempt > 1 else nullcontext():
             self._writer = self.claim(process=process, resumed=self.resumed, rejected=bad, note=note)
         faults.point("attempt.claimed")
 
     def report(self, report: Report) -> Decision:
         """Make a report, and the checkpoint staged with it, durable; return what the trial is to do."""
-        decision = max(self.runtime.decision(self.trial), self._generation(report.step), key=STRENGTH.__getitem__)
+        self.runtime.held()
+        decision = max(self.poll(), self._generation(report.step), key=STRENGTH.__getitem__)
         undue = report.staged is not None and self.reported == report.step
         if undue and report.staged is not None:  # saved only because of preemption: its report is committed already
             self.writer.save(report.step, _saved(self.publication(report)()))
@@ -154,6 +165,12 @@ class Supervisor:
             self._prune()
         self.runtime.held()  # suspended meanwhile: the trial must not go on to stage files where somebody else drives
         return decision
+
+    def check_end(self) -> None:
+        """Raise unless the end of the attempt is its own to tell: a worker's attempt may have been closed as lost."""
+        self.runtime.held()
+        if self.runtime.worker is not None:
+            self.writer.check()
 
     def _note_saved(self) -> None:
         """Note a checkpoint that counts; with the first one, what was lent by another trial is given back."""
@@ -177,6 +194,7 @@ class Supervisor:
 
     def saved(self, report: Report, published: Published) -> None:
         """Commit the row of a checkpoint whose report is committed, and prune."""
+        self.runtime.held()
         try:
             self.writer.save(report.step, _saved(published))
         except CheckpointConflict:
@@ -193,11 +211,19 @@ class Supervisor:
         """
         saved = _saved(self.publication(report)()) if report.staged is not None else None
         writer = self.writer
+        reason: str | None = None
+        answer = decision.value
         try:
-            with self.runtime.judged(self.trial, report.step, report.metrics) as found:
-                reason = None if decision is Decision.CANCEL else found
-                answer = (decision if reason is None else Decision.PRUNE).value
-                seq, moment = writer.report(report.step, report.metrics, decision=answer, note=reason or "", saved=saved)
+            with self.runtime.judged(self.trial, report.step, report.metrics) as why:
+
+                def judge(tx: Transaction) -> tuple[str, str]:
+                    nonlocal reason, answer
+                    found = why(tx)
+                    reason = None if decision is Decision.CANCEL else found
+                    answer = (decision if reason is None else Decision.PRUNE).value
+                    return answer, reason or ""
+
+                seq, moment = writer.report(report.step, report.metrics, saved=saved, judge=judge)
         except CheckpointConflict:
             if saved is not None:
                 self.runtime.checkpoints.delete(saved.path)
@@ -221,7 +247,7 @@ class Supervisor:
 
     def unjournaled(self) -> list[Told]:
         """Return the reports that the journal may lack: they travel with what is durable before it."""
-        reached = self.runtime.journal.end if self.runtime.journal is not None else -1
+        reached = self.runtime.journaled()
         self._told = [item for item in self._told if item[0] > reached]
         return [told for _, told in self._told]
 
@@ -265,6 +291,7 @@ class Supervisor:
 
     def telemetry(self, rows: Sequence[tuple[float, str, Any]]) -> None:
         """Store measurements."""
+        self.runtime.held()
         self.writer.telemetry([(round(moment * 1e6), name, value) for moment, name, value in rows])
 
     def log(self, lines: Sequence[str]) -> None:
@@ -274,7 +301,7 @@ class Supervisor:
 
     def poll(self) -> Decision:
         """Say what the attempt is to do, while it says nothing itself."""
-        return self.runtime.decision(self.trial)
+        return self.runtime.decision(self.trial, None if self._writer is None else self._writer.attempt)
 
 
 def _saved(published: Published) -> Saved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from prefect.transactions import get_transaction
 
 from holdfast.core import faults
 from holdfast.core.errors import (
+    AlreadyClaimed,
     Infrastructure,
     TrialCrashed,
     TrialFailed,
@@ -31,6 +33,8 @@ from holdfast.core.trial import ErrorInfo, Outcome, Trial
 from holdfast.core.values import Metrics, tagged
 from holdfast.storage.database.attempts import AttemptWriter
 from holdfast.storage.database.driver import Ending
+from holdfast.tasks.place import Place
+from holdfast.tasks.remote import using
 from holdfast.tasks.runtime import Runtime, find
 from holdfast.tasks.supervisor import Supervisor, full_metrics
 from holdfast.tasks.workers.inline import run_inline
@@ -48,7 +52,16 @@ PREEMPTED = "Preempted"
     retries=0,
     cache_result_in_memory=False,
 )
-def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: str, row: int) -> dict[str, Any] | State[Any]:
+def run_trial(
+    experiment: str,
+    trial: int,
+    attempt: int,
+    config: str,
+    identity: str,
+    row: int,
+    place: Place | None = None,
+    engine: str = "threads",
+) -> dict[str, Any] | State[Any]:
     """Run attempt ``attempt`` of trial ``trial`` and return its result, which Prefect persists.
 
     An attempt that was told to end before it had one ends in the state that says so, and nothing is persisted.
@@ -60,19 +73,18 @@ def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: 
         config: The trial's config as JSON text.
         identity: UUID of the experiment.
         row: The attempt's row in the experiment store.
+        place: The experiment as a worker of an engine finds it; None in the driver's own process.
+        engine: What brought the task here: threads, dask, ray or workpool.
     """
-    runtime = find(identity)
+    with nullcontext(find(identity)) if place is None else using(place, engine) as runtime:
+        return _supervised(runtime, trial, attempt, config, row)
+
+
+def _supervised(runtime: Runtime, trial: int, attempt: int, config: str, row: int) -> dict[str, Any] | State[Any]:
     _tag(runtime.tags(trial))
-    claim = partial(
-        AttemptWriter.claim,
-        runtime.database,
-        runtime.experiment,
-        runtime.epoch,
-        row,
-        token=uuid.uuid4().hex,
-        flow_run_id=_text(flow_run.id),
-        task_run_id=_text(task_run.id),
-    )
+    if runtime.worker is not None:
+        _check_unclaimed(runtime, trial, row)
+    claim = partial(_claim, runtime, row, uuid.uuid4().hex, _text(flow_run.id), _text(task_run.id))
     candidates = runtime.reader.candidates(trial, attempt) if attempt > 1 else []
     values = json.loads(config)
     supervisor = Supervisor(runtime, claim, trial, attempt, values, candidates, get_run_logger())
@@ -82,6 +94,29 @@ def run_trial(experiment: str, trial: int, attempt: int, config: str, identity: 
         _commit_failure(runtime, supervisor, failure)
     finally:
         supervisor.tidy()
+
+
+def _claim(runtime: Runtime, row: int, token: str, flow: str | None, run: str | None, **found: Any) -> AttemptWriter:
+    writer = AttemptWriter.claim(
+        runtime.database,
+        runtime.experiment,
+        runtime.epoch,
+        row,
+        token=token,
+        flow_run_id=flow,
+        task_run_id=run,
+        worker=runtime.worker,
+        **found,
+    )
+    runtime.claimed(writer)
+    return writer
+
+
+def _check_unclaimed(runtime: Runtime, trial: int, row: int) -> None:
+    """Raise AlreadyClaimed for an attempt that an engine runs a second time, before anything is made or fetched for it."""
+    stored = runtime.reader.trial(trial)
+    if stored is None or stored.attempt.id != row or stored.attempt.claimed or stored.attempt.outcome is not None:
+        raise AlreadyClaimed(f"attempt {row} was claimed by another process, or has ended; nothing was run")
 
 
 def _tag(tags: Iterable[str]) -> None:
@@ -104,8 +139,7 @@ def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any] | State[Any
         job = make_job(runtime, supervisor)
         ended = run_inline(job, supervisor) if runtime.pool is None else runtime.pool.run(job, supervisor)
     except Infrastructure as error:
-        # This is no fault of the trial's: the search is interrupted by it, and a restore goes on.
-        runtime.lost = runtime.lost or error
+        runtime.fail(error)
         raise
     except TrialFailure as failure:
         if supervisor.pruned is None:
@@ -113,7 +147,7 @@ def _run(runtime: Runtime, supervisor: Supervisor) -> dict[str, Any] | State[Any
         supervisor.logger.warning("after it was told to stop: %s", failure)
         ended = Ended(outcome=Outcome.PRUNED)
     faults.point("result.returned")
-    runtime.held()  # Prefect is about to write the result into the path
+    supervisor.check_end()  # Prefect is about to write the result into the path
     if supervisor.pruned is not None:
         ended = Ended(outcome=Outcome.PRUNED)  # as it was decided, also if this process is told to end meanwhile
     if ended.outcome in (Outcome.PREEMPTED, Outcome.CANCELLED):
@@ -191,6 +225,8 @@ def _result(runtime: Runtime, supervisor: Supervisor, ended: Ended) -> dict[str,
 
 def _commit_failure(runtime: Runtime, supervisor: Supervisor, failure: TrialFailure) -> NoReturn:
     """Commit the original failure with its traceback, and then raise it for Prefect."""
+    if runtime.worker is not None:
+        runtime.held()  # else a worker that was suspended tells of its own silence
     outcome, kind = Outcome.FAILED, type(failure).__name__
     trace, names = "", list[str]()
     match failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,20 @@ def names_api() -> bool:
 def names_password() -> bool:
     """Guess, as :func:`names_api` does, whether Prefect's settings hold what a protected API asks for."""
     return _is_named("api_auth_string")
+
+
+def api_url() -> str | None:
+    """Return the URL of Prefect's API where it can be read without importing Prefect: the environment, the active profile."""
+    given = os.environ.get("PREFECT_API_URL")
+    if given:
+        return given
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+    try:
+        known = tomllib.loads(Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").read_text())
+        found = known["profiles"][os.environ.get("PREFECT_PROFILE") or known["active"]]["PREFECT_API_URL"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def use_api(url: str) -> None:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 LIMIT = 10 << 30
 """Bytes that copies may take, where nothing else is said."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # on some network file systems, where caches do not belong
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # on some network file systems, where caches do not belong
 _BLOCK = 4096  # bytes: what a small file takes
 _WORK = re.compile(r"[0-9a-f]{16}")  # the name of a work folder among others
 Result = TypeVar("Result")
@@ -203,7 +203,7 @@ def lock_folder(folder: Path, kind: int) -> Hold | None:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
         if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
             return held

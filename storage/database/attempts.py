@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -38,6 +38,10 @@ class Process(Protocol):
     def started(self) -> str: ...
 
 
+Judge = Callable[[Transaction], tuple[str, str]]
+"""Decides about a report within the transaction that commits it: (decision, why)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttemptWriter:
     """A claimed attempt, as writes: each is refused (Fenced) once a later epoch or attempt took over, or it ended."""
@@ -68,14 +72,18 @@ class AttemptWriter:
         resumed: Checkpoint | None = None,
         rejected: Mapping[int, str] | None = None,
         note: str = "",
+        worker: int | None = None,
     ) -> Self:
         """Claim a waiting attempt and set its trial RUNNING; of two claimers one wins, the other gets AlreadyClaimed.
 
+        ``worker`` is the row id of the worker that claims it: Fenced once that has left or was given up.
         ``rejected`` are checkpoints (row ids, with reasons) that turned out bad when ``process`` loaded them: they are marked,
         and the attempt's parent becomes ``resumed``, what it really continues from.
         """
         with database.write() as tx:
             seq = fence(tx, experiment, epoch)
+            if worker is not None and not tx.run(sql.WORKS, experiment=experiment, epoch=epoch, worker=worker):
+                raise Fenced(f"worker {worker} has left or was given up; nothing was written, stop here")
             rows = tx.run(
                 sql.CLAIM,
                 experiment=experiment,
@@ -88,6 +96,7 @@ class AttemptWriter:
                 host=process.host if process else None,
                 pid=process.pid if process else None,
                 pid_started=process.started if process else None,
+                worker=worker,
             )
             if not rows:
                 raise AlreadyClaimed(f"attempt {attempt} was claimed by another process, or has ended; nothing was run")
@@ -124,11 +133,19 @@ class AttemptWriter:
 
     @repeatable
     def report(
-        self, step: int, metrics: Metrics, *, decision: str = "continue", note: str = "", saved: Saved | None = None
+        self,
+        step: int,
+        metrics: Metrics,
+        *,
+        decision: str = "continue",
+        note: str = "",
+        saved: Saved | None = None,
+        judge: Judge | None = None,
     ) -> tuple[int, int]:
         """Commit a report and, in the same transaction, the row of the checkpoint that was published with it.
 
-        ``note``, if any, is added to the attempt's: why the decision is as it is.
+        ``note``, if any, is added to the attempt's: why the decision is as it is. ``judge`` gives both instead; it sees every
+        report that was committed before, and not this one, and is called again when the transaction is repeated.
         Return the report's seq, and its time in microseconds since 1970 UTC.
         CheckpointConflict when this attempt has a report of that step already.
         """
@@ -138,6 +155,8 @@ class AttemptWriter:
             moment = now()
             if tx.run(sql.REPORT_OF, attempt=self.attempt, step=step):
                 raise CheckpointConflict(f"attempt {self.number} has reported step {step} already; the first report stands")
+            if judge is not None:
+                decision, note = judge(tx)
             row = tx.run(sql.ADD_REPORT, attempt=self.attempt, step=step, seq=seq, reported=moment, decision=decision)
             add_metrics(tx, row[0][0], metrics)
             if note:

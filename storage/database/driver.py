@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from holdfast.core.errors import AlreadyFinished, Conflict, Fenced
+from holdfast.core.errors import AlreadyFinished, Conflict, Fenced, InvalidInput
 from holdfast.core.population import Change
 from holdfast.core.seeding import trial_seed
 from holdfast.core.space import config_text
@@ -21,6 +21,10 @@ from holdfast.storage.database.rows import FINAL_STEP, add_metrics, micros, newe
 
 if TYPE_CHECKING:
     from holdfast.storage.database.attempts import AttemptWriter, Process
+
+
+ORDERS = ("continue", "preempt", "kill")
+"""What a driver can tell all workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,6 +372,15 @@ class Driver:
         with self.database.write() as tx:
             fence(tx, self.experiment, self.epoch)
             tx.run(sql.SET_CODE, experiment=self.experiment, code=trainable_digest, workdir=workdir, location=location)
+
+    @repeatable
+    def tell(self, decision: str) -> None:
+        """Give an order to every worker, who hears it with its next beat: continue, preempt or kill."""
+        if decision not in ORDERS:
+            raise InvalidInput(f"the order is {decision!r}; allowed: {', '.join(ORDERS)}")
+        with self.database.write() as tx:
+            fence(tx, self.experiment, self.epoch)
+            tx.run(sql.TELL, experiment=self.experiment, told=decision)
 
     @repeatable
     def audit(self, action: str, detail: Mapping[str, Json]) -> None:

@@ -118,6 +118,11 @@ class Database:
         return _shown(self.engine.url)
 
     @property
+    def address(self) -> str:
+        """The URL with its password: for processes that are to open it, never to be shown or stored."""
+        return self.engine.url.render_as_string(hide_password=False)
+
+    @property
     def clock(self) -> str:
         """SQL for the seconds since 1970 by the database's clock."""
         if self.is_sqlite:
@@ -156,6 +161,22 @@ class Database:
                             cursor.close()
             if doubtful is not None:  # without the lock: other threads need not wait for the answer
                 self._find_out(doubtful)
+
+    @contextmanager
+    def aside(self) -> Iterator[Transaction]:
+        """Run a small write transaction on a connection of its own: it waits for no other thread's.
+
+        For what may be written twice, and lost when a server crashes right after it. ConnectionLost when the connection was
+        lost, whatever became of the commit.
+        """
+        self._check_file()
+        with self._cursor() as cursor:
+            if self.is_sqlite:
+                cursor.execute("BEGIN IMMEDIATE")
+            else:
+                cursor.execute(losses.ASIDE, prepare=False)
+            yield Transaction(cursor, self.engine.dialect)
+            cursor.connection.commit()
 
     def _begin(self) -> Any:
         """Return a cursor in a new transaction; a server's connection that broke while it was idle is made anew once."""

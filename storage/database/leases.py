@@ -78,6 +78,7 @@ class Leases:
         self._take = Statement(
             text(
                 "UPDATE experiment SET seq = seq + 1, epoch = :epoch, holder = :holder, stop_requested = 0,"
+                " told = 'continue', journaled = -1,"
                 " ended = CASE WHEN :drives = 1 THEN NULL ELSE ended END,"
                 f" lease_renewed = {clock}, lease_expires = {clock} + :duration"
                 " WHERE id = :experiment AND epoch = :seen RETURNING seq"
@@ -86,8 +87,8 @@ class Leases:
         self._renew = Statement(
             text(
                 f"UPDATE experiment SET lease_renewed = {clock}, lease_expires = {clock} + :duration,"
-                " active_seconds = active_seconds + :active WHERE id = :experiment AND epoch = :epoch"
-                " RETURNING seq, stop_requested, active_seconds"
+                " active_seconds = active_seconds + :active, journaled = COALESCE(:journaled, journaled)"
+                " WHERE id = :experiment AND epoch = :epoch RETURNING seq, stop_requested, active_seconds"
             )
         )
 
@@ -120,7 +121,7 @@ class Leases:
     ) -> None:
         """Take the lease for ``epoch`` if its epoch still is ``seen``, with an audit row; LeaseHeld when it is not.
 
-        Who does not drive leaves what ended the last drive as it is.
+        Who does not drive leaves what ended the last drive as it is. What workers were told is forgotten.
         """
         with self._database.write() as tx:
             rows = tx.run(
@@ -137,10 +138,20 @@ class Leases:
                 raise held(faster.holder, faster.remaining)
             add_audit(tx, self._experiment, rows[0][0], epoch, action, detail)
 
-    def renew(self, *, epoch: int, active: float) -> tuple[int, bool, float]:
-        """Renew the lease and add ``active`` seconds; return (seq, whether a stop is requested, all active seconds)."""
+    def renew(self, *, epoch: int, active: float, journaled: int | None = None) -> tuple[int, bool, float]:
+        """Renew the lease and add ``active`` seconds; return (seq, whether a stop is requested, all active seconds).
+
+        ``journaled`` is the seq that the journal reaches, to be told to workers; None: as it was.
+        """
         with self._database.write() as tx:
-            rows = tx.run(self._renew, experiment=self._experiment, epoch=epoch, duration=self._duration, active=active)
+            rows = tx.run(
+                self._renew,
+                experiment=self._experiment,
+                epoch=epoch,
+                duration=self._duration,
+                active=active,
+                journaled=journaled,
+            )
         if not rows:
             raise Fenced(f"epoch {epoch} is over: another process took the experiment over")
         return int(rows[0][0]), bool(rows[0][1]), float(rows[0][2])

@@ -87,6 +87,12 @@ _HELLO = (
     f"SET lock_timeout = '{BUSY_SECONDS:.0f}s'; SET idle_in_transaction_session_timeout = '{IDLE_SECONDS:.0f}s';"
     " SELECT pg_backend_pid(), stats_reset::text FROM pg_stat_bgwriter"
 )
+ASIDE = (
+    "SET LOCAL synchronous_commit = off; SET LOCAL lock_timeout = '10s';"
+    f" SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS:.0f}s'"
+)
+"""How a server's small transaction begins that waits for no disk, and not long for others."""
+
 _BEGIN = "BEGIN; SELECT pg_current_xact_id()::text"
 _END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s AND backend_xid = %s::xid8::xid"
 _STATUS = "SELECT pg_xact_status(%s::xid8), (SELECT stats_reset::text FROM pg_stat_bgwriter)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 from sqlalchemy import text
 
 from holdfast.core.checkpoint import Checkpoint, chain, eligible
-from holdfast.core.objective import Objective, score
 from holdfast.core.trial import Attempt, ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import Config, Metrics, from_row, loads
+from holdfast.storage.database import measures
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Statement, Transaction
 from holdfast.storage.database.losses import repeatable
@@ -32,7 +32,7 @@ _TRIALS_TEXT = (
     " a.id, a.number, a.epoch, a.outcome, a.claimed_by, " + sql.OWN_PARENT + ", a.parent_step, a.reason, a.note,"
     " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended, "
     + sql.DONOR
-    + ", p.number, a.created"
+    + ", p.number, a.created, a.worker_id"
     ", CASE WHEN a.config_id <> t.config_id THEN (SELECT f.body FROM config f WHERE f.id = t.config_id) END"
     ", CASE WHEN a.reason = 'retry' AND t.status = 'PENDING' THEN (SELECT COUNT(*) FROM attempt f"
     " JOIN attempt l ON l.trial_id = f.trial_id AND l.epoch = f.epoch WHERE l.trial_id = t.id AND l.number = a.number - 1"
@@ -77,7 +77,7 @@ _CHANGED = tuple(_scoped(body, "+t.number") for body in (_TRIALS_TEXT, _METRICS_
 _ATTEMPTS = _sql(
     f"SELECT t.number, a.id, a.number, a.epoch, a.outcome, a.claimed_by, {sql.OWN_PARENT}, a.parent_step, a.reason, a.note,"
     " a.error_kind, a.error, a.traceback, a.flow_run_id, a.task_run_id, a.host, a.pid, a.pid_started, a.started, a.ended,"
-    f" {sql.DONOR}, p.number, a.created"
+    f" {sql.DONOR}, p.number, a.created, a.worker_id"
     " FROM attempt a JOIN trial t ON t.id = a.trial_id LEFT JOIN attempt p ON p.id = a.parent_id"
     " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last ORDER BY t.number, a.number"
 )
@@ -106,20 +106,6 @@ _HISTORY = _sql(
     "SELECT t.number, a.number, r.step, r.seq, r.reported, r.decision, m.name, m.kind, m.number, m.text FROM report r"
     " JOIN attempt a ON a.id = r.attempt_id JOIN trial t ON t.id = a.trial_id LEFT JOIN metric m ON m.report_id = r.id"
     " WHERE t.experiment_id = :experiment AND t.number >= 0 AND r.step >= 0 ORDER BY t.number, r.step, a.number, m.name"
-)
-
-# What stopping rules look at.
-_MEASURED = _sql(
-    "SELECT t.number, a.number, r.step, m.kind, m.number, m.text FROM trial t JOIN attempt a ON a.trial_id = t.id"
-    " JOIN report r ON r.attempt_id = a.id JOIN metric m ON m.report_id = r.id AND m.name = :metric"
-    " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last AND r.step >= 0"
-)
-
-# Only trials that were tried more than once have reports that do not count.
-_LINKS = _sql(
-    "SELECT t.number, a.number, " + sql.OWN_PARENT + ", a.parent_step FROM trial t JOIN attempt a ON a.trial_id = t.id"
-    " LEFT JOIN attempt p ON p.id = a.parent_id"
-    " WHERE t.experiment_id = :experiment AND t.number >= :first AND t.number <= :last AND t.current_attempt > 1"
 )
 
 _TELEMETRY = _sql(
@@ -153,7 +139,7 @@ _STATES = _sql("SELECT number, body FROM proposer_state WHERE experiment_id = :e
 
 _IDS = _sql("SELECT number, id FROM trial WHERE experiment_id = :experiment AND number >= 0")
 
-ALL = 2**62
+ALL = measures.ALL
 
 _STATUSES = {status.value: status for status in TrialStatus}
 _OUTCOMES: dict[str | None, Outcome | None] = {None: None, **{outcome.value: outcome for outcome in Outcome}}
@@ -248,7 +234,7 @@ class Reader:
 
     def cancel_requests(self) -> set[int]:
         """Return the numbers of trials that somebody asked to cancel and that have not ended."""
-        return {row[0] for row in self._fetch(_CANCEL_REQUESTS)}
+        return {row[0] for row in self._fetch(sql.CANCEL_REQUESTS)}
 
     def stop_requested(self) -> bool:
         """Tell whether somebody asked the driver to stop."""
@@ -334,15 +320,8 @@ class Reader:
     @repeatable
     def measured(self, metrics: Sequence[str], *, first: int = 0, last: int = ALL) -> dict[str, list[tuple[int, int, float]]]:
         """Return (trial, step, value) of the reports that count, by metric, ordered; what is no number is left out."""
-        scope = {"experiment": self.experiment, "first": first, "last": last}
         with self.database.snapshot() as state:
-            links = state.run(_LINKS, **scope)
-            found = {metric: state.run(_MEASURED, **scope, metric=metric) for metric in metrics}
-        attempts: dict[int, dict[int, Attempt]] = {}
-        for number, attempt, parent, parent_step in links:
-            attempts.setdefault(number, {})[attempt] = Attempt(id=0, number=attempt, parent=parent, parent_step=parent_step)
-        limits = {number: dict(chain(max(of_trial), of_trial)) for number, of_trial in attempts.items()}
-        return {metric: sorted(_counted(rows, limits)) for metric, rows in found.items()}
+            return measures.measured(state, self.experiment, metrics, first, last)
 
     def telemetry(self, *, first: int = 0, last: int = ALL) -> list[tuple[int, datetime, str, Any]]:
         """Return (trial, UTC time, name, value) by trial, time and name."""
@@ -381,11 +360,6 @@ _DECISIONS = _sql(
     " WHERE t.experiment_id = :experiment AND t.number >= 0 AND t.status = 'RUNNING'"
 )
 
-_CANCEL_REQUESTS = _sql(
-    "SELECT number FROM trial WHERE experiment_id = :experiment AND number >= 0 AND cancel_requested = 1"
-    " AND status IN ('PENDING', 'RUNNING')"
-)
-
 
 def _inherit(rows: Sequence[tuple[Any, ...]], reports: dict[int, Metrics], steps: dict[int, int]) -> None:
     """Fill in the last canonical report of trials whose current attempt has not reported."""
@@ -406,23 +380,6 @@ def _inherit(rows: Sequence[tuple[Any, ...]], reports: dict[int, Metrics], steps
                 break
 
 
-def _counted(
-    rows: Sequence[tuple[Any, ...]], limits: Mapping[int, Mapping[int, int | None]]
-) -> Iterator[tuple[int, int, float]]:
-    """Yield trial, step and value of the numbers on each trial's chain, whose attempts end at ``limits``."""
-    for trial, attempt, step, kind, number, body in rows:
-        if trial in limits:
-            limit = limits[trial].get(attempt, -1)
-            if limit is not None and step > limit:
-                continue
-        value = number if kind == "float" and number is not None else score({"": from_row(kind, number, body)}, _NAMELESS)
-        if value is not None:
-            yield trial, step, value
-
-
-_NAMELESS = Objective(name="")
-
-
 def _by_trial(rows: Sequence[tuple[Any, ...]]) -> dict[int, dict[int, Attempt]]:
     """Return the attempts in rows of ``_ATTEMPTS`` by trial and number; a trial's newest is its current one."""
     found: dict[int, dict[int, Attempt]] = {}
@@ -434,7 +391,7 @@ def _by_trial(rows: Sequence[tuple[Any, ...]]) -> dict[int, dict[int, Attempt]]:
 
 def _attempt(row: Sequence[Any]) -> Attempt:
     identity, number, epoch, outcome, claimed, parent, parent_step, reason, note, kind, message, trace, *rest = row
-    flow_run, task_run, host, pid, pid_started, started, ended, donor, donor_attempt, created = rest
+    flow_run, task_run, host, pid, pid_started, started, ended, donor, donor_attempt, created, worker = rest
     return Attempt(
         id=identity,
         number=number,
@@ -455,6 +412,7 @@ def _attempt(row: Sequence[Any]) -> Attempt:
         started=moment(started),
         ended=moment(ended),
         created=moment(created),
+        worker=worker,
     )
 
 

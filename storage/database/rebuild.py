@@ -37,14 +37,14 @@ _ADD = _sql(
     " :ended) RETURNING id"
 )
 _REPLACE = _sql(
-    f"UPDATE experiment SET {_EXPERIMENT}, holder = NULL, lease_expires = NULL, lease_renewed = NULL WHERE uuid = :uuid"
-    " RETURNING id"
+    f"UPDATE experiment SET {_EXPERIMENT}, holder = NULL, lease_expires = NULL, lease_renewed = NULL,"
+    " told = 'continue', journaled = -1 WHERE uuid = :uuid RETURNING id"
 )
 _FIND = _sql("SELECT id, seq FROM experiment WHERE uuid = :uuid")
 _TAKEN = _sql("SELECT uuid, location FROM experiment WHERE name = :name AND uuid <> :uuid")
 _CLEAR = [
     _sql(f"DELETE FROM {table} WHERE experiment_id = :experiment")
-    for table in ("trial", "objective", "proposer_state", "audit")  # what hangs on trials goes with them
+    for table in ("trial", "worker", "objective", "proposer_state", "audit")  # what hangs on trials goes with them
 ]
 _OBJECTIVE = _sql(
     "INSERT INTO objective (experiment_id, position, name, direction) VALUES (:experiment, :position, :name, :direction)"

@@ -23,7 +23,7 @@ from sqlalchemy import (
     text,
 )
 
-VERSION = "0002"
+VERSION = "0003"
 """The revision that this program writes and reads."""
 
 metadata = MetaData(
@@ -40,9 +40,9 @@ def _id() -> Column[int]:
     return Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, comment="given by the database")
 
 
-def _ref(name: str, target: str, comment: str, *, nullable: bool = False) -> Column[int]:
+def _ref(name: str, target: str, comment: str, *, nullable: bool = False, ondelete: str = "CASCADE") -> Column[int]:
     kind = BigInteger().with_variant(Integer, "sqlite")
-    return Column(name, kind, ForeignKey(target, ondelete="CASCADE"), nullable=nullable, comment=comment)
+    return Column(name, kind, ForeignKey(target, ondelete=ondelete), nullable=nullable, comment=comment)
 
 
 def _text(name: str, comment: str, *, nullable: bool = False, **options: Any) -> Column[str]:
@@ -90,6 +90,8 @@ experiment = Table(
     Column("active_seconds", Float(53), nullable=False, default=0.0, comment="time that somebody drove it, summed"),
     _int("stop_requested", "1 after `holdfast stop`, until it is driven again", default=0),
     _text("ended", "why the last drive ended on its own accord; null while driven or after a crash", nullable=True),
+    _text("told", "the driver's order to all workers: continue, preempt or kill", server_default="continue"),
+    _int("journaled", "the seq that the journal reaches, as far as workers know; -1: nothing yet", server_default="-1"),
     comment="one search",
 )
 
@@ -115,6 +117,26 @@ config = Table(
     comment="parameter values, stored once per distinct value and shared by trials and experiments",
 )
 
+worker = Table(
+    "worker",
+    metadata,
+    _id(),
+    _ref("experiment_id", "experiment.id", "whose trials it runs"),
+    _int("epoch", "of the driver that it works for"),
+    _text("name", "as the engine calls it"),
+    _text("engine", "dask, ray, workpool or threads"),
+    _text("hostname", "of its machine"),
+    _text("host", "host, boot and pid namespace that its process runs in"),
+    _int("pid", "of its process"),
+    _text("pid_started", "start of that process, so that a recycled pid is told apart"),
+    _text("about", "JSON: versions of packages, devices, what it is not fit for"),
+    _int("joined", "microseconds since 1970 UTC"),
+    Column("seen", Float(53), nullable=False, comment="its last beat, in seconds since 1970 by the database's clock"),
+    _text("left", "why it left or was given up; null while it works", nullable=True),
+    Index("ix_worker_experiment", "experiment_id"),
+    comment="a process that runs trials of one drive; rows of the present only: in no journal, export or copy",
+)
+
 trial = Table(
     "trial",
     metadata,
@@ -138,6 +160,7 @@ trial = Table(
     UniqueConstraint("experiment_id", "number"),
     Index("ix_trial_changes", "experiment_id", "seq"),
     _partial("ix_trial_cancel", "cancel_requested = 1", "experiment_id", "number"),
+    _partial("ix_trial_running", "status = 'RUNNING'", "experiment_id", "number"),
     comment="one config under evaluation",
 )
 
@@ -174,7 +197,9 @@ attempt = Table(
     _text("host", "host, boot and pid namespace that the child process ran in", nullable=True),
     _int("pid", "of the child process", nullable=True),
     _text("pid_started", "start of that process, so that a recycled pid is told apart", nullable=True),
+    _ref("worker_id", "worker.id", "whose process supervises it; null: the driver's own", nullable=True, ondelete="SET NULL"),
     UniqueConstraint("trial_id", "number"),
+    _partial("ix_attempt_worker", "worker_id IS NOT NULL", "worker_id", "outcome"),
     _partial("ix_attempt_parent", "parent_id IS NOT NULL", "parent_id"),
     comment="one execution of a trial",
 )

@@ -56,7 +56,7 @@ ADD_CLAIMED = _sql(
 # Of two claimers one finds the row unclaimed; only a trial's current attempt can be claimed.
 CLAIM = _sql(
     "UPDATE attempt SET claimed_by = :token, epoch = :epoch, started = :started, flow_run_id = :flow_run_id,"
-    " task_run_id = :task_run_id, host = :host, pid = :pid, pid_started = :pid_started"
+    " task_run_id = :task_run_id, host = :host, pid = :pid, pid_started = :pid_started, worker_id = :worker"
     " WHERE id = :attempt AND claimed_by IS NULL AND outcome IS NULL"
     " AND EXISTS (SELECT 1 FROM trial t WHERE t.id = attempt.trial_id AND t.experiment_id = :experiment"
     " AND t.current_attempt = attempt.number) RETURNING trial_id, number"
@@ -199,6 +199,22 @@ SET_SPEC = _sql("UPDATE experiment SET spec = :spec WHERE id = :experiment")
 SET_CODE = _sql("UPDATE experiment SET code_digest = :code, workdir = :workdir, location = :location WHERE id = :experiment")
 
 ADD_STATE = _sql("INSERT INTO proposer_state (experiment_id, number, body, seq) VALUES (:experiment, :number, :body, :seq)")
+
+TELL = _sql("UPDATE experiment SET told = :told WHERE id = :experiment")
+
+# To be asked under the fence: who gives a worker up holds it, too.
+WORKS = _sql('SELECT id FROM worker WHERE id = :worker AND experiment_id = :experiment AND epoch = :epoch AND "left" IS NULL')
+
+# A trial's attempts beside its current one are closed, so these are current ones.
+OPEN_OF_WORKER = _sql(
+    "SELECT t.number, a.id FROM attempt a JOIN trial t ON t.id = a.trial_id"
+    " WHERE a.worker_id = :worker AND a.outcome IS NULL AND t.experiment_id = :experiment ORDER BY t.number"
+)
+
+CANCEL_REQUESTS = _sql(
+    "SELECT number FROM trial WHERE experiment_id = :experiment AND number >= 0 AND cancel_requested = 1"
+    " AND status IN ('PENDING', 'RUNNING')"
+)
 
 STOP = _sql("UPDATE experiment SET stop_requested = 1 WHERE id = :experiment")
 

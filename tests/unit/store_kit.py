@@ -8,13 +8,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection
 from support_scripts import COMMAND, begin_script
 
 from holdfast import locate
 from holdfast.locate import Opened
 from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.schema import metadata
 from holdfast.testing.samples import sample_spec
 
 
@@ -23,6 +28,21 @@ def content(folder: Path) -> dict[str, bytes | None]:
     return {
         str(entry.relative_to(folder)): entry.read_bytes() if entry.is_file() else None for entry in sorted(folder.rglob("*"))
     }
+
+
+def differences(connection: Connection) -> list[Any]:
+    """Return in what a SQLite database differs from the schema.
+
+    Of a reference that was added to a table later, SQLAlchemy does not read what becomes of it ON DELETE: SQLite is asked.
+    """
+    compared = compare_metadata(MigrationContext.configure(connection), metadata)
+    found = [each for each in compared if each[0] not in ("add_fk", "remove_fk")]
+    for name, table in metadata.tables.items():
+        declared = {(name, each.parent.name, each.target_fullname, each.ondelete) for each in table.foreign_keys}
+        rows = connection.exec_driver_sql(f"PRAGMA foreign_key_list({name})").mappings().all()
+        stored = {(name, row["from"], f"{row['table']}.{row['to']}", row["on_delete"]) for row in rows}
+        found += sorted(declared ^ stored)
+    return found
 
 
 def create(storage: Path, name: str = "sample", **changes: object) -> Opened:

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic.autogenerate import compare_metadata
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from store_kit import content, unprivileged
+from store_kit import content, differences, unprivileged
 from support_scripts import COMMAND, begin_script, run_script
 
 import holdfast.storage.database.migrations as migrations
@@ -35,7 +33,7 @@ from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.engine import connect, sqlite_url
 from holdfast.storage.database.experiments import open_database
 from holdfast.storage.database.reads import Reader
-from holdfast.storage.database.schema import VERSION, metadata
+from holdfast.storage.database.schema import VERSION
 from holdfast.storage.database.upgrading import back_up, inspect, upgrade
 from holdfast.testing.lab import TYPED, same
 
@@ -135,7 +133,7 @@ def test_an_upgrade_keeps_every_value_and_a_backup(file: Path) -> None:
     assert raw(done.backup) == before
     assert done.backup.stat().st_mode & 0o777 == 0o640
     with closing(connect(sqlite_url(file))) as database, database.read() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        assert differences(connection) == []
         assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
         assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
     assert sorted(path.name for path in file.parent.iterdir()) == sorted(["holdfast.db", done.backup.name])

@@ -27,6 +27,7 @@ HoldfastError
 │   │   └── OutcomeUnknown             the connection was lost during a commit
 │   ├── StorageError (OSError)
 │   ├── EngineError
+│   ├── Unfit                          a worker cannot run trials of the experiment; it has claimed nothing
 │   ├── NewerFormat                    a newer holdfast wrote it: nothing is damaged, and nothing older is used instead
 │   └── MissingLibrary (ImportError)   what was stored needs a library that is not installed here
 ├── Exhausted                          a proposer has nothing more to propose; ends the search, as a budget does
@@ -154,6 +155,17 @@ class StorageError(Infrastructure, OSError):
 
 class EngineError(Infrastructure):
     """Prefect could not be started or reached, or did not persist a result; or an engine could not propose."""
+
+
+class Unfit(Infrastructure):
+    """A worker cannot run trials of an experiment, for the reasons in ``args``; it has claimed nothing."""
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(map(str, self.args))
+
+    def __str__(self) -> str:
+        return "; ".join(self.reasons)
 
 
 class NewerFormat(Infrastructure):

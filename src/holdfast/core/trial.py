@@ -147,6 +147,8 @@ class Attempt:
     """when it began to wait"""
     trial: int | None = None
     """number of its trial, where it is looked at without that one"""
+    worker: int | None = None
+    """row id of the worker that claimed it; None: the driver's own process, or nobody yet"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,7 @@ class AttemptContract:
             "driver.forget": lambda: driver.forget({checkpoint: "superseded"}),
             "change_spec": lambda: driver.change_spec({}, {}),
             "set_code": lambda: driver.set_code(trainable_digest="x", workdir="/x", location="/x"),
+            "tell": lambda: driver.tell("kill"),
             "audit": lambda: driver.audit("late", {}),
             "claim": lambda: AttemptWriter.claim(lab.database, lab.id, 1, attempt, token="late"),
             "check": writer.check,

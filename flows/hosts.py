@@ -1,0 +1,70 @@
+"""Whether the workers of a spec can reach what they need: asked before anything is written. Imports no Prefect."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from urllib.parse import urlsplit
+
+from holdfast import references
+from holdfast.core.errors import SpecError
+from holdfast.core.spec import ExperimentSpec
+from holdfast.locate import database_url
+from holdfast.settings import api_url, names_api
+from holdfast.storage.database.engine import connect
+from holdfast.storage.root import absolute, is_url
+
+EXTRAS = {"dask": "prefect_dask", "ray": "prefect_ray"}
+"""The extra that brings an engine, and the module that says whether it is there."""
+_LOOPBACK = ("localhost", "::1", "0.0.0.0", "::")
+
+
+def check_hosts(spec: ExperimentSpec) -> None:
+    """Raise SpecError when workers on other machines, or in other processes, could not run the trials of a spec.
+
+    All reasons are in one message, each with the setting that mends it. Nothing is written.
+    """
+    execution = spec.execution
+    if not execution.is_remote:
+        return
+    check_installed(execution.runner)
+    location, _ = references.place(spec.storage, spec.storage_options)
+    storage = absolute(str(location))
+    reasons = []
+    if storage.partition("://")[0] in ("memory", "local-memory"):
+        reasons.append(f"storage {storage} is the memory of this process; name a folder, or storage: s3://bucket/prefix")
+    elif execution.spans_hosts and not (is_url(storage) and not storage.startswith("file:")):
+        reasons.append(f"storage {storage} is a path of this machine; set storage: s3://bucket/prefix")
+    if execution.spans_hosts:
+        database = connect(database_url(storage, spec.database))
+        try:
+            if database.is_sqlite:
+                reasons.append(
+                    f"database {database.label} is a file of this machine; set database: postgresql+psycopg://user@host/name"
+                )
+        finally:
+            database.close()
+        reasons += _api_reasons()
+    if reasons:
+        lines = "\n".join(f"  {reason}" for reason in reasons)
+        where = f" at {execution.address}" if execution.address else ""
+        whose = "on other machines" if execution.spans_hosts else "in other processes"
+        raise SpecError(f"execution.runner: {execution.runner}{where} runs trials {whose}, which cannot reach:\n{lines}")
+
+
+def check_installed(runner: str) -> None:
+    """Raise SpecError when the engine of ``runner`` is not installed."""
+    module = EXTRAS.get(runner)
+    if module is not None and (find_spec(module) is None or find_spec({"dask": "distributed"}.get(runner, runner)) is None):
+        raise SpecError(f"execution.runner is {runner}, which is not installed; `pip install 'holdfast[{runner}]'`")
+
+
+def _api_reasons() -> list[str]:
+    url = api_url()
+    if url is None:
+        if names_api():
+            return []  # somewhere that only Prefect reads
+        return ["no Prefect API is named, and that of this process is reached from this machine alone; set PREFECT_API_URL"]
+    host = urlsplit(url).hostname or ""
+    if host in _LOOPBACK or host.startswith("127."):
+        return [f"Prefect's API {url} is reached from this machine alone; set PREFECT_API_URL to an address that all reach"]
+    return []

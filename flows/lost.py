@@ -1,0 +1,132 @@
+"""What becomes of attempts whose tasks did not end by themselves: rows decide, not what an engine says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from prefect.futures import PrefectFuture
+
+from holdfast.core.errors import Contention, Infrastructure, Unfit
+from holdfast.core.trial import ACTIVE, Trial, TrialStatus
+from holdfast.flows.runners.port import How
+from holdfast.holding import liveness
+from holdfast.storage.database.workers import WorkerRow
+
+SILENT_SECONDS = 30.0
+"""A worker that has said nothing for so long is lost."""
+MOST_REFUSALS = 10
+"""So many tasks in a row that ended without a trial having begun interrupt the search."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+"""Seconds before a trial that no worker began is handed out again."""
+
+
+@dataclass
+class Flight:
+    """An attempt that was handed to an engine."""
+
+    number: int
+    """of its trial"""
+    attempt: int
+    row: int
+    future: PrefectFuture[Any]
+    why: str | None = None
+    """why its task ended in another way than by its own end, if it did: only rows tell of the attempt from then on"""
+
+    @property
+    def is_watched(self) -> bool:
+        return self.why is not None
+
+
+class Verdict(StrEnum):
+    """What a driver does about an attempt whose task ended without saying so itself."""
+
+    OVER = "over"
+    """it has its outcome, or another attempt follows: nothing"""
+    AGAIN = "again"
+    """nobody has begun it: it is handed out again"""
+    LOSE = "lose"
+    """its worker is gone: it is closed as lost"""
+    WATCH = "watch"
+    """somebody may run it still: until it has ended, or its worker fell silent"""
+
+
+def judge(trial: Trial | None, attempt: int, how: How, error: object = None) -> Verdict:
+    """Say what is to be done about attempt ``attempt`` of a trial as it is stored; ``error`` is what its task raised."""
+    if trial is None or trial.attempt.number != attempt or trial.attempt.outcome is not None or trial.status not in ACTIVE:
+        return Verdict.OVER
+    if trial.status is TrialStatus.PENDING:
+        return Verdict.AGAIN
+    if how is How.LOST:
+        return Verdict.LOSE
+    if how is How.UNCLEAR or isinstance(error, Contention | Unfit):
+        return Verdict.WATCH  # another execution has claimed it, or this one was only lost sight of
+    return Verdict.LOSE
+
+
+def gone(rows: Iterable[WorkerRow]) -> list[tuple[WorkerRow, str]]:
+    """Return the workers that are lost, each with the reason: silent for too long, or a process of this host that is gone."""
+    found = []
+    for row in rows:
+        if row.left is not None:
+            continue
+        if row.silent >= SILENT_SECONDS:
+            found.append((row, f"it has been silent for {row.silent:.0f} s"))
+        elif liveness({"host": row.host, "pid": row.pid, "started": row.started}) is False:
+            found.append((row, "its process is gone"))
+    return found
+
+
+class Refusals:
+    """Trials that workers were given and did not begin: when each is handed out again, and when that has no use any more."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._clock = say, clock
+        self._due: dict[int, float] = {}
+        self._pauses: dict[int, float] = {}
+        self._said: set[str] = set()
+        self._in_a_row = 0
+
+    @property
+    def waiting(self) -> set[int]:
+        """Numbers of the trials that wait to be handed out again."""
+        return set(self._due)
+
+    def add(self, number: int, why: str) -> None:
+        """Note that trial ``number`` was not begun; Infrastructure after too many in a row. A reason is said once."""
+        self._in_a_row += 1
+        if why not in self._said:
+            self._said.add(why)
+            self._say(f"trial {number} was not begun, and is handed out again: {why}")
+        if self._in_a_row >= MOST_REFUSALS:
+            raise Infrastructure(
+                f"{self._in_a_row} times in a row no worker began a trial; the search is interrupted: mend this, then restore: {why}"
+            )
+        pause = self._pauses[number] = min(2 * self._pauses.get(number, _FIRST_PAUSE / 2), _LONGEST_PAUSE)
+        self._due[number] = self._clock() + pause
+
+    def begun(self, number: int) -> None:
+        """Note that a trial began: workers can run some."""
+        self._in_a_row = 0
+        self.forget(number)
+
+    def forget(self, number: int) -> None:
+        """Wait for a trial no more."""
+        self._due.pop(number, None)
+        self._pauses.pop(number, None)
+
+    def due(self) -> list[int]:
+        """Return the trials that are to be handed out again now, and forget that they wait."""
+        now = self._clock()
+        found = sorted(number for number, moment in self._due.items() if moment <= now)
+        for number in found:
+            del self._due[number]
+        return found
+
+
+def worker_words(row: WorkerRow) -> str:
+    """Say which worker it is."""
+    return f"worker {row.name} (process {row.pid} on {row.hostname})"

@@ -1,0 +1,480 @@
+"""What running trials of one experiment share in a worker process of Dask, Ray or a work pool: made at the first of them.
+
+A worker knows by beats what the driver's own process knows at once. Once it may not go on, its children are ended, its row
+says why, and the next trial that comes makes a new runtime, if there is still a drive to run it for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from holdfast.core.errors import Conflict, Contention, DatabaseError, ExperimentNotFound, Fenced, HoldfastError, SpecError, Unfit
+from holdfast.core.spec import ExperimentSpec
+from holdfast.core.values import Json, Metrics
+from holdfast.settings import settings, variable, visible_gpus
+from holdfast.storage.checkpoints.ports import checkpoints_in
+from holdfast.storage.database import experiments, workers
+from holdfast.storage.database.attempts import AttemptWriter
+from holdfast.storage.database.engine import Database
+from holdfast.storage.database.experiments import open_database
+from holdfast.storage.database.leases import TERMS
+from holdfast.storage.database.reads import Reader
+from holdfast.storage.folder import TRAINABLE, Folder
+from holdfast.storage.leasing import elapsed
+from holdfast.storage.root import is_url, parent_of
+from holdfast.tasks.judging import StoredJudge
+from holdfast.tasks.naming import TAG, experiment_tag, trial_tag
+from holdfast.tasks.place import Place
+from holdfast.tasks.probing import options_of, probe, versions
+from holdfast.tasks.runtime import Judge, Runtime
+from holdfast.tasks.workers import processes
+from holdfast.tasks.workers.messages import Decision
+from holdfast.tasks.workers.pool import DEVICES, WorkerPool
+from holdfast.tasks.working import WorkFolder
+
+terms = TERMS
+"""of the driver's lease, which a worker's silence is measured by, too"""
+IDLE_SECONDS = 60.0
+"""How long a runtime stays after the last trial that used it."""
+UNFIT_SECONDS = 5.0
+"""How long a worker that was found unfit says so without another look."""
+_BEATS = 0.4
+"""of a renewal of the lease: the time between two beats"""
+_LEAVE_SECONDS = 10.0
+"""How long attempts may take to notice that their worker is ended, before its row says so."""
+
+
+@dataclass(kw_only=True)
+class RemoteRuntime(Runtime):
+    """One experiment's running side in one process of an engine, for one epoch."""
+
+    place: Place
+    engine: str
+    work: WorkFolder
+    release: Callable[[], None] = lambda: None
+    """gives the shipped code back"""
+    over: HoldfastError | None = None
+    """why nothing may run here any more"""
+    _told: workers.Beat | None = None
+    _heard: float = field(default_factory=elapsed)
+    """when the last beat that was answered was sent, by a clock that goes on while the host sleeps"""
+    _beats: int = 0
+    """how many were sent"""
+    _running: dict[int, int] = field(default_factory=dict)
+    """attempts (row ids) claimed here, by the number of beats sent before"""
+    _closed: set[int] = field(default_factory=set)
+    """attempts that somebody else closed"""
+    _users: int = 0
+    _used: float = field(default_factory=time.monotonic)
+    _devices: str | None = None
+    """the environment's devices that the children were given"""
+    _state: threading.Condition = field(default_factory=threading.Condition)
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _stored: StoredJudge = field(init=False)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._stored = StoredJudge(self.experiment, self._rules)
+        self._devices = variable(DEVICES)
+
+    @property
+    def _patience(self) -> float:
+        """Seconds without an answer after which the worker gives up: before the driver takes it for lost."""
+        return terms.duration - 2 * terms.renewal
+
+    @contextmanager
+    def judged(self, trial: int, step: int, metrics: Metrics) -> Iterator[Judge]:
+        """Give what decides about a report within the transaction that commits it: other processes report, too."""
+        if not self._rules:
+            with super().judged(trial, step, metrics) as judge:
+                yield judge
+            return
+        with self._stored.judged(trial, step, metrics) as judge:
+            yield judge
+
+    @contextmanager
+    def changing(self, trial: int) -> Iterator[None]:
+        """Do nothing more: the next report looks for what changed."""
+        yield
+
+    def learn(self) -> None:
+        """Do nothing: the first report reads what there is."""
+
+    def fail(self, error: HoldfastError) -> None:
+        """Do nothing more: the error goes to the driver with the task, and other trials here may do without what failed."""
+
+    def journaled(self) -> int:
+        return -1 if self._told is None else self._told.journaled
+
+    def held(self) -> None:
+        """Raise what ended this worker; one that was suspended notices here, before anything is written."""
+        if self.over is None and elapsed() - self._heard > self._patience:
+            self._give_up(self._silence())
+        if self.over is not None:
+            raise self.over
+
+    def decision(self, trial: int, attempt: int | None = None) -> Decision:
+        """Return what a running attempt is to do now: KILL when it, or this worker, is none any more."""
+        if self.over is not None or elapsed() - self._heard > self._patience or attempt in self._closed:
+            return Decision.KILL
+        return super().decision(trial)
+
+    def claimed(self, writer: AttemptWriter) -> None:
+        with self._state:
+            self._running[writer.attempt] = self._beats
+
+    def start(self) -> None:
+        """Begin to beat; the first answer is waited for, and raises what it says against this worker."""
+        self._beat()
+        if self.over is not None:
+            raise self.over
+        for name, target in (("beat", self._beating), ("watch", self._watching)):
+            thread = threading.Thread(target=target, name=f"holdfast-worker-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _beating(self) -> None:
+        while not self._ended.wait(_BEATS * terms.renewal):
+            with suppress(DatabaseError):  # it is asked again, until the watch loses patience
+                self._beat()
+            self._look_idle()
+        self._finish()
+
+    def _watching(self) -> None:
+        """Give up in time when a beat does not come back: a call to a server that hangs may take minutes."""
+        while not self._ended.wait(terms.renewal / 10):
+            if elapsed() - self._heard > self._patience:
+                self._give_up(self._silence())
+
+    def _silence(self) -> Fenced:
+        return Fenced(
+            f"worker {self.worker} has not heard of the database for {elapsed() - self._heard:.0f} s, or was suspended; "
+            "what it ran counts as lost, and is run again"
+        )
+
+    def _beat(self) -> None:
+        """Say that this worker lives, and take in what it is told."""
+        assert self.worker is not None
+        with self._state:
+            self._beats += 1
+            number, sent = self._beats, elapsed()
+        if sent - self._heard > self._patience:  # suspended meanwhile: an answer now would hide it
+            self._give_up(self._silence())
+            return
+        try:
+            told = workers.beat(self.database, self.experiment, self.worker)
+        except (Contention, ExperimentNotFound) as error:
+            self._give_up(error)
+            return
+        with self._state:
+            if self.over is not None:
+                return
+            self._heard = sent
+            self._told = told
+            self._order = Decision(told.told)
+            self.cancelled = set(told.cancelled)
+            claimed = {attempt for attempt, before in self._running.items() if before < number}
+            self._closed |= claimed - told.open
+        if told.epoch != self.epoch:
+            self._give_up(Fenced(f"epoch {self.epoch} is over: another process took the experiment over"))
+        elif told.left is not None:
+            self._give_up(Fenced(f"worker {self.worker} was given up: {told.left}"))
+        elif told.remaining <= 0:
+            self._give_up(Fenced(f"nobody drives the experiment any more: the lease of epoch {self.epoch} has ended"))
+
+    def _look_idle(self) -> None:
+        with self._state:
+            idle = not self._users and time.monotonic() - self._used > IDLE_SECONDS
+            if not idle or self.over is not None:
+                return
+            self.over = Conflict("no trial came for a while")  # under the lock: nobody begins to use it meanwhile
+        self._give_up(self.over)
+
+    def _give_up(self, why: HoldfastError) -> None:
+        """Let nothing run or begin here from now on. Children are ended at once, the rest follows."""
+        with self._state:
+            self.over = self.lost = self.over or why
+            first = not self._ended.is_set()
+            self._ended.set()
+        if not first:
+            return
+        _forget(self)
+        if self.pool is not None:
+            with suppress(HoldfastError):  # a process that does not end goes with this one
+                self.pool.close()
+
+    def _finish(self) -> None:
+        """Say that this worker left, and give everything back, once its attempts have noticed."""
+        with self._state:
+            self._state.wait_for(lambda: not self._users, timeout=_LEAVE_SECONDS)
+        if self.pool is not None:
+            with suppress(HoldfastError):
+                self.pool.close()  # waits for who closes it
+        with suppress(HoldfastError):
+            workers.leave(self.database, self.experiment, self.worker or 0, str(self.over))
+        with self._state:
+            self._state.wait_for(lambda: not self._users)
+        self.close_files()
+
+    def close_files(self) -> None:
+        """Close the connections and remove the local folder."""
+        self.release()
+        self.database.close()
+        self.work.close()
+
+    def close(self, why: str, *, timeout: float = 30.0) -> None:
+        """End what runs here, and wait until everything is given back."""
+        self._give_up(Conflict(why))
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout)
+
+    def enter(self) -> bool:
+        """Count the caller among the users; False when this runtime is over."""
+        with self._state:
+            if self.over is not None:
+                return False
+            if self.engine == "ray" and not self._users:
+                self._follow_devices()
+            self._users += 1
+            return True
+
+    def _follow_devices(self) -> None:
+        """Make new children when the engine gave this process other devices than those that they have."""
+        if self.spec.execution.resources.gpu and self._devices != variable(DEVICES):
+            before, self.pool = self.pool, make_pool(self.spec, self.place)
+            self._devices = variable(DEVICES)
+            if before is not None:
+                before.close()
+
+    def leave(self) -> None:
+        """Count the caller among the users no more."""
+        with self._state:
+            self._users -= 1
+            self._used = time.monotonic()
+            if not self._users:
+                self._running.clear()
+                self._closed.clear()
+            self._state.notify_all()
+
+
+def make_pool(spec: ExperimentSpec, place: Place) -> WorkerPool:
+    """Return the child processes of a worker, none started yet; SpecError when it has too few devices."""
+    resources = spec.execution.resources
+    gpus = visible_gpus(needed=place.slots * resources.gpu) if resources.gpu else None
+    return WorkerPool(place.slots, cpu_per_trial=resources.cpu, gpus=gpus, gpus_per_trial=resources.gpu)
+
+
+Key = tuple[str, int]
+_lock = threading.Lock()
+_reached: dict[Key, RemoteRuntime] = {}
+_opening: dict[Key, Future[RemoteRuntime]] = {}
+_unfit: dict[Key, tuple[float, Unfit]] = {}
+
+
+def reach(place: Place, engine: str) -> RemoteRuntime:
+    """Return this process's runtime of the experiment and epoch, made at the first call.
+
+    Raises Unfit with all reasons when this process cannot run its trials, Fenced when the epoch is over, DatabaseError when
+    the database goes away meanwhile. Nothing is left then. Safe for several threads.
+    """
+    key = place.uuid, place.epoch
+    with _lock:
+        if (found := _reached.get(key)) is not None:
+            return found
+        until, unfit = _unfit.get(key, (0.0, None))
+        if unfit is not None and time.monotonic() < until:
+            raise Unfit(*unfit.args)
+        opening, mine = _opening.get(key), False
+        if opening is None:
+            opening, mine = _opening.setdefault(key, Future()), True
+    if not mine:
+        return opening.result()
+    try:
+        _end_older(place)
+        made = _open(place, engine)
+    except BaseException as error:
+        with _lock:
+            del _opening[key]
+            if isinstance(error, Unfit):
+                _unfit[key] = time.monotonic() + UNFIT_SECONDS, error
+        opening.set_exception(error)
+        raise
+    with _lock:
+        del _opening[key]
+        _unfit.pop(key, None)
+        if made.over is None:
+            _reached[key] = made
+    opening.set_result(made)
+    return made
+
+
+@contextmanager
+def using(place: Place, engine: str) -> Iterator[RemoteRuntime]:
+    """Use this process's runtime of an experiment; raises as :func:`reach`. While it is used it is not idle."""
+    while True:
+        runtime = reach(place, engine)
+        if runtime.enter():
+            break
+        _forget(runtime)
+    try:
+        yield runtime
+    finally:
+        runtime.leave()
+
+
+def known(uuid: str, epoch: int) -> RemoteRuntime | None:
+    """Return the runtime of an experiment and epoch if this process has one."""
+    with _lock:
+        return _reached.get((uuid, epoch))
+
+
+def close_all() -> None:
+    """End all runtimes of this process, with what runs in them, and wait until everything is given back."""
+    with _lock:
+        found = list(_reached.values())
+    for runtime in found:
+        runtime.close("its process ends")
+
+
+atexit.register(close_all)
+
+
+def _forget(runtime: RemoteRuntime) -> None:
+    with _lock:
+        key = runtime.uuid, runtime.epoch
+        if _reached.get(key) is runtime:
+            del _reached[key]
+
+
+def _end_older(place: Place) -> None:
+    """End what is left of earlier drives: whoever sends this one a trial has taken over."""
+    with _lock:
+        older = [found for (uuid, epoch), found in _reached.items() if uuid == place.uuid and epoch < place.epoch]
+    for runtime in older:
+        runtime.close(f"epoch {place.epoch} has begun")
+
+
+def _open(place: Place, engine: str) -> RemoteRuntime:
+    reasons = probe(place)
+    with contextlib.ExitStack() as made:
+        try:
+            database = open_database(place.database)
+        except HoldfastError as error:
+            raise Unfit(*(reasons or [str(error)])) from None
+        made.callback(database.close)
+        if reasons:
+            raise _told_unfit(database, place, engine, reasons)
+        try:
+            runtime = _make(place, engine, database, made)
+        except SpecError as error:
+            raise _told_unfit(database, place, engine, [str(error)]) from None
+        runtime.start()
+        made.pop_all()
+    return runtime
+
+
+def _make(place: Place, engine: str, database: Database, made: contextlib.ExitStack) -> RemoteRuntime:
+    record = experiments.by_uuid(database, place.uuid)
+    if record is None:
+        raise Fenced(f"experiment {place.name!r} is gone from the database; it was deleted meanwhile")
+    options = options_of(place)
+    data = {**record.spec, "storage": parent_of(place.location), **({"storage_options": options} if options else {})}
+    spec = ExperimentSpec.parse(data, source=f"stored spec of {record.name}")
+    work = WorkFolder(settings().cache_folder / "work")
+    made.callback(work.close)
+    folder = Folder.at(place.location, options=options, work=work.path, cache_bytes=settings().cache_bytes)
+    workdir, release = _workdir(place, folder, work)
+    made.callback(release)
+    pool = make_pool(spec, place)
+    made.callback(pool.close)
+    reader = Reader(database, place.experiment)
+    worker = _join(database, place, engine)
+    made.callback(lambda: _leave_quietly(database, place, worker, "it could not begin"))
+    return RemoteRuntime(
+        uuid=place.uuid,
+        experiment=place.experiment,
+        epoch=place.epoch,
+        spec=spec.model_copy(update={"trainable": _trainable(place, folder)}),
+        workdir=str(workdir),
+        database=database,
+        reader=reader,
+        folder=folder,
+        checkpoints=checkpoints_in(folder),
+        pool=pool,
+        tags=lambda trial: (TAG, experiment_tag(record.name), trial_tag(trial)),
+        worker=worker,
+        began=_began(reader, place.epoch),
+        place=place,
+        engine=engine,
+        work=work,
+        release=release,
+    )
+
+
+def _join(database: Database, place: Place, engine: str) -> int:
+    hostname, pid = socket.gethostname(), os.getpid()
+    about: dict[str, Json] = {**versions(), "cpus": os.cpu_count() or 1, "slots": place.slots, "engine": engine}
+    return workers.join(
+        database,
+        place.experiment,
+        place.epoch,
+        name=f"{hostname}/{pid}",
+        engine=engine,
+        hostname=hostname,
+        host=processes.same_host(),
+        pid=pid,
+        started=processes.identity(pid) or "",
+        about=about,
+    )
+
+
+def _told_unfit(database: Database, place: Place, engine: str, reasons: list[str]) -> Unfit:
+    """Return the error, its reasons left in a row of this worker for people to read, where that can be."""
+    with suppress(HoldfastError):
+        workers.leave(database, place.experiment, _join(database, place, engine), f"unfit: {'; '.join(reasons)}")
+    return Unfit(*reasons)
+
+
+def _leave_quietly(database: Database, place: Place, worker: int, why: str) -> None:
+    with suppress(HoldfastError):
+        workers.leave(database, place.experiment, worker, why)
+
+
+def _workdir(place: Place, folder: Folder, work: WorkFolder) -> tuple[Path, Callable[[], None]]:
+    """Return where attempts run, and what gives it back: the shipped code, the driver's own folder, or an empty one."""
+    if place.code is not None:
+        from holdfast.storage.code import release, unpack
+
+        files = unpack(folder, place.code, settings().cache_folder)
+        return files, lambda: release(files)
+    given = Path(place.workdir)
+    return (given if given.is_dir() else work.path), lambda: None
+
+
+def _trainable(place: Place, folder: Folder) -> str:
+    """Return the trainable as a child finds it: a pickled one is brought here."""
+    kind, _, rest = place.trainable.partition(":")
+    if kind != "pickle":
+        return place.trainable
+    folder.bring(TRAINABLE)
+    return f"pickle:{folder.path / rest}"
+
+
+def _began(reader: Reader, epoch: int) -> float:
+    """Return when the drive began, by this process's monotonic clock, as far as the hosts' clocks agree."""
+    begun = next((row.happened for row in reader.audit() if row.epoch == epoch), None)
+    since = 0.0 if begun is None else (datetime.now(UTC) - begun).total_seconds()
+    return time.monotonic() - max(since, 0.0)
