@@ -105,11 +105,11 @@ Removes what dead attempts left behind, in every experiment of the storages that
 """
 
 TRIAL_TEXT = """\
-Runs one trial of a search whose spec says `execution.runner: workpool`. **The search starts its runs, not people**: one that nobody
-waits for ends at once.
+Runs one trial of a search whose spec says `execution.runner: workpool`. **The search starts its runs, not people**: one that
+nobody waits for ends at once.
 
 * Cancel a run, and its trial is cancelled; the search goes on.
-* What a job of this pool needs (an image with the search's versions, credentials in its environment) stands in docs/deploying.md.
+* What a job of this pool needs (an image with the search's versions, credentials in its environment): docs/deploying.md.
 """
 
 NIGHTLY = "0 1 * * *"

@@ -352,7 +352,9 @@ def collect_form(parameters: Mapping[str, Any]) -> CollectForm:
 def trial_form(parameters: Mapping[str, Any]) -> TrialForm:
     """Return the checked parameters of a trial's flow run; SpecError says in a sentence what is wrong with them."""
     if parameters.get("drive") is None:
-        raise SpecError("runs of this flow are started by searches with execution.runner: workpool; to run one, use search/search")
+        raise SpecError(
+            "runs of this flow are started by searches with execution.runner: workpool; to run one, use search/search"
+        )
     form = _checked(TrialForm, _plain(parameters, "path"))
     _refuse_secrets(form.storage_options, form.database)
     return form

@@ -46,7 +46,9 @@ class Told:
         if not (is_url(self.path) or references.is_reference(self.path)):
             found.append(f"the storage {parent_of(self.path)} is a folder (storage: s3://bucket/prefix, or block:NAME of one)")
         if self.database is not None and self.database.startswith("sqlite"):
-            found.append(f"the database {self.database} is a file (database: postgresql+psycopg://user@host/name, or block:NAME)")
+            found.append(
+                f"the database {self.database} is a file (database: postgresql+psycopg://user@host/name, or block:NAME)"
+            )
         return found
 
 
@@ -76,16 +78,15 @@ def told_of(location: str, options: Mapping[str, Any], database: str) -> Told:
     """Return what may be told of a place; SpecError when its credentials can be neither referred to nor left to workers."""
     path = references.name_of_location(absolute(location))
     if is_url(path) and "@" in urlsplit(path).netloc:
-        raise SpecError(f"the storage holds credentials in its URL, and Prefect keeps what a trial's flow run is told; {_mend()}")
+        raise SpecError(
+            f"the storage holds credentials in its URL, and Prefect keeps what a trial's flow run is told; {_mend()}"
+        )
     return Told(path, _database(database), _options(path, options))
 
 
 def _options(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the storage options that a worker does not find by itself."""
-    if references.is_reference(path):
-        known = references.place(path)[1] or {}
-    else:
-        known = settings().storage_options or {}
+    known = (references.place(path)[1] if references.is_reference(path) else settings().storage_options) or {}
     own = {name: value for name, value in options.items() if name not in known or known[name] != value}
     if (found := secret_in(own)) is not None:
         raise SpecError(
@@ -102,8 +103,8 @@ def _options(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mend() -> str:
     return (
-        f"{_BLOCK.format(kind='HoldfastStorage')}, or leave it out and set HOLDFAST_STORAGE_OPTIONS (or AWS_...) both here and in "
-        "the environment of the pool's jobs"
+        f"{_BLOCK.format(kind='HoldfastStorage')}, or leave it out and set HOLDFAST_STORAGE_OPTIONS (or AWS_...) both here and "
+        "in the environment of the pool's jobs"
     )
 
 

@@ -86,7 +86,7 @@ def _run(form: forms.TrialForm, place: Place, config: str) -> State[Any]:
         future.add_done_callback(lambda _: woken.set())
         try:
             _until_done(future, woken, signals, math.inf)
-        except BaseException as error:  # a signal: the job is to end, whatever becomes of the search
+        except BaseException as error:  # noqa: BLE001  # a signal: the job is to end, whatever becomes of the search
             get_run_logger().warning("%s: the trial has %g s to save and stop", type(error).__name__, settings().grace_seconds)
             runtime.order(Decision.PREEMPT)
             _until_done(future, woken, signals, settings().grace_seconds, again=runtime.order)
@@ -107,7 +107,7 @@ def _until_done(
             woken.wait(LOOK_SECONDS)
             woken.clear()
             signals.check()
-        except BaseException:
+        except BaseException:  # one more signal
             if again is None:
                 raise
             deadline = 0.0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from holdfast.core.spec import ExperimentSpec
 from holdfast.flows.naming import STALE, TAG, experiment_tag, trial_tag
 from holdfast.flows.pooled import Told, parameters, told_of
 from holdfast.flows.prefect_runs import AWAY, LAST_SECONDS, PAGE, close_open_tasks, impatient_client, this_run
+from holdfast.flows.runners.port import End, How
 from holdfast.report.observer import watching
 from holdfast.tasks.place import Place
 
@@ -35,6 +37,8 @@ POLL_SECONDS = 2.0
 """How often Prefect is asked about all runs that have not ended."""
 LATE_SECONDS = 60.0
 """How long a run may wait for a worker before somebody is told."""
+AGAIN_SECONDS = 10.0
+"""How much later an attempt begins whose run before ended without it: a job that cannot start fails again and again."""
 LOCAL_POOLS = ("process",)
 """Types of pools whose jobs may run on the search's own machine."""
 ENTRYPOINTS = ("holdfast.flows.trial.trial", "flows/trial.py:trial")
@@ -98,7 +102,7 @@ class RunFuture(PrefectConcurrentFuture[Any]):
     @property
     def state(self) -> State[Any]:
         found = self.wrapped_future
-        return found.result() if found.done() else Pending()
+        return found.result() if found.done() else Pending()  # Prefect is not asked: the runner's thread does that
 
 
 @dataclass(eq=False)
@@ -116,6 +120,8 @@ class _Run:
     """as it was seen last"""
     made: float = field(default_factory=time.monotonic)
     is_withdrawn: bool = False
+    pause: float = 0.0
+    """seconds before a worker may begin it"""
 
     @property
     def has_begun(self) -> bool:
@@ -134,7 +140,7 @@ class WorkPoolRunner:
         self._place = place
         self._told = told_of(place.location, place.options, place.database)
         self._deployed: Deployed | None = None
-        self._search = this_run()
+        self._search: uuid.UUID | None = None
         self._lock = threading.Lock()
         self._runs: list[_Run] = []
         """those that have not ended"""
@@ -154,7 +160,7 @@ class WorkPoolRunner:
                 with suppress(OSError):  # the terminal may be gone
                     caller.say(text)
 
-        self._say = say
+        self._say, self._search = say, this_run()
         context = contextvars.copy_context()  # which API it is
         self._thread = threading.Thread(target=context.run, args=(self._work,), name="holdfast-workpool", daemon=True)
         self._thread.start()
@@ -180,6 +186,7 @@ class WorkPoolRunner:
         key = f"holdfast-{self._place.uuid}-{self._place.epoch}-{row}" + (f"-{times}" if times > 1 else "")
         future = RunFuture(uuid.uuid4(), Future())
         run = _Run(future, int(parameters["trial"]), int(parameters["attempt"]), row, task, key)
+        run.pause = min((times - 1) * AGAIN_SECONDS, LATE_SECONDS)
         with self._lock:
             self._runs.append(run)
         self._wake.set()
@@ -192,6 +199,18 @@ class WorkPoolRunner:
                 if run.future is future:
                     run.is_withdrawn = True
         self._wake.set()
+
+    def ended(self, future: PrefectFuture[Any]) -> End:
+        """Say how a flow run ended; Crashed is what Prefect calls one whose process is gone."""
+        state = future.state
+        if state.is_crashed():
+            return End(how=How.LOST, why=f"its flow run crashed in Prefect: {state.message}")
+        if state.is_cancelled() and state.name == STALE:
+            return End(how=How.UNCLEAR, why=state.message or "")
+        return End(how=How.STATE, state=state)
+
+    def look(self) -> None:
+        """Do nothing: an API that is away comes back, and a worker that is missing may be started."""
 
     # In the thread
 
@@ -231,7 +250,8 @@ class WorkPoolRunner:
                     raise
                 # It will be refused the next time, too: parameters that an older deployment does not know, say.
                 deployment = self._spec.execution.deployment
-                words = f"Prefect refused a run of {deployment}: {error.response.text[:500]}; `holdfast deploy` brings it up to date"
+                answer = error.response.text[:500]
+                words = f"Prefect refused a run of {deployment}: {answer}; `holdfast deploy` brings it up to date"
                 run.end(Failed(message=words, data=EngineError(words)))
                 continue
             run.flow_run, run.state, run.made = made.id, made.state, time.monotonic()
@@ -249,7 +269,7 @@ class WorkPoolRunner:
         return client.create_flow_run_from_deployment(
             self._deployed.id,
             parameters=parameters(self._place, self._told, trial=run.trial, attempt=run.attempt, row=run.row),
-            state=Scheduled(),
+            state=Scheduled(scheduled_time=datetime.now(UTC) + timedelta(seconds=run.pause)),
             name=name,
             tags=tags,
             idempotency_key=run.key,
@@ -266,11 +286,10 @@ class WorkPoolRunner:
         for run in self._open():
             if run.is_withdrawn and run.flow_run is None:
                 run.end(state)
-            elif run.is_withdrawn and not run.has_begun:
-                now = client.read_flow_run(run.flow_run).state if run.flow_run is not None else None
-                if now is None or now.is_scheduled() or now.is_pending():
+            elif run.is_withdrawn and run.flow_run is not None and not run.has_begun:
+                run.state = client.read_flow_run(run.flow_run).state
+                if not run.has_begun:  # should it begin at this moment, the claim is what it does not get
                     client.set_flow_run_state(run.flow_run, state)
-                run.state = now
 
     def _look(self, client: SyncPrefectClient) -> None:
         """Ask about every run that was made and has not ended, and let the futures of those that have end."""
@@ -295,15 +314,19 @@ class WorkPoolRunner:
         """Say once that runs wait for a worker that does not come; once more when one has come meanwhile."""
         runs = self._open()
         now = time.monotonic()
-        late = [run for run in runs if run.state is not None and run.state.is_scheduled() and now - run.made > LATE_SECONDS]
+        late = [
+            run
+            for run in runs
+            if run.state is not None and run.state.is_scheduled() and now - run.made > run.pause + LATE_SECONDS
+        ]
         if not late:
             self._is_late = False
         elif not self._is_late and not any(run.made > late[0].made and run.has_begun for run in runs):
             self._is_late = True
             pool = self._deployed.pool if self._deployed is not None else "the deployment's"
             self._say(
-                f"{len(late)} trials have waited for a worker of the work pool {pool!r} for more than {LATE_SECONDS:g} s; start "
-                f"one with `prefect worker start --pool {pool}`, or look whether the pool is paused or its limit is reached "
+                f"{len(late)} trials have waited for a worker of the work pool {pool!r} for more than {LATE_SECONDS:g} s; "
+                f"start one with `prefect worker start --pool {pool}`, or look whether the pool is paused or at its limit "
                 "(the search's own run counts in it); the search goes on waiting"
             )
 
