@@ -6,14 +6,13 @@ import math
 import queue
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from prefect.exceptions import Pause, TerminationSignal
-from prefect.futures import PrefectConcurrentFuture
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.exceptions import TerminationSignal
+from prefect.futures import PrefectFuture
 
 from holdfast.core import faults
 from holdfast.core.budget import Budget
@@ -26,7 +25,11 @@ from holdfast.core.trial import ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.core.values import dumps
 from holdfast.engines.factory import make_proposer
 from holdfast.engines.random_engine import draw
+from holdfast.flows.losing import Remote
+from holdfast.flows.lost import Flight
 from holdfast.flows.prefect_runs import Wishes, wish_behind
+from holdfast.flows.runners.choosing import place_of, runner_of
+from holdfast.flows.runners.port import Runner
 from holdfast.flows.session import Session
 from holdfast.flows.signals import Deferred
 from holdfast.report.observer import Observer
@@ -35,14 +38,21 @@ from holdfast.storage.database import requests
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.reads import ALL
 from holdfast.tasks import runtime as runtimes
-from holdfast.tasks.results import results_in
+from holdfast.tasks.results import WorkerResults, results_in
 from holdfast.tasks.trial import run_trial
 from holdfast.tasks.workers.messages import Decision
 
 INLINE_SECONDS = 1.0
 """How long code in threads of this process is waited for that has to end now."""
+REMOTE_SECONDS = 15.0
+"""How long workers that were told to end everything are waited for; one that is cut off never hears of it."""
 TICK_SECONDS = 1.0
 """How often requests from outside are looked for while nothing ends."""
+
+
+def run_of(future: PrefectFuture[Any]) -> Any:
+    """Return the task run of a future."""
+    return future.task_run_id
 
 
 class Unwanted(BaseException):
@@ -73,18 +83,23 @@ class Drive:
         self._trials: dict[int, Trial] = {}
         self._states: dict[int, bytes] = {}
         """what the engine kept with its proposals, by the trial's number"""
-        self._inflight: dict[Any, tuple[int, int]] = {}
-        """number of the trial and of its attempt"""
+        self._inflight: dict[Any, Flight] = {}
+        """by task run"""
         self._heeded: set[Any] = set()
         """task runs whose cancellation was passed on"""
-        self._done: queue.SimpleQueue[PrefectConcurrentFuture[Any] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[PrefectFuture[Any] | None] = queue.SimpleQueue()
         """tasks that have ended; None: a signal came"""
         self._signals = signals
         signals.wake = lambda: self._done.put(None)
         self._seq = -1
+        self._place = place_of(session) if spec.execution.is_remote else None
         self._task = run_trial.with_options()
-        self._task.result_storage = results_in(session.opened.folder)
+        local = results_in(session.opened.folder)
+        here = self._place is None
+        self._task.result_storage = local if here else WorkerResults(experiment=self._runtime.uuid, epoch=self._runtime.epoch)
         self._ticked = time.monotonic()
+        self._runner: Runner
+        self._remote = Remote(session, observer.say, self._inflight, self._trials, self._complete, self.ledger.update)
 
     def run(self) -> str:
         """Drive the experiment to the end of its budget; return why it ended. Raises what interrupted it."""
@@ -94,27 +109,37 @@ class Drive:
             self._runtime.learn()
             self._take_in(self._session.followed.look(), fresh=False)
             self._wishes.start(lambda: list(self._inflight))
-            pool: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=self._session.spec.search.max_concurrent)
             with ExitStack() as stack:
-                runner = stack.enter_context(pool)
+                self._runner = self._started(stack)
                 try:
-                    return self._loop(runner)
+                    return self._loop()
                 except BaseException as error:
                     try:
                         self._wind_down(wanted=not isinstance(error, Unwanted))
                     finally:
                         if self._session.stuck:
-                            stack.pop_all()  # the pool's end would wait for its threads for ever
+                            stack.pop_all()  # the runner's end would wait for its threads for ever
                     wish = str(error) if isinstance(error, Unwanted) else wish_behind(error, self._wishes)
                     if wish is None:
                         raise
                     return wish
         finally:
+            self._remote.end()
             runtimes.unregister(self._runtime)
 
-    def _loop(self, runner: ThreadPoolTaskRunner[Any]) -> str:
+    def _started(self, stack: ExitStack) -> Runner:
+        """Return the runner, started, once its workers were asked; nothing is claimed before that."""
+        with self._signals.opened():
+            runner = runner_of(self._session.spec, self._place)
+            stack.enter_context(runner)
+            if self._place is not None:
+                runner.check(self._place)
+        self._remote.start(runner)
+        return runner
+
+    def _loop(self) -> str:
         while True:
-            reason = self._until_done(runner)
+            reason = self._until_done()
             if self._inflight:  # a task whose attempt has ended already is about to end, too
                 self._wait(None)
                 continue
@@ -124,14 +149,14 @@ class Drive:
                 faults.point("search.finished")
                 return reason
 
-    def _until_done(self, runner: ThreadPoolTaskRunner[Any]) -> str:
+    def _until_done(self) -> str:
         for action in actions(self.ledger, lambda: datetime.now(UTC)):
             self._signals.check()
             if self._wishes.stop is not None:
                 raise Unwanted(self._wishes.stop)
             match action:
                 case Submit(trial=number):
-                    self._submit(runner, number)
+                    self._submit(number)
                 case Propose(number=number):
                     self._propose(number)
                 case Evolve(generation=generation):
@@ -178,9 +203,9 @@ class Drive:
         self.ledger.evolved()
         self._refresh()
 
-    def _submit(self, runner: ThreadPoolTaskRunner[Any], number: int) -> None:
+    def _submit(self, number: int) -> None:
         trial = self._trials[number]
-        parameters = {
+        parameters: dict[str, Any] = {
             "experiment": self._session.spec.name,
             "trial": number,
             "attempt": trial.attempt.number,
@@ -188,9 +213,11 @@ class Drive:
             "identity": self._runtime.uuid,
             "row": trial.attempt.id,
         }
+        if self._place is not None:
+            parameters |= {"place": self._place, "engine": self._session.spec.execution.runner}
         self._session.journal.flush()  # the path knows a trial before its files come
-        future: PrefectConcurrentFuture[Any] = runner.submit(self._task, parameters)
-        self._inflight[future.task_run_id] = number, trial.attempt.number
+        future = self._runner.submit(self._task, parameters)
+        self._inflight[run_of(future)] = Flight(number, trial.attempt.number, trial.attempt.id, future)
         self.ledger.submitted(number)
         future.add_done_callback(lambda _: self._done.put(future))
 
@@ -208,24 +235,34 @@ class Drive:
             else:
                 self._finish(future)
 
-    def _finish(self, future: PrefectConcurrentFuture[Any]) -> None:
+    def _finish(self, future: PrefectFuture[Any]) -> None:
         """Commit the end of a trial's task."""
-        number, attempt = self._inflight.pop(future.task_run_id)
+        flight = self._inflight.pop(run_of(future), None)
+        if flight is None:
+            return  # its attempt was closed meanwhile: what its task still says counts no more
         try:
-            future.wait()
-        except Pause:  # raised here, and where a task begins, once somebody has suspended the flow run
+            end = self._runner.ended(future)
+        except BaseException:
+            self._inflight[run_of(future)] = flight
+            raise
+        if end.is_suspended:
             self._wishes.suspended()
-            if isinstance(future.wrapped_future.exception(), Pause):
-                return  # the task did not begin
-        trial = self._trials[number]
-        state = future.state
+        if self._remote.is_used:
+            self._refresh()
+            self._remote.finish(run_of(future), flight, end)
+        elif end.state is not None:
+            self._locally(self._trials[flight.number], flight.attempt, end.state)
+        else:
+            return  # the task did not begin
+        self._refresh()
+
+    def _locally(self, trial: Trial, attempt: int, state: Any) -> None:
         if state.is_completed() and getattr(state.data, "is_persisted", True):
             self._complete(trial)
         elif state.is_completed():
             raise self._not_persisted(trial)
         else:
             self._failed(trial, attempt, state)
-        self._refresh()
 
     def _complete(self, trial: Trial) -> None:
         folder = self._session.opened.folder
@@ -268,7 +305,7 @@ class Drive:
         self._take_in(self._session.reader.trials(since=self._seq, first=-ALL), fresh=True)
 
     def _take_in(self, trials: Sequence[Trial], *, fresh: bool) -> None:
-        inflight = set(self._inflight.values())
+        inflight = {(flight.number, flight.attempt) for flight in self._inflight.values()}
         for trial in trials:
             self._seq = max(self._seq, trial.seq)
             if trial.number < 0:
@@ -277,7 +314,11 @@ class Drive:
             before = self._trials.get(trial.number)
             self._trials[trial.number] = trial
             self.ledger.update(trial, fresh=fresh)
-            if (trial.number, trial.attempt.number) in inflight and trial.status is TrialStatus.PENDING:
+            if trial.status is TrialStatus.RUNNING:
+                self._remote.refusals.begun(trial.number)
+            if trial.status is not TrialStatus.PENDING:
+                self._remote.refusals.forget(trial.number)
+            elif (trial.number, trial.attempt.number) in inflight or trial.number in self._remote.refusals.waiting:
                 # Handed to a runner and not claimed yet. A next attempt that waits after a retry, or for its population, is
                 # another matter: its task has ended, or is about to.
                 self.ledger.submitted(trial.number)
@@ -287,8 +328,8 @@ class Drive:
             if before is None or before.status is not trial.status or before.attempt.number != trial.attempt.number:
                 self._observer.trial(trial)
         if self.ledger.budget.max_cost is not None:  # reports do not change a trial's row
-            for number, _ in self._inflight.values():
-                running = self._session.reader.trial(number)
+            for flight in self._inflight.values():
+                running = self._session.reader.trial(flight.number)
                 if running is not None:
                     self.ledger.spent(running)
 
@@ -311,16 +352,23 @@ class Drive:
         self._refresh()
         self._heed()
         self._cancel()
+        self._remote.look()
         self._session.journal.try_flush()
         if self.ledger.halt is not None:
-            self._runtime.order(Decision.PREEMPT)
+            self._order(Decision.PREEMPT)
+            self._remote.withdraw()
+
+    def _order(self, decision: Decision) -> None:
+        """Tell everything that runs, here and on workers elsewhere, what to do."""
+        self._runtime.order(decision)
+        self._remote.order(decision)
 
     def _heed(self) -> None:
         """Pass on what people ask Prefect for: the end of the search, or of single trials."""
         if self._wishes.stop is not None:
             raise Unwanted(self._wishes.stop)
         for run in self._wishes.cancelled & self._inflight.keys() - self._heeded:
-            number, _ = self._inflight[run]
+            number = self._inflight[run].number
             self._heeded.add(run)
             with suppress(Conflict):  # it has just ended
                 requests.request_cancel(self._session.opened.database, self._session.opened.record.id, number)
@@ -330,11 +378,15 @@ class Drive:
         asked = self._session.reader.cancel_requests()
         self._runtime.cancelled = asked
         waiting = [number for number in asked if number in self.ledger.waiting or number in self.ledger.held]
+        if self._remote.is_used:  # what no worker has begun may wait for one for long
+            waiting += [number for number in asked if self._trials[number].status is TrialStatus.PENDING]
         if waiting:
             rows = self._session.reader.trial_ids()
-            for number in waiting:
-                self._driver.cancel(rows[number])
+            for number in dict.fromkeys(waiting):
+                with suppress(Conflict) if self._remote.is_used else nullcontext():  # begun at this moment
+                    self._driver.cancel(rows[number])
             self._refresh()
+            self._remote.drop()
 
     def _wind_down(self, *, wanted: bool = True) -> None:
         """Let running trials save and stop within the grace period, and end those that do not.
@@ -344,7 +396,9 @@ class Drive:
         fenced = self._session.keeper.is_lost
         grace = settings().grace_seconds
         deadline = time.monotonic() + grace
-        self._runtime.order(Decision.KILL if fenced else Decision.PREEMPT)
+        self._order(Decision.KILL if fenced else Decision.PREEMPT)
+        with suppress(HoldfastError):
+            self._remote.withdraw()
         if self._inflight and not fenced:
             with suppress(OSError):  # the terminal may be gone
                 self._observer.say(f"interrupted: running trials have {grace:g} s to save and stop; Ctrl-C ends them at once")
@@ -356,15 +410,19 @@ class Drive:
                     raise
                 self._drain(lambda: time.monotonic() > deadline)
         finally:
-            self._runtime.order(Decision.KILL)
-            inline = self._runtime.pool is None  # the code runs in our threads, which cannot be ended
-            deadline = time.monotonic() + (INLINE_SECONDS if inline else math.inf)
+            self._order(Decision.KILL)
+            inline = self._session.spec.execution.isolation == "inline"  # the code runs in our threads, which cannot be ended
+            patience = INLINE_SECONDS if inline else REMOTE_SECONDS if self._remote.is_used else math.inf
+            deadline = time.monotonic() + patience
             try:
                 with suppress(KeyboardInterrupt):
                     self._drain(lambda: time.monotonic() > deadline)
             finally:
                 if inline and self._inflight:
                     self._abandon(fenced=fenced)
+                elif self._inflight and not fenced:
+                    with suppress(OSError):
+                        self._observer.say(f"{len(self._inflight)} trials did not answer; a restore finds out what became of them")
 
     def _abandon(self, *, fenced: bool) -> None:
         """Close the attempts whose code does not stop: what it still reports before this process ends counts no more."""
@@ -373,11 +431,11 @@ class Drive:
         decisions: dict[int, str] = {}
         with suppress(HoldfastError):
             decisions = {} if fenced else self._session.reader.last_decisions()
-        for number, attempt in () if fenced else self._inflight.values():
-            trial = self._trials[number]
-            if trial.attempt.number != attempt:
+        for flight in () if fenced else self._inflight.values():
+            trial = self._trials[flight.number]
+            if trial.attempt.number != flight.attempt:
                 continue
-            outcome = Outcome.CANCELLED if number in self._runtime.cancelled else Outcome.PREEMPTED
+            outcome = Outcome.CANCELLED if flight.number in self._runtime.cancelled else Outcome.PREEMPTED
             if decisions.get(trial.attempt.id) == Decision.PRUNE:
                 outcome = Outcome.PRUNED
             with suppress(HoldfastError):  # it has ended meanwhile, or was not claimed yet
@@ -390,3 +448,8 @@ class Drive:
                 future = self._done.get(timeout=0.2)
                 if future is not None:
                     self._finish(future)
+            if self._remote.is_used and time.monotonic() - self._ticked > TICK_SECONDS:
+                self._ticked = time.monotonic()
+                with suppress(HoldfastError):
+                    self._refresh()
+                    self._remote.look()

@@ -68,12 +68,15 @@ def judge(trial: Trial | None, attempt: int, how: How, error: object = None) -> 
 
 
 def gone(rows: Iterable[WorkerRow]) -> list[tuple[WorkerRow, str]]:
-    """Return the workers that are lost, each with the reason: silent for too long, or a process of this host that is gone."""
+    """Return the workers that run nothing any more, each with the reason.
+
+    They left by themselves, have been silent for too long, or were a process of this host that is gone.
+    """
     found = []
     for row in rows:
         if row.left is not None:
-            continue
-        if row.silent >= SILENT_SECONDS:
+            found.append((row, f"it left: {row.left}"))
+        elif row.silent >= SILENT_SECONDS:
             found.append((row, f"it has been silent for {row.silent:.0f} s"))
         elif liveness({"host": row.host, "pid": row.pid, "started": row.started}) is False:
             found.append((row, "its process is gone"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 
-from holdfast.tasks.naming import TAG as TAG
-from holdfast.tasks.naming import experiment_tag as experiment_tag
-from holdfast.tasks.naming import trial_tag as trial_tag
+from holdfast.tasks import naming
+
+TAG, experiment_tag, trial_tag = naming.TAG, naming.experiment_tag, naming.trial_tag
+"""What tasks on any machine need, too."""
 
 POOL = "holdfast"
 """The work pool."""

@@ -370,7 +370,8 @@ class Closing:
             for run in page:
                 waits = run.state is not None and (run.state.is_scheduled() or run.state.is_pending())
                 cancelled = waits or (run.state is not None and run.state.is_cancelling())
-                state = Cancelled(name=STALE, message=self.dead.message) if cancelled else Crashed(message=self.dead.message)
+                words = self.dead.message
+                state: State[Any] = Cancelled(name=STALE, message=words) if cancelled else Crashed(message=words)
                 client.set_flow_run_state(run.id, state, force=True)
             close_open_tasks(client, [run.id for run in page], self.dead.message)
             if len(page) < PAGE:

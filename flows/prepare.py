@@ -28,8 +28,11 @@ from holdfast.engines import factory
 from holdfast.engines.choosing import chosen
 from holdfast.engines.own import engine_name
 from holdfast.flows import reconcile
+from holdfast.flows.hosts import check_hosts
 from holdfast.flows.session import Session, begin, make_pool, runnable
+from holdfast.flows.shipping import packed_of
 from holdfast.flows.signals import undisturbed, why
+from holdfast.flows.waiting import await_workers
 from holdfast.holding import WentOn, end_children, liveness
 from holdfast.locate import (
     Opened,
@@ -70,11 +73,20 @@ def check_spec(spec: ExperimentSpec, *, workdir: str, root: Path | None = None) 
 
     Raises SpecError or TrainableError; creates nothing.
     """
+    check_hosts(spec)
     check_storage(spec)
     factory.check(spec, workdir=workdir)
     pool = make_pool(spec)
     probe(spec if root is None else runnable(spec, root), pool, workdir)
-    return pool
+    return kept_pool(spec, pool)
+
+
+def kept_pool(spec: ExperimentSpec, pool: WorkerPool | None) -> WorkerPool | None:
+    """Return the pool that a drive uses after the look at the trainable: none where trials run elsewhere."""
+    if pool is None or not spec.execution.is_remote:
+        return pool
+    pool.close()
+    return None
 
 
 def probe(spec: ExperimentSpec, pool: WorkerPool | None, workdir: str) -> None:
@@ -150,6 +162,7 @@ def prepare_search(
     observer.preparing()
     pool = _checked_pool(spec, origin)
     try:
+        packed = packed_of(spec, origin.workdir)
         opened = make_experiment(spec, origin)
         observer.opened(opened, restored=False)
         session = begin(opened, pool, observer, action="started", detail={})
@@ -157,6 +170,7 @@ def prepare_search(
         if pool is not None:
             pool.close()
         raise
+    session.packed = packed
     return Restored(opened=session.opened, plan=(), session=session)
 
 
@@ -177,6 +191,7 @@ def prepare_creation(spec: ExperimentSpec, origin: Origin) -> Opened:
     pool = _checked_pool(spec, origin)
     if pool is not None:
         pool.close()
+    packed_of(spec, origin.workdir)
     return make_experiment(spec, origin)
 
 
@@ -255,13 +270,13 @@ def changed_spec(opened: Opened, request: RestoreRequest) -> tuple[ExperimentSpe
     data = {**stored.stored(), "storage": stored.storage, "storage_options": stored.storage_options}
     changes: dict[str, Json] = {}
     for key, value in request.changes.items():
-        if key not in CHANGEABLE:
-            raise SpecError(f"a restore cannot change {key!r}; allowed: {', '.join(CHANGEABLE)}")
-        section, _, name = key.partition(".")
-        if data[section][name] != value:
-            changes[key] = [data[section][name], value]
-            data[section] = {**data[section], name: value}
+        _set(data, key, value)
     spec = type(stored).parse(data, source="--set")
+    before, after = stored.stored(), spec.stored()
+    for key in request.changes:
+        values = [_value(before, key), _value(after, key)]
+        if values[0] != values[1]:
+            changes[key] = values
     if request.trainable is not None and request.trainable != stored.trainable:
         renamed = spec.model_copy(update={"trainable": request.trainable})
         if renamed.trainable_name != stored.trainable_name:
@@ -289,6 +304,28 @@ def changed_spec(opened: Opened, request: RestoreRequest) -> tuple[ExperimentSpe
     if request.references is not None:
         spec = spec.model_copy(update={"references": dict(request.references)})
     return spec, changes
+
+
+NESTED = ("execution.resources", "execution.job_variables")
+"""What may be changed as a whole, or one of its keys alone: ``execution.resources.gpu``."""
+
+
+def _set(data: dict[str, Any], key: str, value: Json) -> None:
+    """Set a dotted key in a stored spec, of which nothing is changed in place; SpecError for what a restore keeps."""
+    first, *rest = key.split(".")
+    if key not in CHANGEABLE and not key.startswith(tuple(f"{name}." for name in NESTED)):
+        raise SpecError(f"a restore cannot change {key!r}; allowed: {', '.join(CHANGEABLE)}")
+    place = data[first] = dict(data[first])
+    for name in rest[:-1]:
+        place[name] = dict(place.get(name) or {})
+        place = place[name]
+    place[rest[-1]] = value
+
+
+def _value(data: Mapping[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        data = data.get(name) if isinstance(data, Mapping) else None  # type: ignore[assignment]  # the last one is a value
+    return data
 
 
 def _goals(objectives: Mapping[str, str]) -> str:
@@ -331,7 +368,9 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
         observer.opened(opened, restored=True)
         observer.planned(plan)
         return Restored(opened=opened, plan=plan, session=None, trials=survey.trials)
-    check_storage(spec.model_copy(update={"database": request.database or spec.database}))
+    placed_spec = spec.model_copy(update={"database": request.database or spec.database})
+    check_hosts(placed_spec)
+    check_storage(placed_spec)
     _refuse_held(opened, force=request.force)
     factory.check(spec, workdir=opened.record.workdir)
     observer.preparing()
@@ -342,12 +381,15 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
         if request.trainable is not None or spec.trainable.startswith("pickle:"):
             raise
         raise TrainableError(f"{error}; if it is elsewhere now, say where: --trainable FILE.py:FUNCTION") from error
+    pool = kept_pool(spec, pool)
     try:
+        packed = packed_of(spec, opened.record.workdir)
         session = _take_over(opened, pool, request, changes, observer, followed)
     except BaseException:
         if pool is not None:
             pool.close()
         raise
+    session.packed = packed
     return Restored(opened=session.opened, plan=session.plan or (), session=session)
 
 
@@ -363,6 +405,8 @@ def _take_over(
     session = begin(opened, pool, observer, action="restored", detail=detail, force=request.force, followed=followed)
     try:
         faults.point("restore.lease-taken")
+        if not request.force:
+            await_workers(session, observer.say)
         observer.opened(opened, restored=True)
         reader = session.reader
         dead = reconcile.open_attempts(followed.own())

@@ -33,6 +33,7 @@ from holdfast.flows.prefect_runs import (
 )
 from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared, prepared_session
+from holdfast.flows.shipping import ship
 from holdfast.flows.signals import deferred, explained, raised, why
 from holdfast.flows.telling import Teller, plain_tasks, tag_run, teller_of
 from holdfast.locate import dated
@@ -106,6 +107,7 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
         try:
             with deferred() as signals:
                 closing = _dead_runs(session)
+                ship(session, watcher)
                 if session.is_seen:
                     teller.begin()
                 reason = Drive(session, watcher, wishes, signals).run()

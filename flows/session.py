@@ -18,6 +18,7 @@ from holdfast.locate import Opened
 from holdfast.report.observer import Observer
 from holdfast.settings import visible_gpus
 from holdfast.storage.checkpoints.ports import checkpoints_in
+from holdfast.storage.code import Packed
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.following import Followed
 from holdfast.storage.database.leases import Leases, describe
@@ -44,6 +45,8 @@ class Session:
     runtime: Runtime
     journal: JournalWriter
     new_trials: bool = True
+    packed: Packed | None = None
+    """the code that travels to workers; None where trials run on this machine"""
     plan: Sequence[Planned] | None = None
     """what a restore does with each stored trial; None for a fresh search"""
     dead: Sequence[Attempt] = field(default=())
@@ -79,9 +82,14 @@ def prepared_session() -> Session | None:
 
 
 def make_pool(spec: ExperimentSpec) -> WorkerPool | None:
-    """Return the worker processes of a spec, none started yet; None with ``isolation: inline``."""
+    """Return the worker processes of a spec, none started yet; None with ``isolation: inline``.
+
+    Where trials run elsewhere it is one, for the look at the trainable before there is anything.
+    """
     if spec.execution.isolation == "inline":
         return None
+    if spec.execution.is_remote:
+        return WorkerPool(1)
     resources = spec.execution.resources
     gpus = visible_gpus(needed=spec.search.max_concurrent * resources.gpu) if resources.gpu else None
     return WorkerPool(spec.search.max_concurrent, cpu_per_trial=resources.cpu, gpus=gpus, gpus_per_trial=resources.gpu)
@@ -140,6 +148,7 @@ def begin(
     )
     outbox = Outbox(opened.database, opened.record.id, keeper.epoch)
     writer = JournalWriter(opened.folder.root, keeper.epoch, outbox, keeper.check)
+    keeper.journaled = lambda: writer.end
     try:
         writer.start()
     except BaseException as error:

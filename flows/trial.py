@@ -28,9 +28,11 @@ from holdfast.tasks.workers.messages import Decision
 
 ENGINE = "workpool"
 LOOK_SECONDS = 1.0
+_TASKS: Any = ThreadPoolTaskRunner(max_workers=1)
+"""The task runs in a thread, so that a signal reaches whoever waits for it."""
 
 
-@flow(name="trial", persist_result=False, validate_parameters=False, task_runner=ThreadPoolTaskRunner(max_workers=1))
+@flow(name="trial", persist_result=False, validate_parameters=False, task_runner=_TASKS)
 def trial(
     path: forms.TrialOf,
     uuid: forms.Identity,

@@ -40,10 +40,12 @@ from holdfast.storage.objects import ObjectRoot
 from holdfast.storage.packing import LARGEST, Digest, Entry, Packed, pack
 from holdfast.storage.root import Root, join
 
-__all__ = ["KEPT", "Packed", "file_name", "keep", "pack", "release", "unnamed", "unpack"]
+__all__ = ["KEPT", "SHIPPED", "Packed", "file_name", "keep", "pack", "release", "unnamed", "unpack"]
 
 log = logging.getLogger(__name__)
 
+SHIPPED = "shipped"
+"""The audit row of a drive whose code travels."""
 KEPT = 3
 """Drives, the newest ones, whose code ``gc`` leaves in the path."""
 _INCOMING = ".incoming-"

@@ -11,7 +11,8 @@ from holdfast.core.trial import Attempt, Outcome, TrialStatus
 from holdfast.storage.carrying import Carrier, File, below
 from holdfast.storage.checkpoints import pins
 from holdfast.storage.checkpoints.manifest import MANIFEST, Manifest, digest_of
-from holdfast.storage.folder import OWN_IN_TRIAL, TRAINABLE, Folder
+from holdfast.storage.code import SHIPPED
+from holdfast.storage.folder import CODE, OWN_CODE, OWN_IN_TRIAL, TRAINABLE, Folder
 from holdfast.storage.journal import COLUMNS, Contents
 from holdfast.storage.recovery import RECOVERED
 
@@ -198,7 +199,7 @@ class Staged:
                 return
 
     def _beside(self, contents: Contents, carrier: Carrier, tree: _Tree) -> None:
-        """Bring results, logs and the pickled trainable; what is still written to is copied."""
+        """Bring results, logs, shipped code and the pickled trainable; what is still written to is copied."""
         open_ones: set[tuple[int, int]] = set()
         shared: list[File] = []
         growing: list[File] = []
@@ -220,8 +221,18 @@ class Staged:
         if pickled is not None:
             self._target.root.write(TRAINABLE, pickled)
             self._others.add(TRAINABLE)
+        shared += self._code(contents)
         carrier.carry(shared)
         carrier.carry(growing, shared=False)
+
+    def _code(self, contents: Contents) -> list[File]:
+        """Return the archives that drives of the original shipped."""
+        if all(row["action"] != SHIPPED for row in contents.tables["audit"].values()):
+            return []
+        found = {f"{CODE}/{name}": size for name, size in below(self._original.root, CODE).items() if OWN_CODE.fullmatch(name)}
+        new = [file for file in found.items() if file[0] not in self._others]
+        self._others.update(found)
+        return new
 
 
 class _Tree:

@@ -37,12 +37,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def differing(place: Place) -> dict[str, tuple[str, str]]:
-    """Return (here, at the driver) of every version that differs, by name; most do no harm."""
-    here = versions()
-    return {name: (here.get(name, "not installed"), theirs) for name, theirs in place.versions.items() if here.get(name) != theirs}
-
-
 def probe(place: Place) -> list[str]:
     """Return why this process cannot run trials of ``place``: what was found, what is needed, what to do. None: it can."""
     return [*_versions(place), *_database(place), *_path(place), *_api()]
@@ -67,13 +61,12 @@ def _versions(place: Place) -> list[str]:
             f"Python is {here['python']} here and {theirs} at the driver, which must agree in their first two numbers; "
             "start workers with the driver's Python"
         )
-    for name in _MUST_AGREE:
-        if name in place.versions and place.versions[name] != here[name]:
-            found.append(
-                f"{name} is {here[name]} here and {place.versions[name]} at the driver, which must be the same; "
-                f"install {name}=={place.versions[name]} here"
-            )
-    return found
+    return found + [
+        f"{name} is {here[name]} here and {place.versions[name]} at the driver, which must be the same; "
+        f"install {name}=={place.versions[name]} here"
+        for name in _MUST_AGREE
+        if name in place.versions and place.versions[name] != here[name]
+    ]
 
 
 def _database(place: Place) -> list[str]:
@@ -126,9 +119,11 @@ def _api() -> list[str]:
     url = PREFECT_API_URL.value()
     if not url:
         return []
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-        with get_client(sync_client=True, httpx_settings={"timeout": _API_SECONDS}) as client:
-            error = client.api_healthcheck()
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True, httpx_settings={"timeout": _API_SECONDS}) as client,
+    ):
+        error = client.api_healthcheck()
     if error is None:
         return []
     return [

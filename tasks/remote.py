@@ -19,7 +19,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from holdfast.core.errors import Conflict, Contention, DatabaseError, ExperimentNotFound, Fenced, HoldfastError, SpecError, Unfit
+from holdfast.core.errors import (
+    Conflict,
+    Contention,
+    DatabaseError,
+    ExperimentNotFound,
+    Fenced,
+    HoldfastError,
+    SpecError,
+    Unfit,
+)
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.values import Json, Metrics
 from holdfast.settings import settings, variable, visible_gpus
@@ -32,7 +41,7 @@ from holdfast.storage.database.leases import TERMS
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.folder import TRAINABLE, Folder
 from holdfast.storage.leasing import elapsed
-from holdfast.storage.root import is_url, parent_of
+from holdfast.storage.root import parent_of
 from holdfast.tasks.judging import StoredJudge
 from holdfast.tasks.naming import TAG, experiment_tag, trial_tag
 from holdfast.tasks.place import Place
@@ -66,6 +75,8 @@ class RemoteRuntime(Runtime):
     """gives the shipped code back"""
     over: HoldfastError | None = None
     """why nothing may run here any more"""
+    _own: Decision = Decision.CONTINUE
+    """what this process itself was told, such as by SIGTERM: beats tell of the search's alone"""
     _told: workers.Beat | None = None
     _heard: float = field(default_factory=elapsed)
     """when the last beat that was answered was sent, by a clock that goes on while the host sleeps"""
@@ -88,6 +99,7 @@ class RemoteRuntime(Runtime):
         super().__post_init__()
         self._stored = StoredJudge(self.experiment, self._rules)
         self._devices = variable(DEVICES)
+        self.held = self._hold
 
     @property
     def _patience(self) -> float:
@@ -118,7 +130,7 @@ class RemoteRuntime(Runtime):
     def journaled(self) -> int:
         return -1 if self._told is None else self._told.journaled
 
-    def held(self) -> None:
+    def _hold(self) -> None:
         """Raise what ended this worker; one that was suspended notices here, before anything is written."""
         if self.over is None and elapsed() - self._heard > self._patience:
             self._give_up(self._silence())
@@ -130,6 +142,12 @@ class RemoteRuntime(Runtime):
         if self.over is not None or elapsed() - self._heard > self._patience or attempt in self._closed:
             return Decision.KILL
         return super().decision(trial)
+
+    def order(self, decision: Decision) -> None:
+        """Tell what runs here what to do, whatever the search says from now on."""
+        with self._state:
+            self._own = decision
+        super().order(decision)
 
     def claimed(self, writer: AttemptWriter) -> None:
         with self._state:
@@ -184,6 +202,8 @@ class RemoteRuntime(Runtime):
             self._heard = sent
             self._told = told
             self._order = Decision(told.told)
+            if self._own is Decision.KILL or (self._own is Decision.PREEMPT and self._order is Decision.CONTINUE):
+                self._order = self._own
             self.cancelled = set(told.cancelled)
             claimed = {attempt for attempt, before in self._running.items() if before < number}
             self._closed |= claimed - told.open

@@ -95,8 +95,8 @@ class RemoteResults(WritableFileSystem):
 class WorkerResults(WritableFileSystem):
     """Prefect result storage that travels with a task to a worker: it says which experiment, and nothing about where that is.
 
-    The runtime of the process that it is in then knows the place, and that it still is this worker's to write to. Before a trial
-    has reached its experiment there, there is nothing to be read.
+    The runtime of the process that it is in then knows the place, and that it still is this worker's to write to. Before a
+    trial has reached its experiment there, there is nothing to be read.
     """
 
     _block_type_name = "Holdfast Worker Results"

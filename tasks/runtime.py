@@ -23,7 +23,6 @@ from holdfast.storage.journal import JournalWriter
 from holdfast.tasks.workers.messages import Decision
 from holdfast.tasks.workers.pool import WorkerPool
 
-
 Judge = Callable[[Transaction], str | None]
 """Says, within the transaction that commits a report, why the trial ends after it, or None."""
 

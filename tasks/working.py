@@ -17,7 +17,7 @@ _OWNER = ".worker"
 
 
 class WorkFolder:
-    """A new folder below ``base`` that stays while it is held; its name is one that a cache of checkpoints counts among its own.
+    """A new folder below ``base`` that stays while it is held; caches of checkpoints count what is in it among their own.
 
     StorageError when it cannot be made. What processes that are gone left below ``base`` is removed.
     """

@@ -8,16 +8,16 @@ from holdfast.flows.hosts import check_installed
 from holdfast.flows.runners.port import Runner
 from holdfast.flows.runners.threads import ThreadRunner
 from holdfast.flows.session import Session
+from holdfast.flows.shipping import shipped
 from holdfast.settings import settings
-from holdfast.storage.code import Packed
 from holdfast.storage.root import is_url
 from holdfast.tasks.place import Place
 from holdfast.tasks.probing import versions
 from holdfast.tasks.workers.processes import same_host
 
 
-def runner_of(spec: ExperimentSpec, place: Place) -> Runner:
-    """Return the engine that runs the trials of a spec; SpecError when it is not installed."""
+def runner_of(spec: ExperimentSpec, place: Place | None) -> Runner:
+    """Return the engine that runs the trials of a spec; SpecError when it is not installed. Threads need no ``place``."""
     execution, most = spec.execution, spec.search.max_concurrent
     check_installed(execution.runner)
     try:
@@ -35,6 +35,7 @@ def runner_of(spec: ExperimentSpec, place: Place) -> Runner:
             case "workpool":
                 from holdfast.flows.runners.workpool import WorkPoolRunner
 
+                assert place is not None
                 return WorkPoolRunner(spec, place)
     except ImportError as error:
         extra = execution.runner
@@ -43,7 +44,7 @@ def runner_of(spec: ExperimentSpec, place: Place) -> Runner:
         ) from error
 
 
-def place_of(session: Session, packed: Packed | None) -> Place:
+def place_of(session: Session) -> Place:
     """Return what workers need to find the experiment that ``session`` drives."""
     opened, spec = session.opened, session.spec
     location = opened.folder.location
@@ -57,10 +58,8 @@ def place_of(session: Session, packed: Packed | None) -> Place:
         location=location,
         options=options,
         database=opened.database.address,
-        workdir=opened.record.workdir,
-        code=None if packed is None else packed.digest,
-        trainable=spec.trainable if packed is None else packed.trainable,
         host=same_host(),
         versions=versions(),
         slots=spec.search.max_concurrent if runner == "dask" else 1,
+        **shipped(session),
     )

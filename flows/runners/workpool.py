@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,8 +22,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Crashed, Failed, Pending, Scheduled
 from prefect.tasks import Task
 
-from holdfast.core import errors
-from holdfast.core.errors import EngineError, HoldfastError, SpecError
+from holdfast.core.errors import Corrupt, DatabaseError, EngineError, HoldfastError, SpecError, StorageError, Unfit
 from holdfast.core.spec import ExperimentSpec
 from holdfast.flows.naming import STALE, TAG, experiment_tag, trial_tag
 from holdfast.flows.pooled import Told, parameters, told_of
@@ -32,16 +30,18 @@ from holdfast.flows.prefect_runs import AWAY, LAST_SECONDS, PAGE, close_open_tas
 from holdfast.flows.runners.port import End, How
 from holdfast.report.observer import watching
 from holdfast.tasks.place import Place
+from holdfast.tasks.trial import PREEMPTED
 
 POLL_SECONDS = 2.0
 """How often Prefect is asked about all runs that have not ended."""
 LATE_SECONDS = 60.0
 """How long a run may wait for a worker before somebody is told."""
-AGAIN_SECONDS = 10.0
-"""How much later an attempt begins whose run before ended without it: a job that cannot start fails again and again."""
 LOCAL_POOLS = ("process",)
 """Types of pools whose jobs may run on the search's own machine."""
 ENTRYPOINTS = ("holdfast.flows.trial.trial", "flows/trial.py:trial")
+
+_ERRORS: tuple[type[HoldfastError], ...] = (Unfit, SpecError, StorageError, DatabaseError, Corrupt)
+"""What ends a run before its attempt begins, as the name of its state says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,6 @@ class _Run:
     """as it was seen last"""
     made: float = field(default_factory=time.monotonic)
     is_withdrawn: bool = False
-    pause: float = 0.0
-    """seconds before a worker may begin it"""
 
     @property
     def has_begun(self) -> bool:
@@ -186,7 +184,6 @@ class WorkPoolRunner:
         key = f"holdfast-{self._place.uuid}-{self._place.epoch}-{row}" + (f"-{times}" if times > 1 else "")
         future = RunFuture(uuid.uuid4(), Future())
         run = _Run(future, int(parameters["trial"]), int(parameters["attempt"]), row, task, key)
-        run.pause = min((times - 1) * AGAIN_SECONDS, LATE_SECONDS)
         with self._lock:
             self._runs.append(run)
         self._wake.set()
@@ -205,8 +202,9 @@ class WorkPoolRunner:
         state = future.state
         if state.is_crashed():
             return End(how=How.LOST, why=f"its flow run crashed in Prefect: {state.message}")
-        if state.is_cancelled() and state.name == STALE:
-            return End(how=How.UNCLEAR, why=state.message or "")
+        if state.is_cancelled() and state.name != PREEMPTED:
+            why = state.message or "its flow run was cancelled in Prefect"
+            return End(how=How.UNCLEAR, why=why, is_unwanted=state.name != STALE)
         return End(how=How.STATE, state=state)
 
     def look(self) -> None:
@@ -216,9 +214,9 @@ class WorkPoolRunner:
 
     def _work(self) -> None:
         with impatient_client() as client:
-            looked = 0.0
+            looked = time.monotonic()
             while True:
-                self._wake.wait(POLL_SECONDS)
+                self._wake.wait(max(looked + POLL_SECONDS - time.monotonic(), 0.0))
                 self._wake.clear()
                 is_last = self._ended.is_set()
                 with suppress(*AWAY):  # asked again, for as long as the search waits
@@ -269,7 +267,7 @@ class WorkPoolRunner:
         return client.create_flow_run_from_deployment(
             self._deployed.id,
             parameters=parameters(self._place, self._told, trial=run.trial, attempt=run.attempt, row=run.row),
-            state=Scheduled(scheduled_time=datetime.now(UTC) + timedelta(seconds=run.pause)),
+            state=Scheduled(),
             name=name,
             tags=tags,
             idempotency_key=run.key,
@@ -282,7 +280,7 @@ class WorkPoolRunner:
             run.is_withdrawn = True
 
     def _cancel(self, client: SyncPrefectClient) -> None:
-        state = Cancelled(name=STALE, message="the search does not wait for this run any more")
+        state: State[Any] = Cancelled(name=STALE, message="the search does not wait for this run any more")
         for run in self._open():
             if run.is_withdrawn and run.flow_run is None:
                 run.end(state)
@@ -314,11 +312,7 @@ class WorkPoolRunner:
         """Say once that runs wait for a worker that does not come; once more when one has come meanwhile."""
         runs = self._open()
         now = time.monotonic()
-        late = [
-            run
-            for run in runs
-            if run.state is not None and run.state.is_scheduled() and now - run.made > run.pause + LATE_SECONDS
-        ]
+        late = [run for run in runs if run.state is not None and run.state.is_scheduled() and now - run.made > LATE_SECONDS]
         if not late:
             self._is_late = False
         elif not self._is_late and not any(run.made > late[0].made and run.has_begun for run in runs):
@@ -340,7 +334,5 @@ def _with_error(state: State[Any]) -> State[Any]:
     """Return a final state with the error of ours that it names, as the task of another engine would have it."""
     if not state.is_failed():
         return state.model_copy(update={"data": None})
-    kind = getattr(errors, state.name or "", None)
-    is_ours = isinstance(kind, type) and issubclass(kind, HoldfastError)
-    message = state.message or "its flow run failed"
-    return state.model_copy(update={"data": kind(message) if is_ours else EngineError(message)})
+    kind: type[HoldfastError] = {one.__name__: one for one in _ERRORS}.get(state.name or "", EngineError)
+    return state.model_copy(update={"data": kind(state.message or "its flow run failed")})

@@ -18,10 +18,12 @@ from holdfast.locate import Opened
 from holdfast.standing import driven_elsewhere, own_lease
 from holdfast.storage import journal
 from holdfast.storage.atomic import is_draft
+from holdfast.storage.carrying import below
 from holdfast.storage.checkpoints import pins
 from holdfast.storage.checkpoints.local import Loaded, LocalCheckpoints
 from holdfast.storage.checkpoints.names import STAGING, TRASH
 from holdfast.storage.checkpoints.ports import Checkpoints, checkpoints_in
+from holdfast.storage.code import KEPT, SHIPPED, unnamed
 from holdfast.storage.database import queueing, requests
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.experiments import by_uuid
@@ -29,7 +31,7 @@ from holdfast.storage.database.leases import Lease, Leases, describe
 from holdfast.storage.database.outbox import Outbox
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.database.rebuild import copied_at
-from holdfast.storage.folder import JOURNAL, Folder
+from holdfast.storage.folder import CODE, JOURNAL, Folder
 from holdfast.storage.journal import JournalWriter
 from holdfast.storage.leasing import Claimant, Keeper, take
 from holdfast.storage.root import LocalRoot
@@ -97,6 +99,7 @@ class _Survey:
     trials: dict[int, _Trial]
     files: list[Leftover]
     markers: list[Leftover]
+    """files beside the trials"""
     mirror: dict[int, list[Leftover]]
     missing: list[tuple[Checkpoint, str]]
     good: list[Checkpoint]
@@ -251,7 +254,14 @@ def _survey(opened: Opened, *, corrupt: bool, files: bool = True) -> _Survey:
     for row in reader.checkpoints():
         rows.setdefault(row.trial, []).append(row)
     there = set(_trial_numbers(folder.root.names("trials")))
-    survey = _Survey(trials={}, markers=[], files=_files(folder) if files else [], mirror=_mirror(folder), missing=[], good=[])
+    survey = _Survey(
+        trials={},
+        markers=_code(folder, reader),
+        files=_files(folder) if files else [],
+        mirror=_mirror(folder),
+        missing=[],
+        good=[],
+    )
     for number, of_trial in attempts.items():  # a trial that no row knows is not ours to judge
         known = rows.get(number, [])
         if number in there or known:
@@ -344,13 +354,23 @@ def _files(folder: Folder) -> list[Leftover]:
     ]
     local = LocalRoot(folder.path)
     trials = [f"trials/{name}" for name in local.names("trials") if _TRIAL_FOLDER.fullmatch(name)]
-    for place in ("", JOURNAL, *trials):
+    for place in ("", JOURNAL, CODE, *trials):
         for name in filter(is_draft, local.names(place)):
             file = folder.path / place / name
             if file.is_file() and not file.is_symlink():
                 path = (Path(place) / name).as_posix() if folder.is_local else str(file)
                 found.append(Leftover(path=path, why="temporary", bytes=file.stat().st_size))
     return found
+
+
+def _code(folder: Folder, reader: Reader) -> list[Leftover]:
+    """Return the shipped code that none of the last drives had."""
+    if not folder.root.names(CODE):
+        return []
+    drives = [str(row.detail.get("digest")) for row in reader.audit() if row.action == SHIPPED]
+    old = unnamed(folder.root, drives[-KEPT:])
+    sizes = {f"{CODE}/{name}": size for name, size in below(folder.root, CODE).items()}
+    return [Leftover(path=name, why="older code", bytes=sizes.get(name, 0)) for name in old]
 
 
 def _bytes(folder: Folder, path: str) -> int:

@@ -1,0 +1,175 @@
+"""Trials on workers elsewhere, as a drive sees them: tasks that end or do not, workers that are lost, orders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from holdfast.core.errors import Conflict, Contention, HoldfastError
+from holdfast.core.trial import Outcome, Trial, TrialStatus
+from holdfast.flows.lost import SILENT_SECONDS, Flight, Refusals, Verdict, gone, judge, worker_words
+from holdfast.flows.lost_runs import LostRuns
+from holdfast.flows.reconcile import persisted_outcome
+from holdfast.flows.runners.port import End, Runner
+from holdfast.flows.session import Session
+from holdfast.storage.database import workers
+from holdfast.storage.database.driver import Ending
+from holdfast.tasks.workers.messages import Decision
+
+RESULT_SECONDS = 5.0
+"""How often it is looked for whether an attempt that its engine lost sight of has left its result."""
+
+
+class Remote:
+    """What a drive does about trials that other processes supervise; nothing where there are none."""
+
+    def __init__(
+        self,
+        session: Session,
+        say: Callable[[str], None],
+        inflight: MutableMapping[Any, Flight],
+        trials: Mapping[int, Trial],
+        complete: Callable[[Trial], None],
+        again: Callable[[Trial], None],
+    ) -> None:
+        self.is_used = session.spec.execution.is_remote
+        self.refusals = Refusals(say)
+        self._session, self._say = session, say
+        self._inflight, self._trials = inflight, trials
+        self._complete, self._again = complete, again
+        self._runner: Runner | None = None
+        self._told = Decision.CONTINUE
+        self._ending = False
+        self._runs = LostRuns()
+        self._looked = time.monotonic()
+        self._gone: set[int] = set()
+        """workers (row ids) whose attempts were closed"""
+
+    def start(self, runner: Runner) -> None:
+        """Begin with an engine that is there, and whose workers were asked."""
+        self._runner = runner
+
+    def end(self) -> None:
+        """Say the last words to Prefect."""
+        self._runs.finish()
+
+    def order(self, decision: Decision) -> None:
+        """Tell every worker what to do; it hears of it with its next beat."""
+        if not self.is_used or decision is self._told or self._session.keeper.is_lost:
+            return
+        self._told = decision
+        with suppress(HoldfastError):  # taken over: workers hear of that, too; away: they hear of the end of the lease
+            self._session.driver.tell(decision.value)
+
+    def withdraw(self) -> None:
+        """Take back, once, what no worker has begun: it waits, unclaimed, for whoever goes on."""
+        if not self.is_used or self._ending:
+            return
+        self._ending = True
+        for flight in list(self._inflight.values()):
+            if not flight.is_watched and self._trials[flight.number].status is TrialStatus.PENDING:
+                self._take_back(flight)
+
+    def _take_back(self, flight: Flight) -> None:
+        if self._runner is not None:
+            with suppress(HoldfastError):
+                self._runner.withdraw(flight.future)
+
+    def finish(self, run: Any, flight: Flight, end: End) -> None:
+        """See to a task that ended, and is in flight no more: what its attempt is like, its rows say."""
+        if end.state is not None and end.state.is_completed() and not self._is_over(flight):
+            self._complete(self._trials[flight.number])
+            return
+        error = None if end.state is None else end.state.result(raise_on_failure=False)
+        why = end.why or f"{type(error).__name__}: {error}"
+        match judge(self._session.reader.trial(flight.number), flight.attempt, end.how, error):
+            case Verdict.AGAIN if not self._ending:
+                self.refusals.add(flight.number, why)
+            case Verdict.LOSE:
+                self._close(run, flight, why)
+            case Verdict.WATCH:
+                flight.why = why
+                self._inflight[run] = flight
+            case _:
+                pass
+
+    def _is_over(self, flight: Flight) -> bool:
+        """Tell whether an attempt has come to its end by its rows, as they were read last."""
+        trial = self._trials[flight.number]
+        return trial.attempt.number != flight.attempt or trial.attempt.outcome is not None
+
+    def _settled(self, flight: Flight) -> bool:
+        """Commit what an attempt came to before it was lost: its persisted result, or what a rule decided."""
+        trial = self._session.reader.trial(flight.number)
+        if trial is None or trial.attempt.number != flight.attempt or trial.attempt.outcome is not None:
+            return True
+        with suppress(Conflict, Contention):
+            if persisted_outcome(self._session.opened.folder, trial) is not None:
+                self._complete(trial)
+                return True
+            if self._session.reader.last_decisions().get(flight.row) == Decision.PRUNE:
+                self._session.driver.end(flight.row, Ending(outcome=Outcome.PRUNED, note="decided before its worker was lost"))
+                return True
+        return False
+
+    def _close(self, run: Any, flight: Flight, why: str) -> None:
+        """Close an attempt whose worker is gone: lost, if it came to nothing; its trial waits again."""
+        if not self._settled(flight):
+            with suppress(Conflict):  # it has just ended
+                self._session.driver.end(flight.row, Ending(outcome=Outcome.LOST, note=why))
+            self._say(f"trial {flight.number}: its worker was lost, it goes on elsewhere: {why}")
+        self._runs.add(run, why)
+
+    def look(self) -> None:
+        """Give up workers that are gone, take in what watched attempts came to, hand out what nobody began."""
+        if not self.is_used or self._runner is None:
+            return
+        self._runner.look()
+        epoch = self._session.runtime.epoch
+        database, experiment = self._session.opened.database, self._session.runtime.experiment
+        rows = workers.every(database, experiment, epoch=epoch)
+        for row, why in gone(row for row in rows if row.id not in self._gone):
+            its = {
+                run: flight
+                for run, flight in self._inflight.items()
+                if (found := workers.of_attempt(database, flight.row)) is not None and found.id == row.id
+            }
+            for flight in its.values():
+                self._settled(flight)
+            words = f"{worker_words(row)} is lost: {why}"
+            silent = SILENT_SECONDS if row.silent >= SILENT_SECONDS else None
+            lost = workers.lose(database, experiment, epoch, row.id, words, silent=silent)
+            if lost or row.left is None:
+                self._say(words + (f"; trials {', '.join(str(number) for number, _ in lost)} go on elsewhere" if lost else ""))
+            if row.left is not None or silent is None or lost:
+                self._gone.add(row.id)  # what it had is closed, and it can claim nothing more
+            closed = {attempt for _, attempt in lost}
+            for run, flight in its.items():
+                if flight.row in closed:
+                    del self._inflight[run]
+                    self._take_back(flight)
+                    self._runs.add(run, words)
+        self._look_at_watched()
+        if not self._ending:
+            for number in self.refusals.due():
+                self._again(self._trials[number])
+
+    def _look_at_watched(self) -> None:
+        reads = time.monotonic() - self._looked > RESULT_SECONDS
+        if reads:
+            self._looked = time.monotonic()
+        for run, flight in [item for item in self._inflight.items() if item[1].is_watched]:
+            if self._is_over(flight) or (reads and self._settled(flight)):
+                del self._inflight[run]
+
+    def drop(self) -> None:
+        """Take back tasks of trials that were cancelled before anybody began them."""
+        if not self.is_used:
+            return
+        for run, flight in list(self._inflight.items()):
+            trial = self._trials[flight.number]
+            if trial.status is TrialStatus.CANCELLED and not trial.attempt.claimed:
+                del self._inflight[run]
+                self._take_back(flight)

@@ -1,0 +1,50 @@
+"""Code for workers on other machines: packed before anything is written, in the path before the first task. No Prefect here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict
+
+from holdfast.core.spec import ExperimentSpec
+from holdfast.flows.session import Session
+from holdfast.report.observer import Observer
+from holdfast.storage.code import SHIPPED, Packed, keep, pack
+
+
+class Shipped(TypedDict):
+    """What a ``Place`` says of code."""
+
+    code: str | None
+    trainable: str
+    workdir: str
+
+
+def packed_of(spec: ExperimentSpec, workdir: str) -> Packed | None:
+    """Return the code that travels to the spec's workers, None where trials run on this machine; SpecError when it cannot."""
+    execution = spec.execution
+    return pack(Path(workdir), execution.ship, spec.trainable) if execution.is_remote else None
+
+
+def ship(session: Session, observer: Observer) -> None:
+    """Have the session's code in the path, and note it in the audit; say so when it is not what the drive before had.
+
+    Nothing is done for trials on this machine. The lease is held; the journal tells of it before a task is submitted.
+    """
+    packed = session.packed
+    if packed is None:
+        return
+    before = next((row.detail["digest"] for row in reversed(session.reader.audit()) if row.action == SHIPPED), packed.digest)
+    keep(session.opened.folder, packed)
+    detail = {"digest": packed.digest, "trainable": packed.trainable, "files": packed.files, "bytes": packed.bytes}
+    session.driver.audit(SHIPPED, detail)
+    if before != packed.digest:
+        observer.say(f"the code that travels to workers has changed since the last drive: {before} is {packed.digest} now")
+    session.packed = replace(packed, body=b"")
+
+
+def shipped(session: Session) -> Shipped:
+    """Return what the workers are told of the session's code."""
+    packed, workdir = session.packed, session.opened.record.workdir
+    trainable = session.spec.trainable if packed is None else packed.trainable
+    return Shipped(code=None if packed is None else packed.digest, trainable=trainable, workdir=workdir)
