@@ -422,7 +422,9 @@ class Drive:
                     self._abandon(fenced=fenced)
                 elif self._inflight and not fenced:
                     with suppress(OSError):
-                        self._observer.say(f"{len(self._inflight)} trials did not answer; a restore finds out what became of them")
+                        self._observer.say(
+                            f"{len(self._inflight)} trials did not answer; a restore finds out what became of them"
+                        )
 
     def _abandon(self, *, fenced: bool) -> None:
         """Close the attempts whose code does not stop: what it still reports before this process ends counts no more."""

@@ -141,7 +141,7 @@ class Remote:
             words = f"{worker_words(row)} is lost: {why}"
             silent = SILENT_SECONDS if row.silent >= SILENT_SECONDS else None
             lost = workers.lose(database, experiment, epoch, row.id, words, silent=silent)
-            if lost or row.left is None:
+            if lost or (row.left is None and silent is None):
                 self._say(words + (f"; trials {', '.join(str(number) for number, _ in lost)} go on elsewhere" if lost else ""))
             if row.left is not None or silent is None or lost:
                 self._gone.add(row.id)  # what it had is closed, and it can claim nothing more

@@ -106,7 +106,8 @@ class Refusals:
             self._say(f"trial {number} was not begun, and is handed out again: {why}")
         if self._in_a_row >= MOST_REFUSALS:
             raise Infrastructure(
-                f"{self._in_a_row} times in a row no worker began a trial; the search is interrupted: mend this, then restore: {why}"
+                f"{self._in_a_row} times in a row no worker began a trial; the search is interrupted, mend this, then restore: "
+                f"{why}"
             )
         pause = self._pauses[number] = min(2 * self._pauses.get(number, _FIRST_PAUSE / 2), _LONGEST_PAUSE)
         self._due[number] = self._clock() + pause

@@ -33,10 +33,9 @@ def _unpacked(packet: bytes) -> tuple[Task[..., Any], dict[str, Any]]:
 def execute(packet: bytes, run: uuid.UUID, parameters: dict[str, Any]) -> State[Any]:
     """Run a packed task as task run ``run`` and return its final state."""
     task, context = _unpacked(packet)
-    found: State[Any] = run_task_sync(
-        task=task, task_run_id=run, parameters=parameters, context=dict(context), return_type="state"
-    )
-    return found
+    found: Any = run_task_sync(task=task, task_run_id=run, parameters=parameters, context=dict(context), return_type="state")
+    state: State[Any] = found
+    return state
 
 
 def execute_alone(packet: bytes, run: uuid.UUID, parameters: dict[str, Any]) -> State[Any]:

@@ -45,14 +45,15 @@ class DaskRunner:
         self._gpus = resources.gpu
         self._needed: dict[str, float] = {**({"GPU": float(resources.gpu)} if resources.gpu else {}), **resources.custom}
         self._stack = ExitStack()
-        self._client: distributed.Client
+        self._client: Any
         self._packet: tuple[int, bytes] | None = None
+        self._where = address or "this machine"
 
     def __enter__(self) -> Self:
         with self._stack as stack:
             target: Any = self._address or stack.enter_context(self._cluster())
             try:
-                self._client = stack.enter_context(distributed.Client(target, set_as_default=False, timeout=_CONNECT_SECONDS))
+                self._client = stack.enter_context(_make_client(target))
             except (OSError, TimeoutError, ImportError, ValueError) as error:
                 raise Infrastructure(
                     f"no Dask scheduler answers at {target} ({error}); start one (`dask scheduler`), or mend execution.address"
@@ -60,13 +61,11 @@ class DaskRunner:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
         self._stack.close()
 
     @contextmanager
-    def _cluster(self) -> Iterator[distributed.LocalCluster]:
+    def _cluster(self) -> Iterator[Any]:
         workers = 1 if self._gpus else max(1, min(os.cpu_count() or 1, self._max_concurrent))
         threads = -(-self._max_concurrent // workers)
         offered = {name: amount * threads for name, amount in self._needed.items()}
@@ -80,7 +79,7 @@ class DaskRunner:
         with (
             dask.config.set(settings),
             _without_main(),
-            distributed.LocalCluster(
+            _make_cluster(
                 n_workers=workers,
                 threads_per_worker=threads,
                 processes=True,
@@ -116,13 +115,13 @@ class DaskRunner:
         return workers
 
     def _nobody(self) -> str:
-        scheduler, workers = self._client.scheduler.address, self._workers()
+        scheduler, workers = self._where, self._workers()
         if not workers:
             return f"the Dask scheduler at {scheduler} has no worker; start some with `dask worker {scheduler}`"
         words = " ".join(f"{name}={amount:g}" for name, amount in self._needed.items())
         return (
-            f"none of the {len(workers)} workers of the Dask scheduler at {scheduler} has the resources {words}; start some with "
-            f'`dask worker {scheduler} --resources "{words}"`, or change execution.resources'
+            f"none of the {len(workers)} workers of the Dask scheduler at {scheduler} has the resources {words}; start some "
+            f'with `dask worker {scheduler} --resources "{words}"`, or change execution.resources'
         )
 
     def submit(self, task: Task[..., Any], parameters: dict[str, Any]) -> PrefectDaskFuture[Any]:
@@ -164,9 +163,15 @@ class DaskRunner:
 
     def look(self) -> None:
         if self._client.status in ("closed", "closing"):
-            raise Infrastructure(
-                f"the Dask scheduler at {self._address or 'this machine'} is gone; see to it, then restore the search"
-            )
+            raise Infrastructure(f"the Dask scheduler at {self._where} is gone; see to it, then restore the search")
+
+
+_make_cluster: Any = distributed.LocalCluster  # Dask's classes have no types
+
+
+def _make_client(target: Any) -> Any:
+    make: Any = distributed.Client
+    return make(target, set_as_default=False, timeout=_CONNECT_SECONDS)
 
 
 @contextmanager
@@ -185,5 +190,3 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         multiprocessing.spawn.get_preparation_data = original
-
-

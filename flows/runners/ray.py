@@ -16,7 +16,7 @@ from prefect.client.schemas import State
 from prefect.exceptions import Pause
 from prefect.futures import PrefectFuture
 from prefect.tasks import Task
-from prefect_ray.task_runners import PrefectRayFuture
+from prefect_ray.task_runners import PrefectRayFuture  # type: ignore[import-untyped]  # it ships no types
 from ray import exceptions as errors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -70,7 +70,7 @@ class RayRunner:
             max_retries=0,
             num_cpus=self._resources.cpu,
             num_gpus=self._resources.gpu,
-            resources=dict(self._resources.custom) or None,
+            resources=dict(self._resources.custom),
         )(execute_alone)
         return self
 
@@ -97,15 +97,14 @@ class RayRunner:
                 "execution.address"
             ) from error
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
         if self._own:
             with _same_signals():
                 ray.shutdown()
 
     def _nodes(self) -> list[dict[str, Any]]:
-        return [node for node in ray.nodes() if node.get("Alive") or node.get("alive")]
+        nodes: Any = ray.nodes  # Ray has no types there
+        return [node for node in nodes() if node.get("Alive") or node.get("alive")]
 
     def check(self, place: Place) -> None:
         nodes = first_workers(self._fitting, self._nobody)

@@ -25,9 +25,7 @@ class ThreadRunner:
         self._pool.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
         self._pool.__exit__(kind, error, trace)
 
     def check(self, place: Place) -> None:
