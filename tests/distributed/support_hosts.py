@@ -185,6 +185,18 @@ class Host:
         self.processes.append(Process(entered, log))
         return self.processes[-1]
 
+    def outer(self, pid: int) -> int | None:
+        """Return the number outside of the host of a process that has the number ``pid`` there; None when there is none."""
+        mine = os.readlink(f"/proc/{self.inner.pid}/ns/pid")
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with suppress(OSError):
+                    lines = Path(f"/proc/{name}/status").read_text().splitlines()
+                    numbers = next(line for line in lines if line.startswith("NSpid:")).split()
+                    if numbers[-1] == str(pid) and os.readlink(f"/proc/{name}/ns/pid") == mine:
+                        return int(name)
+        return None
+
     def cut(self) -> None:
         """Pull the cable: nothing comes through, and no connection is told."""
         self.net.switch.ip("link", "set", self.port, "down")
