@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 from holdfast.core.spec import ExperimentSpec
 from holdfast.flows.session import Session
 from holdfast.report.observer import Observer
 from holdfast.storage.code import SHIPPED, Packed, keep, pack
+
+
+class Shipped(TypedDict):
+    """What a ``Place`` says of code."""
+
+    code: str | None
+    trainable: str
+    workdir: str
 
 
 def packed_of(spec: ExperimentSpec, workdir: str) -> Packed | None:
@@ -33,3 +42,10 @@ def ship(session: Session, observer: Observer) -> None:
         then, now = before or "nothing", packed.digest or "nothing"
         observer.say(f"the code that travels to workers has changed since the last drive: {then} was shipped, now {now} is")
     session.packed = replace(packed, body=b"")
+
+
+def shipped(session: Session) -> Shipped:
+    """Return what the workers are told of the session's code."""
+    packed, workdir = session.packed, session.opened.record.workdir
+    trainable = session.spec.trainable if packed is None else packed.trainable
+    return Shipped(code=None if packed is None else packed.digest, trainable=trainable, workdir=workdir)
