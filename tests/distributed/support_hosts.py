@@ -303,7 +303,8 @@ class Relays:
             except OSError:
                 writer.close()
                 return
-            await asyncio.gather(carry(reader, other_writer), carry(other_reader, writer))
+            with suppress(asyncio.CancelledError):
+                await asyncio.gather(carry(reader, other_writer), carry(other_reader, writer))
 
         async def serve() -> None:
             await asyncio.start_server(accept, address, port)

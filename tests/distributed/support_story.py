@@ -92,9 +92,9 @@ class Story:
 
     def begin(self) -> Process:
         execution = {"runner": self.engine, "address": self.address}
-        work = self.net["driver"].work
-        (work / "train.py").write_text(TRAINABLE)
-        (work / "far.yaml").write_text(yaml.safe_dump({**SPEC, "storage": self.storage, "execution": execution}))
+        for host in DRIVERS:  # whoever drives has the code
+            (self.net[host].work / "train.py").write_text(TRAINABLE)
+        (self.net["driver"].work / "far.yaml").write_text(yaml.safe_dump({**SPEC, "storage": self.storage, "execution": execution}))
         return self.drive("driver", "run", "far.yaml")
 
     def open(self, gate: str, host: str) -> None:

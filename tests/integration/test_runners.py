@@ -59,7 +59,7 @@ TABLE = [
     ("preempt", "COMPLETED", 2),
     ("hang", "TIMED_OUT", 1),
 ]
-ERRORS = {2: "NoLuck: no luck in fail", 4: "SIGSEGV", 5: "exit code 3", 8: "4 s"}
+ERRORS = {2: "no luck in fail", 4: "SIGSEGV", 5: "exited with code 3", 8: "of 4 s"}
 
 
 def _same_table(ran: Ran) -> None:

@@ -28,7 +28,6 @@ from holdfast.testing.runs import PATIENCE, Ended, Running, Runs
 TRAINABLE = '''\
 """Behaves as its config says: at most STEPS steps, one report and checkpoint each."""
 import os, signal, sys, time
-from pathlib import Path
 from holdfast.testing.executed import recorded
 
 STEPS = 3
@@ -66,7 +65,7 @@ def train(trial):
     return {"said": act}
 
 
-train = recorded(train, Path(__file__).parent)
+train = recorded(train, FOLDER)
 '''
 
 ACTS = ("cancel", "ok", "fail", "flaky", "segv", "exit", "prune", "preempt", "hang")
@@ -153,7 +152,7 @@ class RunnerContract:
     @classmethod
     def ran(cls, runs: Runs) -> Ran:
         folder = runs.folder
-        (folder / "act.py").write_text(TRAINABLE)
+        (folder / "act.py").write_text(TRAINABLE.replace("FOLDER", repr(str(folder))))  # it runs elsewhere, from a copy
         spec = folder / "contract.yaml"
         spec.write_text(yaml.safe_dump({**SPEC, "execution": dict(cls.execution)}, sort_keys=False))
         place = Place(location=str(folder / "runs" / "contract"), database=f"sqlite:///{folder}/runs/holdfast.db")
