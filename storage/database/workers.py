@@ -20,6 +20,7 @@ from holdfast.storage.database import statements as sql
 from holdfast.storage.database.driver import Ending, end_attempt, fence
 from holdfast.storage.database.engine import Database, Statement, Transaction
 from holdfast.storage.database.losses import repeatable
+from holdfast.storage.database.measures import ALL
 from holdfast.storage.database.rows import now, storable
 
 
@@ -74,6 +75,7 @@ class _Statements:
     beat: Statement
     look: Statement
     every: Statement
+    working: Statement
     one: Statement
     lose: Statement
 
@@ -98,7 +100,12 @@ def _statements(clock: str) -> _Statements:
         look=made(
             f"SELECT epoch, COALESCE(lease_expires - {clock}, 0), told, journaled FROM experiment WHERE id = :experiment"
         ),
-        every=made(f"{worker} WHERE w.experiment_id = :experiment ORDER BY w.id"),
+        every=made(f"{worker} WHERE w.experiment_id = :experiment AND w.epoch >= :first AND w.epoch <= :last ORDER BY w.id"),
+        # By an index of the few that work: with a work pool each trial has had a worker of its own.
+        working=made(
+            f"{worker} WHERE w.experiment_id = :experiment AND w.epoch >= :first AND w.epoch <= :last"
+            ' AND w."left" IS NULL ORDER BY +w.id'
+        ),
         one=made(f"{worker} JOIN attempt a ON a.worker_id = w.id WHERE a.id = :attempt"),
         # A beat that comes at the same moment is waited for, and looked at.
         lose=made(
@@ -196,10 +203,14 @@ def leave(database: Database, experiment: int, worker: int, why: str) -> None:
         tx.run(_LEAVE, experiment=experiment, worker=worker, why=storable(why))
 
 
-def every(database: Database, experiment: int, *, epoch: int | None = None) -> list[WorkerRow]:
-    """Return an experiment's workers, those that left too, in the order in which they joined; those of one epoch if given."""
-    rows = [_row(row) for row in database.run(_statements(database.clock).every, experiment=experiment)]
-    return [row for row in rows if epoch in (None, row.epoch)]
+def every(database: Database, experiment: int, *, epoch: int | None = None, working: bool = False) -> list[WorkerRow]:
+    """Return an experiment's workers in the order in which they joined; of one epoch if given.
+
+    Those that left or were given up are among them, unless only those that are ``working`` are asked for.
+    """
+    its = _statements(database.clock)
+    scope = {"experiment": experiment, "first": 0 if epoch is None else epoch, "last": ALL if epoch is None else epoch}
+    return [_row(row) for row in database.run(its.working if working else its.every, **scope)]
 
 
 def of_attempt(database: Database, attempt: int) -> WorkerRow | None:
