@@ -22,7 +22,7 @@ from holdfast.flows.telling import plain_tasks
 from holdfast.settings import settings
 from holdfast.tasks import remote
 from holdfast.tasks.place import Place
-from holdfast.tasks.results import results_in
+from holdfast.tasks.results import WorkerResults
 from holdfast.tasks.trial import run_trial
 from holdfast.tasks.workers.messages import Decision
 
@@ -71,7 +71,7 @@ def trial(
 def _run(form: forms.TrialForm, place: Place, config: str) -> State[Any]:
     runtime = remote.reach(place, ENGINE)
     task = run_trial.with_options()
-    task.result_storage = results_in(runtime.folder)
+    task.result_storage = WorkerResults(experiment=place.uuid, epoch=place.epoch)
     woken = threading.Event()
     with deferred() as signals:
         signals.wake = woken.set

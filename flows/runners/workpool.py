@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.futures import PrefectConcurrentFuture, PrefectFuture
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Crashed, Failed, Pending, Scheduled
 from prefect.tasks import Task
 
@@ -28,6 +29,8 @@ from holdfast.flows.naming import STALE, TAG, experiment_tag, trial_tag
 from holdfast.flows.pooled import Told, parameters, told_of
 from holdfast.flows.prefect_runs import AWAY, LAST_SECONDS, PAGE, close_open_tasks, impatient_client, this_run
 from holdfast.flows.runners.port import End, How
+from holdfast.flows.serving import left_running
+from holdfast.flows.watched_runs import has_api
 from holdfast.report.observer import watching
 from holdfast.tasks.place import Place
 from holdfast.tasks.trial import PREEMPTED
@@ -52,6 +55,14 @@ class Deployed:
     name: str
     pool: str
     kind: str
+
+
+@contextmanager
+def reached() -> Iterator[None]:
+    """Let the body ask the API that Prefect's settings name, else the server that `holdfast up` left running."""
+    found = None if has_api() else left_running()
+    with nullcontext() if found is None else temporary_settings({PREFECT_API_URL: found.url}):
+        yield
 
 
 def check_deployment(name: str, told: Told) -> Deployed:
@@ -221,7 +232,7 @@ class WorkPoolRunner:
                 is_last = self._ended.is_set()
                 with suppress(*AWAY):  # asked again, for as long as the search waits
                     if is_last:
-                        self._withdraw_all()
+                        self._withdraw_all(client)
                     self._make(client)
                     self._cancel(client)
                     if time.monotonic() - looked >= POLL_SECONDS or is_last:
@@ -275,8 +286,13 @@ class WorkPoolRunner:
             job_variables=dict(self._spec.execution.job_variables) or None,
         )
 
-    def _withdraw_all(self) -> None:
+    def _withdraw_all(self, client: SyncPrefectClient) -> None:
+        """Withdraw what has not begun; what was given up though it had begun is not to run for ever in Prefect."""
         for run in self._open():
+            if run.is_withdrawn and run.has_begun and run.flow_run is not None:
+                state: State[Any] = Crashed(message="the search gave it up: its worker was lost, or it came too late")
+                client.set_flow_run_state(run.flow_run, state)
+                close_open_tasks(client, [run.flow_run], "its worker was lost")
             run.is_withdrawn = True
 
     def _cancel(self, client: SyncPrefectClient) -> None:
@@ -332,7 +348,7 @@ def _pages(identities: Sequence[Any]) -> Iterator[list[Any]]:
 
 def _with_error(state: State[Any]) -> State[Any]:
     """Return a final state with the error of ours that it names, as the task of another engine would have it."""
-    if not state.is_failed():
-        return state.model_copy(update={"data": None})
+    if not state.is_failed():  # a result is in the path; Prefect's own asks for one in the state
+        return state.model_copy(update={"data": {} if state.is_completed() else None})
     kind: type[HoldfastError] = {one.__name__: one for one in _ERRORS}.get(state.name or "", EngineError)
     return state.model_copy(update={"data": kind(state.message or "its flow run failed")})

@@ -80,6 +80,7 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
     lab = make_lab(steps=STEPS)
     # Trial 0 fails in its first attempt; those that are ordered to be slow take step after step.
     text = ENDLESS.replace('if ordered("fail",', 'if trial.attempt == 1 and ordered("fail",')
+    text = text.replace("Path(__file__).parent", f"Path({str(lab.folder)!r})")  # the code travels, the log stays
     (lab.folder / "train.py").write_text(f"import itertools\n{text}")
     lab.order("fail", 0, 1)
     slow = [lab.order("slow", number, 0) for number in (1, 2)]
