@@ -1,0 +1,50 @@
+"""A search on a Ray cluster of two hosts, during which a host is cut off, a worker dies, and the driver."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from s3_server import S3
+from support_hosts import Network, Process, wanted
+from support_postgres import Postgres
+from support_story import WORKERS, story_of, told
+
+pytestmark = [
+    pytest.mark.xdist_group("ray-hosts"),
+    pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is missing"),
+]
+
+RAY = Path(sys.executable).with_name("ray")
+BYTES = 80 << 20
+
+
+def start(net: Network, name: str, *words: object) -> Process:
+    """Start Ray's processes of a host; the command itself stays, and ends with them."""
+    host = net[name]
+    common = (f"--node-ip-address={host.address}", f"--object-store-memory={BYTES}", "--disable-usage-stats", "--block")
+    started = host.run(RAY, "start", *words, *common)
+    started.until("Ray runtime started")
+    return started
+
+
+def cluster(net: Network) -> str:
+    head = net["head"].address
+    words = ("--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", "--ray-client-server-port=10001")
+    start(net, "head", *words)
+    for name in WORKERS:
+        start(net, name, f"--address={head}:6379", "--num-cpus=2")
+    return f"ray://{head}:10001"
+
+
+def test_a_search_on_ray_survives_its_hosts(tmp_path: Path, postgres: Postgres, s3: S3, prefect_url: str) -> None:
+    wanted()
+    with story_of("ray", tmp_path, postgres, s3, prefect_url, cluster) as story:
+
+        def revive() -> None:
+            """Start a node anew: Ray gives a host up that it does not hear, and its processes end when they learn of it."""
+            start(story.net, "right", f"--address={story.net['head'].address}:6379", "--num-cpus=2")
+
+        told(story, revive=revive)
