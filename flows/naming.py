@@ -15,7 +15,8 @@ SEARCH, RESTORE, WATCH, COLLECT = "search/search", "restore/restore", "watch/wat
 """The deployments, as FLOW/DEPLOYMENT."""
 
 EXPERIMENT_EVENT = "holdfast.experiment."
-"""What follows: started, interrupted, stopped (by a person), restored, completed, failed; recovering and gave-up by a watch."""
+"""What follows: started, interrupted, stopped (by a person), continued (in a new flow run), restored, completed, failed;
+recovering and gave-up by a watch."""
 TRIAL_EVENT = "holdfast.trial."
 """What follows: started, or the trial's final status in lower case; omitted, for those that were too many."""
 LEFT_EVENT = "holdfast.flow-run.left"
