@@ -143,8 +143,10 @@ class Shown:
     """whether this drive is a restore's"""
     lost: int = 0
     """steps that it does again"""
+    continues: bool = False
+    """whether its flow run goes on from another one"""
     ended: str | None = None
-    """started, interrupted, stopped, completed or failed once it has ended, else None"""
+    """interrupted, stopped, continued (in a new flow run), completed or failed once it has ended, else None"""
     reason: str = ""
     """why it ended"""
 
@@ -225,6 +227,7 @@ def best_words(spec: ExperimentSpec, tally: Tally) -> str:
 _HOW: Mapping[str | None, str] = {
     None: "If its process dies, this goes on with it:",
     "interrupted": "It was cut off. This goes on with it:",
+    "continued": "It goes on in a new flow run. If nothing drives it, this goes on with it:",
     "stopped": "A person stopped it. This goes on with it:",
     "completed": "Its budget is used up. This runs more trials, with a greater number in place of the dots:",
     "failed": "It failed. This runs the errored trials again, with `--resume-errored` from their newest checkpoints:",

@@ -17,7 +17,7 @@ from prefect.futures import PrefectFuture
 from holdfast.core import faults
 from holdfast.core.budget import Budget
 from holdfast.core.errors import Conflict, Contention, EngineError, Exhausted, HoldfastError
-from holdfast.core.loop import Done, Evolve, Ledger, Propose, Submit, Wait, actions
+from holdfast.core.loop import Done, Evolve, Ledger, Propose, Submit, Wait, actions, is_continued
 from holdfast.core.population import Population
 from holdfast.core.ports import Proposer, as_proposal
 from holdfast.core.space import config_digest
@@ -79,6 +79,7 @@ class Drive:
             clock=time.monotonic,
             fail_fast=spec.failure.fail_fast,
             exhausted=not session.new_trials,
+            per_run=spec.execution.trials_per_run,
         )
         self._trials: dict[int, Trial] = {}
         self._states: dict[int, bytes] = {}
@@ -146,7 +147,8 @@ class Drive:
             seen = self._seq
             self._refresh()
             if self._seq == seen:  # nothing was queued since the last look
-                faults.point("search.finished")
+                if not is_continued(reason):
+                    faults.point("search.finished")
                 return reason
 
     def _until_done(self) -> str:
@@ -219,6 +221,7 @@ class Drive:
         future = self._runner.submit(self._task, parameters)
         self._inflight[run_of(future)] = Flight(number, trial.attempt.number, trial.attempt.id, future)
         self.ledger.submitted(number)
+        self.ledger.begun += 1
         future.add_done_callback(lambda _: self._done.put(future))
 
     def _wait(self, until: datetime | None) -> None:

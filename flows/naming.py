@@ -21,7 +21,8 @@ STALE = "Stale"
 """The name of the state (of the type CANCELLED) of a trial's flow run that no search waits for; the trial was not touched."""
 
 EXPERIMENT_EVENT = "holdfast.experiment."
-"""What follows: started, interrupted, stopped (by a person), restored, completed, failed; recovering and gave-up by a watch."""
+"""What follows: started, interrupted, stopped (by a person), continued (in a new flow run), restored, completed, failed;
+recovering and gave-up by a watch."""
 TRIAL_EVENT = "holdfast.trial."
 """What follows: started, or the trial's final status in lower case; omitted, for those that were too many."""
 LEFT_EVENT = "holdfast.flow-run.left"

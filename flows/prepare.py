@@ -17,12 +17,12 @@ from holdfast.callables import dump, keep
 from holdfast.core import faults
 from holdfast.core.budget import Budget
 from holdfast.core.errors import Corrupt, DatabaseError, ExperimentNotFound, SpecError, TrainableError
-from holdfast.core.loop import Ledger
+from holdfast.core.loop import CONTINUED, Ledger, is_continued
 from holdfast.core.resume import Action, Planned, ResumePolicy
 from holdfast.core.search_section import is_own
 from holdfast.core.space import Space
 from holdfast.core.spec import CHANGEABLE, LOCATION_FIELDS, ExperimentSpec
-from holdfast.core.trial import Trial
+from holdfast.core.trial import Trial, TrialStatus
 from holdfast.core.values import Json, strict
 from holdfast.engines import factory
 from holdfast.engines.choosing import chosen
@@ -50,7 +50,7 @@ from holdfast.locate import (
     placed,
 )
 from holdfast.report.observer import Observer
-from holdfast.storage.database import experiments, requests
+from holdfast.storage.database import experiments, recovering, requests
 from holdfast.storage.database.following import Followed
 from holdfast.storage.database.leases import Leases, held
 from holdfast.storage.database.reads import Reader
@@ -251,6 +251,8 @@ class RestoreRequest:
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     new_trials: bool = True
     force: bool = False
+    continues: tuple[str, int] | None = None
+    """UUID and epoch of the drive that it goes on with in a new flow run, as that drive wanted"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,7 +363,10 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
     reader = Reader(opened.database, opened.record.id)
     followed = Followed(reader)
     survey = reconcile.Survey(reader, opened.folder, request.policy, opened.spec, followed.own())
-    plan = survey.plan()
+    plan = _plan(survey, request)
+    if _is_superseded(opened, request):
+        observer.say("somebody else went on with it, or it was told to stop, before this flow run began: nothing is done")
+        return Restored(opened=opened, plan=plan, session=None, trials=survey.trials)
     if not changes and not request.force and not work_left(spec, survey.trials, plan, opened, request.new_trials):
         _refuse_held(opened)
         requests.note(opened.database, opened.record.id, "restored", {"trials": 0})
@@ -402,7 +407,8 @@ def _take_over(
     followed: Followed,
 ) -> Session:
     detail = {"policy": {name: str(value) for name, value in vars(request.policy).items()}, "force": request.force}
-    session = begin(opened, pool, observer, action="restored", detail=detail, force=request.force, followed=followed)
+    action = "restored" if request.continues is None else CONTINUED
+    session = begin(opened, pool, observer, action=action, detail=detail, force=request.force, followed=followed)
     try:
         faults.point("restore.lease-taken")
         if not request.force:
@@ -412,7 +418,7 @@ def _take_over(
         dead = reconcile.open_attempts(followed.own())
         end_children(dead)
         survey = reconcile.Survey(reader, opened.folder, request.policy, opened.spec, followed.own())
-        plan = survey.plan()
+        plan = _plan(survey, request)
         session.driver.set_code(
             trainable_digest=code_digest(opened.spec), workdir=opened.record.workdir, location=opened.folder.location
         )
@@ -428,9 +434,29 @@ def _take_over(
         with undisturbed():
             session.keeper.release_quietly(why(error))
         raise
-    session.plan, session.new_trials = plan, request.new_trials
-    observer.planned(plan)
+    session.new_trials, session.is_continuation = request.new_trials, request.continues is not None
+    if request.continues is None:
+        session.plan = plan
+        observer.planned(plan)
     return session
+
+
+def _plan(survey: reconcile.Survey, request: RestoreRequest) -> list[Planned]:
+    """Return what the request does with each trial; what the drive left out that it goes on with stays left out."""
+    plan = survey.plan()
+    if request.continues is None:
+        return plan
+    return [replace(planned, action=Action.SKIP) if planned.status is TrialStatus.SKIPPED else planned for planned in plan]
+
+
+def _is_superseded(opened: Opened, request: RestoreRequest) -> bool:
+    """Tell whether the drive that a request goes on with is not the last one any more, or is not to go on."""
+    if request.continues is None:
+        return False
+    known = recovering.look(opened.database, opened.record.id)
+    last = max((note.epoch for note in known.notes if note.is_take), default=0)  # garbage may have been looked for since
+    goes_on = is_continued(known.ended) and not known.stop_requested
+    return request.continues != (opened.record.uuid, last) or not goes_on
 
 
 def work_left(spec: ExperimentSpec, trials: Sequence[Trial], plan: Sequence[Planned], opened: Opened, new_trials: bool) -> bool:

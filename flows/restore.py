@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -11,6 +12,7 @@ from prefect.runtime import flow_run
 
 from holdfast.core.errors import HoldfastError
 from holdfast.flows import forms
+from holdfast.flows.continuing import carried_on, told_to_go_on
 from holdfast.flows.prefect_runs import wish_behind
 from holdfast.flows.prepare import prepare_restore
 from holdfast.flows.requesting import request_of
@@ -57,7 +59,7 @@ def restore(
                     "database": database,
                 }
             )
-            request = request_of(**dict(form))
+            request = replace(request_of(**dict(form)), continues=told_to_go_on())
             with explained(wish_behind):
                 restored = prepare_restore(request, watcher)
         except HoldfastError as error:
@@ -65,4 +67,4 @@ def restore(
         if restored.session is None:
             return nothing_left(restored)
         session = restored.session
-    return drive(session, watcher)
+    return carried_on(session, drive(session, watcher))

@@ -15,9 +15,11 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
+from holdfast.core import faults
 from holdfast.core.errors import Contention, Fenced, HoldfastError, Infrastructure
 from holdfast.core.trial import ERRORED
 from holdfast.flows import forms
+from holdfast.flows.continuing import carried_on, continued_here, go_on, is_continued, moves_on
 from holdfast.flows.driver import Drive
 from holdfast.flows.leaving import ending_of, exit_code, hurry, leave
 from holdfast.flows.prefect_runs import (
@@ -72,7 +74,7 @@ def search(spec: forms.Spec, overrides: forms.Overrides = None) -> State[Any]:
         if restored.session is None:
             return nothing_left(restored)
         session = restored.session
-    return drive(session, watcher)
+    return carried_on(session, drive(session, watcher))
 
 
 def nothing_left(restored: Restored) -> State[Any]:
@@ -94,7 +96,7 @@ def watcher_here() -> Observer:
     log, caller, session = RunLog(get_run_logger()), watching.get(), prepared.get()
     if session is not None:  # what came before the flow belongs into its log, too
         log.opened(session.opened, restored=session.plan is not None)
-        log.planned(session.plan or ())
+        log.planned((session.plan or ()) if session.runs == 0 else ())
     return log if caller is None else Together(caller, log)
 
 
@@ -112,7 +114,9 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
                     teller.begin()
                 reason = Drive(session, watcher, wishes, signals).run()
                 session.journal.flush()
-                session.keeper.release(_ended(reason))
+                leaves = moves_on(session, reason)
+                if leaves or not is_continued(reason):
+                    session.keeper.release(_ended(reason))
                 _last_words(session)
         except BaseException as error:
             if session.stuck:
@@ -132,6 +136,11 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
         closing.finish()
         if reason.startswith("stopped"):
             hasten(wishes)
+        if is_continued(reason):
+            watcher.say(f"{reason}; the search goes on in a new one")
+            teller.continued(reason)
+            faults.point("search.continued")
+            return go_on(session, reason) if leaves else continued_here(session, reason)
         fast = reason.endswith("fail_fast is set")
         result = result_of(session.opened, reason, fast_failed=fast, plan=session.plan, trials=session.followed.own())
         session.close()
@@ -174,7 +183,7 @@ def _last_words(session: Session) -> None:
 
 
 def _ended(reason: str) -> str:
-    return reason if reason.startswith("stopped") else f"completed: {reason}"
+    return reason if reason.startswith("stopped") or is_continued(reason) else f"completed: {reason}"
 
 
 def _interrupted(session: Session, error: BaseException, watcher: Observer, teller: Teller) -> None:

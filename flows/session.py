@@ -55,12 +55,27 @@ class Session:
     """what interrupted it: a flow's final state keeps words only"""
     stuck: Sequence[str] = ()
     """task runs whose code goes on in threads of this process, though it was told to stop: only the process can end"""
+    continued: str | None = None
+    """why the flow run that drove it ended, where the next one of this process goes on with it"""
+    runs: int = 0
+    """flow runs of this process that have driven it before"""
+    is_prepared: bool = False
+    """whether the caller of the flow has prepared it, and goes on with it after the flow run"""
+    is_continuation: bool = False
+    """whether it goes on with the drive of another process, as that one wanted"""
     is_seen: bool = True
     """whether anybody can look at the Prefect API that it runs on: an embedded server goes with the process"""
 
     @property
     def spec(self) -> ExperimentSpec:
         return self.opened.spec
+
+    def next_run(self) -> bool:
+        """Begin the next flow run of this process, when there has to be one; return whether there has."""
+        if self.continued is None:
+            return False
+        self.continued, self.dead, self.runs = None, (), self.runs + 1
+        return True
 
     def close(self) -> None:
         """End the workers and close the database; the lease is another matter."""

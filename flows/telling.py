@@ -268,6 +268,10 @@ class Teller(Observer):
         """Say that the search was interrupted, where its result could not be read any more."""
         self._end("interrupted", reason)
 
+    def continued(self, reason: str) -> None:
+        """Say that the search goes on in a new flow run."""
+        self._end("continued", reason)
+
     def close(self) -> None:
         """Say nothing more: it has ended, or somebody else tells of this experiment now."""
         self._is_quiet = True
@@ -293,7 +297,8 @@ class Teller(Observer):
             with suppress(Exception), impatient_client() as client:
                 with suppress(*_AWAY):
                     _tag(client, self._shown.name)
-                self._say("restored" if self._shown.restored else "started", self._began)
+                if not self._shown.continues:
+                    self._say("restored" if self._shown.restored else "started", self._began)
                 while not self._ending.wait(POLL_SECONDS):
                     self.step(client)
                 self.step(client, last=True)
@@ -362,6 +367,7 @@ def teller_of(session: Session) -> Teller:
         total=session.spec.search.num_trials,
         epoch=session.runtime.epoch,
         restored=plan is not None,
+        continues=session.is_continuation or session.runs > 0,
         lost=sum(planned.lost for planned in plan or ()),
     )
     return Teller(shown, opened.record.uuid)

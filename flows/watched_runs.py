@@ -47,13 +47,20 @@ def _asking_for(deployment: str) -> Iterator[None]:
         ) from error
 
 
-def run_restore(deployment: str, parameters: dict[str, Any], key: str) -> str:
+def run_restore(deployment: str, parameters: dict[str, Any], key: str, *, job_variables: dict[str, Any] | None = None) -> str:
     """Let a deployment of the flow ``restore`` run, once for each ``key``; return the flow run's id.
 
     EngineError when there is no such deployment, or its flow does not take the parameters.
     """
     with _asking_for(deployment):
-        run = run_deployment(deployment, parameters=parameters, timeout=0, idempotency_key=key, as_subflow=False)
+        run = run_deployment(
+            deployment,
+            parameters=parameters,
+            timeout=0,
+            idempotency_key=key,
+            as_subflow=False,
+            job_variables=job_variables or None,
+        )
     return str(cast(FlowRun, run).id)
 
 

@@ -299,6 +299,7 @@ def _finish(restored: Restored, watcher: _Recorder, server: EmbeddedServer, *, r
 
 def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, restoring: bool) -> SearchResult:
     """Run the flow of a prepared session; return its result, or raise what interrupted it."""
+    session.is_prepared = True
     session_token, watcher_token = prepared.set(session), watching.set(watcher)
     try:
         with _engine(server, watcher.left_running) as url:
@@ -307,6 +308,9 @@ def _drive(session: Session, watcher: _Recorder, server: EmbeddedServer, *, rest
             watcher.running(url)
             # In a context of its own: what a search changes in Prefect's settings, at its end, is its own affair.
             state = contextvars.copy_context().run(_called, flow, arguments, session, watcher)
+            while session.next_run():  # a signal that comes here interrupts the search: the lease is still held
+                flow, arguments = _flow(session, restoring=True)
+                state = contextvars.copy_context().run(_called, flow, arguments, session, watcher)
             if session.error is not None:
                 raise session.error
             if watcher.result is None:
@@ -339,6 +343,9 @@ def _called(flow: Flow[..., Any], arguments: dict[str, Any], session: Session, w
         if isinstance(error, HoldfastError):
             raise
         words = f"{type(error).__name__}: {error}"
+        if session.continued is not None:
+            watcher.say(f"the flow run is done, and the search goes on; Prefect could not record that ({words})")
+            return None
         if watcher.result is not None:
             watcher.say(f"the search is done; Prefect could not record that ({words})")
             return None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from holdfast import upkeep
 from holdfast.core.checkpoint import Checkpoint, check_step
 from holdfast.core.errors import InvalidInput, LeaseHeld
+from holdfast.core.loop import CONTINUED
 from holdfast.core.objective import Objective, scores
 from holdfast.core.ranking import candidates, candidates_of, front_of, ranked, reference_point, volume_of
 from holdfast.core.space import Space
@@ -145,7 +146,7 @@ class Experiment:
         unfinished = sum(counts.get(status, 0) for status in ACTIVE)
         if ended is not None and ended.startswith("stopped"):
             return "stopped"
-        if unfinished or ended is None or ended.startswith("interrupted"):
+        if unfinished or ended is None or ended.startswith(("interrupted", CONTINUED)):
             return "interrupted"
         errored = sum(counts.get(status, 0) for status in ERRORED)
         return "failed" if errored and errored == sum(counts.values()) else "completed"

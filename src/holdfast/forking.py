@@ -16,6 +16,7 @@ from typing import Any
 from holdfast import references, standing
 from holdfast.core import faults
 from holdfast.core.errors import Contention, ExperimentExists, HoldfastError, InvalidInput, LeaseHeld, SpecError, StorageError
+from holdfast.core.loop import CONTINUED
 from holdfast.core.spec import CHANGEABLE, ExperimentSpec
 from holdfast.core.trial import ACTIVE
 from holdfast.core.values import Json, dumps, dumps_ordered
@@ -404,7 +405,7 @@ def _rows(source: _Source, identity: Identity, plan: _Plan) -> Batch:
         "spec": dumps_ordered(plan.spec.stored()),
         "stop_requested": 0,
         "active_seconds": contents.experiment.get("active_seconds", 0.0) if plan.at_trial is None else 0.0,
-        "ended": ended if whole and ended and not ended.startswith(("interrupted", "stopped")) else None,
+        "ended": ended if whole and ended and not ended.startswith(("interrupted", "stopped", CONTINUED)) else None,
     }
     return Batch(start=-1, end=seq, rows=rows, experiment=experiment)
 

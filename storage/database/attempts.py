@@ -237,7 +237,7 @@ class AttemptWriter:
         """Commit a failure; when the retry budget allows it, the next attempt waits in the same transaction."""
         with self.database.write() as tx:
             seq = self._begin(tx)
-            failures = int(tx.run(sql.FAILURES, trial=self.trial, epoch=self.epoch)[0][0])
+            failures = int(tx.run(sql.FAILURES, experiment=self.experiment, trial=self.trial, epoch=self.epoch)[0][0])
             retry = ending.outcome is not Outcome.CANCELLED and failures < max_failures
             return end_attempt(tx, self.experiment, seq, self.attempt, ending, retry=retry)
 

@@ -152,9 +152,16 @@ ADD_AUDIT = _sql(
     " VALUES (:experiment, :seq, :epoch, :happened, :action, :detail)"
 )
 
-# A retry budget is derived: failures of the epoch that drives now.
+# The epoch in which the drive began that {epoch} belongs to: one that goes on in a new flow run has an epoch for each.
+DRIVE_OF = (
+    "COALESCE((SELECT MAX(u.epoch) FROM audit u WHERE u.experiment_id = {experiment} AND u.action IN ('started', 'restored')"
+    " AND u.epoch <= {epoch}), {epoch})"
+)
+
+# A retry budget is derived: failures of the drive that is under way.
 FAILURES = _sql(
-    "SELECT COUNT(*) FROM attempt WHERE trial_id = :trial AND epoch = :epoch AND outcome IN ('failed', 'timed_out', 'crashed')"
+    "SELECT COUNT(*) FROM attempt WHERE trial_id = :trial AND outcome IN ('failed', 'timed_out', 'crashed')"
+    f" AND epoch <= :epoch AND epoch >= {DRIVE_OF.format(experiment=':experiment', epoch=':epoch')}"
 )
 
 ATTEMPTS_OF = _sql(

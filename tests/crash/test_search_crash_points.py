@@ -66,7 +66,8 @@ class Story:
 def spec_of(lab: Lab, name: str) -> Path:
     checkpoints = {"save_period": 2} if name == "report.committed" else {}
     failure = {"max_failures": 1} if name == "attempt.failed" else {}
-    return lab.spec(search=SEARCH, checkpoints=checkpoints, failure=failure)
+    execution = {"trials_per_run": 1} if name == "search.continued" else {}
+    return lab.spec(search=SEARCH, checkpoints=checkpoints, failure=failure, execution=execution)
 
 
 def play(lab: Lab, name: str) -> Story:

@@ -34,6 +34,7 @@ POINTS: dict[str, str] = {
     "journal.written": "the journal holds every row, nobody has been told",
     "journal.compacted": "the journal was written anew as one segment, the old ones are there",
     "search.finished": "every trial ended, the lease is not released",
+    "search.continued": "a flow run has ended so that its search goes on in another one, which has not begun",
     "fork.linked": "a fork's files and journal are there, experiment.json is not",
     "fork.identified": "a fork is an experiment, no database knows it",
     "code.kept": "shipped code is in the path, no row names it",

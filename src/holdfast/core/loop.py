@@ -14,6 +14,8 @@ from holdfast.core.objective import score
 from holdfast.core.population import Population
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
 
+CONTINUED = "continued"
+"""How the reason begins for which a flow run ended that another one goes on from."""
 LONGEST_DELAY = 1e9
 """Seconds; a date can hold them."""
 
@@ -97,6 +99,10 @@ class Ledger:
     """of a population: how many generations have been evolved"""
     held: dict[int, int] = field(default_factory=dict)
     """members that wait at the end of the generation, with their steps"""
+    per_run: int | None = None
+    """so many attempts may begin in one flow run"""
+    begun: int = 0
+    """attempts that were handed to a runner in this one"""
 
     def update(self, trial: Trial, *, fresh: bool = True) -> None:
         """Take in a trial's row; ``fresh`` rows changed in this run (an old error does not fail fast again)."""
@@ -199,6 +205,11 @@ class Ledger:
             self.best = value
 
     @property
+    def is_spent(self) -> bool:
+        """Whether nothing more may begin in this flow run."""
+        return self.per_run is not None and self.begun >= self.per_run
+
+    @property
     def total(self) -> int:
         return len(self.statuses)
 
@@ -207,14 +218,30 @@ class Ledger:
         return sum(self.counts[status] for status in ACTIVE)
 
 
+def continued(begun: int) -> str:
+    """Say why a flow run ends though its search goes on."""
+    trials = "1 trial has" if begun == 1 else f"{begun} trials have"
+    return f"{CONTINUED}: {trials} begun in this flow run"
+
+
+def is_continued(ended: str | None) -> bool:
+    """Tell whether a drive ended only to go on in another flow run."""
+    return ended is not None and ended.startswith(f"{CONTINUED}: ")
+
+
 def decide(ledger: Ledger, now: datetime) -> Action:
     """Return the next action: waiting trials by number first, then proposals, never more than ``max_concurrent`` at once.
 
     A queued trial or a retry runs once it is due, also when the number of trials is used up; the search waits for one that
     is due later before it is done. Only a halt, and a time budget that is used up, leave waiting trials as they are.
+
+    In a flow run in which no more may begin, what runs ends first: then all is decided as ever, but for the first trial that
+    would run, which is left to the next flow run.
     """
     if ledger.halt is not None:
         return Wait() if ledger.running else Done(ledger.halt)
+    if ledger.is_spent and ledger.running:
+        return Wait()
     closed = ledger.closed()
     out_of_time = closed is not None and ledger.budget.time_budget is not None
     out_of_time = out_of_time and ledger.active_seconds >= (ledger.budget.time_budget or 0.0)
@@ -223,7 +250,7 @@ def decide(ledger: Ledger, now: datetime) -> Action:
     starts = {} if out_of_time else {number: ledger.due(number, now) for number in ledger.waiting}
     due = [number for number, start in starts.items() if start is None]
     if due:
-        return Submit(min(due))
+        return Done(continued(ledger.begun)) if ledger.is_spent else Submit(min(due))
     if closed is None and not ledger.exhausted:
         return Propose(ledger.highest + 1)
     if ledger.held and not (ledger.running or ledger.retries or out_of_time):  # who else is due later has not begun

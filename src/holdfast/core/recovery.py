@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from holdfast.core.failure_section import Cause, RecoverySection
+from holdfast.core.loop import CONTINUED, is_continued
 
 RECOVERING = "recovering"
 """The audit row by which a watcher claims a restore: ``attempt`` counts within an epoch."""
@@ -16,8 +17,8 @@ STARTED = "recovery started"
 ENDED = "recovery ended"
 """A claimed restore ended, or could not be started."""
 GAVE_UP = "recovery gave up"
-TAKES = ("started", "restored")
-"""The audit rows of who takes the lease to drive; they carry a ``token``."""
+TAKES = ("started", "restored", CONTINUED)
+"""The audit rows of who takes the lease to drive; they carry a ``token``. Who continues goes on with the drive before."""
 NOTES = (*TAKES, RECOVERING, STARTED, ENDED, GAVE_UP)
 """The audit rows that count here."""
 
@@ -101,7 +102,7 @@ def own_notes(notes: Sequence[Note], uuid: str) -> Sequence[Note]:
 
 def cut_off(ended: str | None) -> Cause | None:
     """Return how the last drive was cut off; None when it ended by itself, or a person ended it."""
-    if ended is None:
+    if ended is None or is_continued(ended):
         return "lost"
     if not ended.startswith("interrupted: "):
         return None
@@ -124,7 +125,7 @@ def in_a_row(notes: Sequence[Note], progress: int) -> Sequence[Note]:
             pending = True
             if note.seq <= progress:
                 found = []
-            elif (note.epoch, note.detail.get("attempt")) not in ended:
+            elif note.detail.get("cause") != CONTINUED and (note.epoch, note.detail.get("attempt")) not in ended:
                 found.append(note)
         elif note.is_take:
             found = found if pending else []
@@ -232,4 +233,6 @@ def _before_the_signal(found: Situation) -> Cause | None:
 
 
 def _words(cause: Cause, ended: str | None) -> str:
+    if is_continued(ended):
+        return "the flow run that was to go on with it did not"
     return "its process died" if cause == "lost" else (ended or "").removeprefix("interrupted: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from holdfast.core.loop import is_continued
 from holdfast.experiment import Experiment
 from holdfast.report.texts import printable
 from holdfast.report.working import beats
@@ -40,6 +41,8 @@ def _holder_words(experiment: Experiment) -> str:
         if lease.epoch == 0:
             return "nobody; it was never driven"
         ended = experiment.ended
+        if is_continued(ended):
+            return f"nobody; the last drive ended: {ended}; the flow run that goes on with it has not begun"
         return "nobody; the last drive was cut off" if ended is None else f"nobody; the last drive ended: {ended}"
     who = f"{describe(lease.holder)}, epoch {lease.epoch}"
     if driven:

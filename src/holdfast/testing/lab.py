@@ -98,7 +98,7 @@ class Lab:
     def take_over(self) -> None:
         """Let somebody else take the lease."""
         leases = Leases(self.database, self.id)
-        leases.take(seen=self.epoch, epoch=self.epoch + 1, holder={"pid": 2}, action="taken over", detail={})
+        leases.take(seen=self.epoch, epoch=self.epoch + 1, holder={"pid": 2}, action="restored", detail={})
 
     def row(self, number: int) -> int:
         return self.reader.trial_ids()[number]
