@@ -453,7 +453,7 @@ class WorkersContract:
         assert lab.trial(1).attempt.note == "1=1"
 
     def test_decisions_have_the_order_of_commits(self, lab: Lab, racers: Racers) -> None:
-        steps, processes = 12, 8
+        steps, processes = 6, 8
         writers = [lab.started() for _ in range(processes)]
         job = {"url": url_of(lab.database), "experiment": lab.id, "epoch": 1, "token": "token", "number": 1, "steps": steps}
         answers = racers.race(report, [{**job, "attempt": each.attempt, "trial": each.trial} for each in writers])
