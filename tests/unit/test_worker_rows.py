@@ -131,6 +131,7 @@ LOOKED_UP: dict[str, Statement] = {
     "open, of a loss": sql.OPEN_OF_WORKER,
     "cancelled": sql.CANCEL_REQUESTS,
     "working": workers._statements("1.0").working,
+    "stranded": workers._statements("1.0").stranded,
     "changed": measures._CHANGED,
     "reported": measures._REPORTED,
 }

@@ -139,7 +139,7 @@ class WorkersContract:
         for why in ("it is not fit: Python 3.12", "the engine closed it"):
             workers.leave(lab.database, lab.id, first, why)
         assert [row.left for row in workers.every(lab.database, lab.id)] == ["it is not fit: Python 3.12", None]
-        assert [row.id for row in workers.every(lab.database, lab.id, working=True)] == [second]
+        assert [row.id for row in workers.every(lab.database, lab.id, unsettled=True)] == [second]
         assert workers.beat(lab.database, lab.id, first).left == "it is not fit: Python 3.12"
 
     def test_rows_of_workers_leave_the_order_of_writes_alone(self, lab: Lab) -> None:
@@ -161,6 +161,20 @@ class WorkersContract:
         assert dump(lab.database) == before
         lab.epoch = 2
         join(lab)
+
+    def test_a_write_aside_that_fails_leaves_nothing(self, lab: Lab) -> None:
+        worker = join(lab)
+        before = dump(lab.database)
+
+        def fail() -> None:
+            with lab.database.aside() as tx:
+                tx.run(_GIVE_UP, worker=worker, why="not this")
+                raise InvalidInput("it cannot be said")
+
+        with pytest.raises(InvalidInput, match="cannot be said"):
+            fail()
+        assert dump(lab.database) == before
+        workers.beat(lab.database, lab.id, worker)
 
     def test_a_worker_hears_that_its_experiment_is_gone(self, lab: Lab) -> None:
         other = Lab.new(lab.database, "other")
@@ -275,9 +289,14 @@ class WorkersContract:
     def test_what_a_worker_leaves_open_is_closed_under_its_own_reason(self, lab: Lab) -> None:
         worker = join(lab)
         writer = started(lab, worker)
-        workers.leave(lab.database, lab.id, worker, "its process was ended")
+        settled, working = join(lab), join(lab)
+        lab.end(started(lab, settled), loss=1.0)
+        for each in (worker, settled):
+            workers.leave(lab.database, lab.id, each, "its process was ended")
+        assert [row.id for row in workers.every(lab.database, lab.id, unsettled=True)] == [worker, working]
         assert workers.lose(lab.database, lab.id, 1, worker, "it left", silent=30.0) == [(0, writer.attempt)]
         assert workers.every(lab.database, lab.id)[0].left == "its process was ended"
+        assert [row.id for row in workers.every(lab.database, lab.id, unsettled=True)] == [working]
 
     def test_only_who_is_silent_is_lost_if_so_asked(self, lab: Lab) -> None:
         worker = join(lab)
@@ -342,7 +361,7 @@ class WorkersContract:
         lab.epoch = 2
         new = join(lab)
         assert [row.id for row in workers.every(lab.database, lab.id, epoch=1)] == [worker]
-        assert [row.id for row in workers.every(lab.database, lab.id, epoch=2, working=True)] == [new]
+        assert [row.id for row in workers.every(lab.database, lab.id, epoch=2, unsettled=True)] == [new]
         assert workers.lose(lab.database, lab.id, 2, worker, "of the driver before") == [(0, writer.attempt)]
         for stranger in (10**6, join(Lab.new(lab.database, "other"))):
             before = dump(lab.database)
@@ -434,7 +453,7 @@ class WorkersContract:
         assert lab.trial(1).attempt.note == "1=1"
 
     def test_decisions_have_the_order_of_commits(self, lab: Lab, racers: Racers) -> None:
-        steps, processes = 12, 8
+        steps, processes = 6, 8
         writers = [lab.started() for _ in range(processes)]
         job = {"url": url_of(lab.database), "experiment": lab.id, "epoch": 1, "token": "token", "number": 1, "steps": steps}
         answers = racers.race(report, [{**job, "attempt": each.attempt, "trial": each.trial} for each in writers])
