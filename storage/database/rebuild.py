@@ -46,6 +46,7 @@ _CLEAR = [
     _sql(f"DELETE FROM {table} WHERE experiment_id = :experiment")
     for table in ("trial", "worker", "objective", "proposer_state", "audit")  # what hangs on trials goes with them
 ]
+_NO_WORKERS = _sql("DELETE FROM worker WHERE experiment_id = :experiment")
 _OBJECTIVE = _sql(
     "INSERT INTO objective (experiment_id, position, name, direction) VALUES (:experiment, :position, :name, :direction)"
 )
@@ -134,6 +135,7 @@ def rename(database: Database, identity: Identity, old: str) -> None:
             old=old,
         )
         if rows:
+            tx.run(_NO_WORKERS, experiment=rows[0][0])
             tx.run(
                 sql.ADD_AUDIT,
                 experiment=rows[0][0],

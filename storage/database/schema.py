@@ -134,6 +134,7 @@ worker = Table(
     Column("seen", Float(53), nullable=False, comment="its last beat, in seconds since 1970 by the database's clock"),
     _text("left", "why it left or was given up; null while it works", nullable=True),
     Index("ix_worker_experiment", "experiment_id"),
+    _partial("ix_worker_working", '"left" IS NULL', "experiment_id"),
     comment="a process that runs trials of one drive; rows of the present only: in no journal, export or copy",
 )
 

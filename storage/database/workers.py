@@ -20,6 +20,7 @@ from holdfast.storage.database import statements as sql
 from holdfast.storage.database.driver import Ending, end_attempt, fence
 from holdfast.storage.database.engine import Database, Statement, Transaction
 from holdfast.storage.database.losses import repeatable
+from holdfast.storage.database.measures import ALL
 from holdfast.storage.database.rows import now, storable
 
 
@@ -74,6 +75,8 @@ class _Statements:
     beat: Statement
     look: Statement
     every: Statement
+    working: Statement
+    stranded: Statement
     one: Statement
     lose: Statement
 
@@ -83,10 +86,12 @@ def _statements(clock: str) -> _Statements:
     def made(body: str) -> Statement:
         return Statement(text(body))
 
-    worker = (
+    columns = (
         "SELECT w.id, w.name, w.engine, w.hostname, w.host, w.pid, w.pid_started, w.about, w.epoch,"
-        f' {clock} - w.seen, w."left" FROM worker w'
+        f' {clock} - w.seen, w."left" FROM '
     )
+    worker = f"{columns} worker w"
+    within = "w.experiment_id = :experiment AND w.epoch >= :first AND w.epoch <= :last"
     return _Statements(
         # The epoch is looked at by the statement itself; who joins at the moment of a takeover hears of it with its first beat.
         join=made(
@@ -98,7 +103,14 @@ def _statements(clock: str) -> _Statements:
         look=made(
             f"SELECT epoch, COALESCE(lease_expires - {clock}, 0), told, journaled FROM experiment WHERE id = :experiment"
         ),
-        every=made(f"{worker} WHERE w.experiment_id = :experiment ORDER BY w.id"),
+        every=made(f"{worker} WHERE {within} ORDER BY w.id"),
+        # By indexes of few rows: with a work pool each trial has had a worker of its own.
+        working=made(f'{worker} WHERE {within} AND w."left" IS NULL ORDER BY +w.id'),
+        stranded=made(
+            f"{columns} trial t JOIN attempt a ON a.trial_id = t.id AND a.number = t.current_attempt"
+            " JOIN worker w ON w.id = a.worker_id WHERE t.experiment_id = :experiment AND t.status = 'RUNNING'"
+            f' AND {within} AND w."left" IS NOT NULL'
+        ),
         one=made(f"{worker} JOIN attempt a ON a.worker_id = w.id WHERE a.id = :attempt"),
         # A beat that comes at the same moment is waited for, and looked at.
         lose=made(
@@ -189,10 +201,19 @@ def leave(database: Database, experiment: int, worker: int, why: str) -> None:
         tx.run(_LEAVE, experiment=experiment, worker=worker, why=storable(why))
 
 
-def every(database: Database, experiment: int, *, epoch: int | None = None) -> list[WorkerRow]:
-    """Return an experiment's workers, those that left too, in the order in which they joined; those of one epoch if given."""
-    rows = [_row(row) for row in database.run(_statements(database.clock).every, experiment=experiment)]
-    return [row for row in rows if epoch in (None, row.epoch)]
+@repeatable
+def every(database: Database, experiment: int, *, epoch: int | None = None, unsettled: bool = False) -> list[WorkerRow]:
+    """Return an experiment's workers in the order in which they joined; of one epoch if given.
+
+    With ``unsettled``, only those that work, and those that left while attempts of theirs were open: few, however many were
+    there before.
+    """
+    its = _statements(database.clock)
+    scope = {"experiment": experiment, "first": 0 if epoch is None else epoch, "last": ALL if epoch is None else epoch}
+    with database.snapshot() as state:
+        statements = (its.working, its.stranded) if unsettled else (its.every,)
+        found = {row[0]: row for statement in statements for row in state.run(statement, **scope)}
+    return [_row(found[identity]) for identity in sorted(found)]
 
 
 def of_attempt(database: Database, attempt: int) -> WorkerRow | None:

@@ -14,7 +14,7 @@ from support_postgres import MISSING, Postgres, Proxy, binaries, making
 
 from holdfast.core.errors import ConnectionLost, DatabaseError, OutcomeUnknown
 from holdfast.core.trial import TrialStatus
-from holdfast.storage.database import experiments, requests
+from holdfast.storage.database import experiments, requests, workers
 from holdfast.storage.database.driver import add_trial
 from holdfast.storage.database.engine import Database, Statement
 from holdfast.storage.database.experiments import open_database
@@ -22,6 +22,7 @@ from holdfast.storage.database.losses import repeatable
 from holdfast.testing import racing
 from holdfast.testing.lab import Lab, dump
 from holdfast.testing.racing import Racers, url_of
+from holdfast.testing.workers import join, started
 
 PROCESSES = 8
 ONE = Statement(text("SELECT 1"))
@@ -94,6 +95,21 @@ def test_after_idle_connections_are_lost_everything_goes_on(server: Postgres, na
         tx.run(ONE)
     lab.end(writer, loss=1.0)
     assert lab.trial(0).status is TrialStatus.COMPLETED
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_beat_is_not_repeated_and_the_next_one_is_heard(server: Postgres, name: str, lab: Lab, loss: str) -> None:
+    """A worker that asks again by itself is told at once; its last word is repeated."""
+    worker = join(lab)
+    writer = started(lab, worker)
+    workers.beat(lab.database, lab.id, worker)
+    LOSSES[loss](server, name)
+    with pytest.raises(ConnectionLost):
+        workers.beat(lab.database, lab.id, worker)
+    assert workers.beat(lab.database, lab.id, worker).open == {writer.attempt}
+    LOSSES[loss](server, name)
+    workers.leave(lab.database, lab.id, worker, "done")
+    assert [row.left for row in workers.every(lab.database, lab.id, unsettled=True)] == ["done"]
 
 
 def test_calls_wait_while_the_server_is_away(server: Postgres, lab: Lab) -> None:

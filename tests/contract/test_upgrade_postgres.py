@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
 
 from holdfast.core.errors import Corrupt, DatabaseError, LeaseHeld
@@ -40,10 +42,10 @@ def url(server: str) -> str:
     return server.replace("/postgres?", f"/{name}?")
 
 
-def old(url: str) -> None:
-    """Make a database of the first schema with one experiment in it."""
+def old(url: str, version: str = "0001") -> None:
+    """Make a database of an older schema with one experiment in it."""
     with closing(connect(url)) as database:
-        migrate(database.engine, "0001")
+        migrate(database.engine, version)
         experiments.create(database, sample_spec(), uuid="one", location="/one", seed=1, workdir="/")
 
 
@@ -66,15 +68,18 @@ def test_every_column_has_its_comment_in_the_database(url: str) -> None:
     assert comments(url) == DECLARED
 
 
-def test_an_older_schema_is_refused_then_upgraded(url: str) -> None:
-    old(url)
+@pytest.mark.parametrize("version", ["0001", "0002"])
+def test_an_older_schema_is_refused_then_upgraded(url: str, version: str) -> None:
+    old(url, version)
     with pytest.raises(Corrupt, match="holdfast db upgrade --database URL"):
         open_database(url)
-    assert inspect(url).schema == "0001"
+    assert inspect(url).schema == version
     done = upgrade(url, liveness=lambda _: None)
-    assert (done.before, done.after, done.backup) == ("0001", VERSION, None)
+    assert (done.before, done.after, done.backup) == (version, VERSION, None)
     assert comments(url) == DECLARED
     with closing(open_database(url)) as database:
+        with database.read() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), metadata) == []
         assert [record.name for record in experiments.every(database)] == ["sample"]
     assert upgrade(url, liveness=lambda _: None).before == VERSION
 

@@ -4,7 +4,7 @@ Run it once for each version of the schema, with the program that wrote that ver
 open, refuse and upgrade what every released version left behind. A file that exists is never written again.
 
 It holds two experiments that share a config: trials of every status, retries, a chain of attempts, a restart, reports with
-every kind of value, telemetry, checkpoints of every status, an engine's state, audit rows and names in many scripts.
+every kind of value, telemetry, checkpoints of every status, an engine's state, workers, audit rows and names in many scripts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import ErrorInfo, Outcome
-from holdfast.storage.database import experiments, requests
+from holdfast.storage.database import experiments, requests, workers
 from holdfast.storage.database.attempts import AttemptWriter, Saved
 from holdfast.storage.database.driver import Driver, Ending, add_trial
 from holdfast.storage.database.engine import Database, sqlite_url
@@ -48,7 +48,10 @@ def write(file: Path) -> None:
         every_status(database, first)
         release(database, first)
         second = create(database, NAMES[1])  # its driver dies: the lease runs out
-        writer = started(database, second, {"x": 0.25, "üñí": "ß 蜂", "choice": True, "many": 3})
+        config: dict[str, object] = {"x": 0.25, "üñí": "ß 蜂", "choice": True, "many": 3}
+        writer = started(database, second, config, worker=joined(database, second))
+        Driver(database, second, 1, seed=7).tell("preempt")
+        Leases(database, second).renew(epoch=1, active=0.5, journaled=5)
         writer.report(0, {"loss": 0.125, "naïve/精度": 1})
         writer.telemetry([(1, "température", 21.5)])
     with closing(sqlite3.connect(file, isolation_level=None)) as connection:
@@ -101,19 +104,48 @@ def proposed(database: Database, experiment: int, config: dict[str, object], sta
     return Driver(database, experiment, 1, seed=7).propose(config, state=state)  # type: ignore[arg-type]  # scalars, all of them
 
 
-def claimed(database: Database, experiment: int, number: int) -> AttemptWriter:
+def joined(database: Database, experiment: int) -> int:
+    """Let two workers join, of which one leaves; return the row id of the other one."""
+    about = {"python": "3.11.9", "wer": "süß"}
+    for name in ("tcp://蜂:1", "tcp://蜂:2"):
+        worker = workers.join(
+            database,
+            experiment,
+            1,
+            name=name,
+            engine="dask",
+            hostname="gone",
+            host=Gone.host,
+            pid=Gone.pid,
+            started=Gone.started,
+            about=about,
+        )
+        if name.endswith("1"):
+            workers.leave(database, experiment, worker, "it is not fit: größer")
+    return worker
+
+
+def claimed(database: Database, experiment: int, number: int, worker: int | None = None) -> AttemptWriter:
     """Claim the current attempt of a trial."""
     trial = Reader(database, experiment).trial(number)
     assert trial is not None
     token = f"token-{number}-{trial.attempt.number}"
     return AttemptWriter.claim(
-        database, experiment, 1, trial.attempt.id, token=token, flow_run_id="flow", task_run_id="task", process=Gone()
+        database,
+        experiment,
+        1,
+        trial.attempt.id,
+        token=token,
+        flow_run_id="flow",
+        task_run_id="task",
+        process=Gone(),
+        worker=worker,
     )
 
 
-def started(database: Database, experiment: int, config: dict[str, object]) -> AttemptWriter:
+def started(database: Database, experiment: int, config: dict[str, object], worker: int | None = None) -> AttemptWriter:
     """Propose a trial and claim it."""
-    return claimed(database, experiment, proposed(database, experiment, config))
+    return claimed(database, experiment, proposed(database, experiment, config), worker)
 
 
 class Gone:

@@ -46,6 +46,7 @@ from holdfast.testing.racing import Racers, url_of
 from holdfast.testing.recovery import RecoveryContract
 from holdfast.testing.samples import sample_spec
 from holdfast.testing.upkeep import UpkeepContract
+from holdfast.testing.workers import WorkersContract
 
 PROCESSES = 8
 
@@ -54,7 +55,7 @@ def sorted_by_key(metrics: Metrics | None) -> Metrics | None:
     return None if metrics is None else dict(sorted(metrics.items()))
 
 
-class DatabaseContract(AttemptContract, PopulationContract, QueueContract, RecoveryContract, UpkeepContract):
+class DatabaseContract(AttemptContract, PopulationContract, QueueContract, RecoveryContract, UpkeepContract, WorkersContract):
     """What every database keeps. Give the fixture ``database``."""
 
     @pytest.fixture(scope="class")

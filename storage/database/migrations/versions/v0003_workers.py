@@ -35,6 +35,7 @@ def upgrade() -> None:
         comment="a process that runs trials of one drive; rows of the present only: in no journal, export or copy",
     )
     op.create_index("ix_worker_experiment", "worker", ["experiment_id"])
+    _partial("ix_worker_working", "worker", ["experiment_id"], '"left" IS NULL')
     op.add_column(
         "experiment",
         sa.Column(
