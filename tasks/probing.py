@@ -39,7 +39,8 @@ def versions() -> dict[str, str]:
 
 def probe(place: Place) -> list[str]:
     """Return why this process cannot run trials of ``place``: what was found, what is needed, what to do. None: it can."""
-    return [*_versions(place), *_database(place), *_path(place), *_api()]
+    found = [*_versions(place), *_database(place), *_path(place), *_api()]
+    return [" ".join(reason.split()) for reason in found]  # what libraries say may have several lines
 
 
 def folder_of(place: Place) -> Folder:
@@ -83,7 +84,7 @@ def _database(place: Place) -> list[str]:
             record = experiments.by_uuid(database, place.uuid)
     except SpecError as error:
         return [str(error)]
-    except HoldfastError as error:
+    except (HoldfastError, OSError) as error:
         return [f"database {label} cannot be used from {socket.gethostname()}: {error}; let workers reach it"]
     if record is None or record.id != place.experiment:
         return [f"database {label} does not have the experiment {place.name!r} of the driver; name the driver's database"]
@@ -109,7 +110,7 @@ def _path(place: Place) -> list[str]:
         return [str(error)]
     except MissingLibrary as error:
         return [f"the path {place.location}: {error}"]
-    except (HoldfastError, ImportError) as error:
+    except (HoldfastError, OSError, ImportError) as error:
         return [f"the path {place.location} cannot be used from {socket.gethostname()}: {error}; let workers read and write it"]
     return []
 

@@ -150,6 +150,8 @@ class RemoteRuntime(Runtime):
         self._beat()
         if self.over is not None:
             raise self.over
+        with _lock:
+            _left.append(self)
         for name, target in (("beat", self._beating), ("watch", self._watching)):
             thread = threading.Thread(target=target, name=f"holdfast-worker-{name}", daemon=True)
             self._threads.append(thread)
@@ -237,6 +239,8 @@ class RemoteRuntime(Runtime):
         with self._state:
             self._state.wait_for(lambda: not self._users)
         self.close_files()
+        with _lock:
+            _left[:] = [other for other in _left if other is not self]
 
     def close_files(self) -> None:
         """Close the connections and remove the local folder."""
@@ -290,6 +294,8 @@ def make_pool(spec: ExperimentSpec, place: Place) -> WorkerPool:
 Key = tuple[str, int]
 _lock = threading.Lock()
 _reached: dict[Key, RemoteRuntime] = {}
+_left: list[RemoteRuntime] = []
+"""those that have something to give back, also when they are over"""
 _opening: dict[Key, Future[RemoteRuntime]] = {}
 _unfit: dict[Key, tuple[float, Unfit]] = {}
 
@@ -354,7 +360,7 @@ def known(uuid: str, epoch: int) -> RemoteRuntime | None:
 def close_all() -> None:
     """End all runtimes of this process, with what runs in them, and wait until everything is given back."""
     with _lock:
-        found = list(_reached.values())
+        found = list(_left)
     for runtime in found:
         runtime.close("its process ends")
 
