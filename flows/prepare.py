@@ -123,7 +123,7 @@ def checked_spec(
     if isinstance(spec, ExperimentSpec) and not isinstance(spec, specfile.ExperimentSpec):
         spec = {**spec.stored(), **{name: getattr(spec, name) for name in LOCATION_FIELDS}}
     checked = spec if isinstance(spec, specfile.ExperimentSpec) else specfile.ExperimentSpec.parse(spec)
-    pickled = None if checked.function is None else dump(checked.function)
+    pickled = None if checked.function is None else dump(checked.function, whole=checked.execution.is_remote)
     return placed(checked), Origin(commit=git_commit(Path.cwd()), pickled=pickled)
 
 

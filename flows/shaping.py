@@ -14,6 +14,14 @@ Resolve = Callable[[Schema], Schema]
 _FIRST = ("name", "description", "trainable", "objectives", "space", "search", "storage", "if_exists")
 """What comes first in the form; the rest stands in the spec's own order."""
 
+_ORDERS = {
+    "ExecutionSection": (
+        *("runner", "address", "resources", "ship", "isolation"),
+        *("deployment", "job_variables", "trials_per_run"),  # what few need comes last
+    )
+}
+"""The order of a section's inputs where the spec has another one."""
+
 _HIDDEN = {("CheckpointConfig", "directory"), ("SearchSection", "chosen")}
 """Allowed, but nothing that a person would fill in."""
 
@@ -29,6 +37,12 @@ _TITLES = {
     "merge": "Merge experiments",
     "after": "Restore after",
     "options": "Options of the engine",
+    "runner": "Where trials run",
+    "address": "Address of the cluster",
+    "ship": "Files that travel along",
+    "deployment": "Deployment of a trial",
+    "trials_per_run": "Trials per flow run",
+    "custom": "Other resources",
 }
 
 _DESCRIPTIONS = {
@@ -44,6 +58,13 @@ _DESCRIPTIONS = {
     "keep_last": "Keep the newest so many of each trial; empty: 2.",
     "options": 'What the engine takes, such as {"n_startup_trials": 20} of tpe.',
     "population": 'Population based training, such as {"interval": 5}, in steps; empty: trials are on their own.',
+    "runner": "threads: on this machine; dask or ray: on a cluster; workpool: each trial is a flow run of its own.",
+    "address": "Of a running cluster: tcp://host:8786 with dask, ray://host:10001 or auto with ray; empty: one for the run.",
+    "ship": "Files and folders below the working directory that workers need; the trainable's own file always travels.",
+    "deployment": "With workpool: what runs a trial, FLOW/DEPLOYMENT.",
+    "job_variables": 'With workpool: of each trial\'s flow run, such as {"image": "me/train:1", "cpu": 4}.',
+    "trials_per_run": "The search goes on in a new flow run after so many trials have begun in one; empty: 10,000.",
+    "custom": 'With dask and ray: what their workers were started with, by their names for it, such as {"licence": 1}.',
     "isolation": "process: in a process of its own; inline: for trainables that use Prefect.",
 }
 
@@ -57,6 +78,8 @@ _EXAMPLES: dict[str, list[Any]] = {
     "constraints": [["lr * batch < 1"]],
     "feasible": [["memory <= 16"]],
     "population": [{"interval": 5, "quantile": 0.25}],
+    "address": ["tcp://scheduler:8786", "ray://head:10001", "auto"],
+    "ship": [["model.py", "data/"]],
 }
 
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
@@ -104,6 +127,8 @@ def _shape(schema: Schema, resolve: Resolve, seen: set[int]) -> None:
     kind = schema.get("title", "")
     schema["description"] = schema.get("description", "").partition("\n\n")[0].replace("`", "")
     properties: dict[str, Schema] = schema["properties"]
+    first = _ORDERS.get(kind, ())
+    properties |= {name: properties.pop(name) for name in [*first, *properties] if name in properties}
     hidden = [name for name in properties if (kind, name) in _HIDDEN]
     for position, (name, given) in enumerate([*properties.items()]):
         for below in _referred(given, resolve):

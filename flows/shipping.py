@@ -39,7 +39,8 @@ def ship(session: Session, observer: Observer) -> None:
     detail = {"digest": packed.digest, "trainable": packed.trainable, "files": packed.files, "bytes": packed.bytes}
     session.driver.audit(SHIPPED, detail)
     if before != packed.digest:
-        observer.say(f"the code that travels to workers has changed since the last drive: {before} is {packed.digest} now")
+        then, now = before or "nothing", packed.digest or "nothing"
+        observer.say(f"the code that travels to workers has changed since the last drive: {then} was shipped, now {now} is")
     session.packed = replace(packed, body=b"")
 
 

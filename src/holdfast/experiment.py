@@ -26,7 +26,7 @@ from holdfast.report.lineage import LineageRow, lineage_df, lineage_of
 from holdfast.result import ended_in
 from holdfast.standing import driven_elsewhere
 from holdfast.storage.checkpoints.local import Loaded
-from holdfast.storage.database import experiments, merging, queueing, requests
+from holdfast.storage.database import experiments, merging, queueing, requests, workers
 from holdfast.storage.database.engine import Database
 from holdfast.storage.database.leases import Lease
 from holdfast.storage.database.loading import LoadedTrials, listed, load
@@ -106,6 +106,18 @@ class Experiment:
     def is_driven(self) -> bool:
         """Whether somebody drives it: not once the holder's process is gone from this host, whatever its lease says."""
         return upkeep.driven(self._opened)
+
+    def workers(self, *, every: bool = False) -> list[workers.WorkerRow]:
+        """Return the processes that run trials of the newest drive on their own, those that left too; or of every drive.
+
+        The path does not tell of them: a database that was rebuilt from it knows none.
+        """
+        epoch = None if every else self.lease.epoch
+        return workers.every(self._opened.database, self._opened.record.id, epoch=epoch)
+
+    def loads(self) -> dict[int, tuple[int, int]]:
+        """Return how many attempts each of :meth:`workers` has ended, and how many it runs, by the id of its row."""
+        return workers.loads(self._opened.database, self._opened.record.id, self.lease.epoch)
 
     @property
     def ended(self) -> str | None:

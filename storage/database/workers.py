@@ -127,6 +127,13 @@ _LEFT = Statement(text('SELECT "left" FROM worker WHERE id = :worker AND experim
 _EPOCH = Statement(text("SELECT epoch FROM experiment WHERE id = :experiment"))
 _OPEN = Statement(text("SELECT id FROM attempt WHERE worker_id = :worker AND outcome IS NULL"))
 
+_LOADS = Statement(
+    text(
+        "SELECT a.worker_id, COUNT(*), SUM(CASE WHEN a.outcome IS NULL THEN 1 ELSE 0 END) FROM worker w"
+        " JOIN attempt a ON a.worker_id = w.id WHERE w.experiment_id = :experiment AND w.epoch = :epoch GROUP BY a.worker_id"
+    )
+)
+
 _ANY_SILENCE = -1e12
 """Less than any silence: also where a clock was set back."""
 
@@ -220,6 +227,12 @@ def of_attempt(database: Database, attempt: int) -> WorkerRow | None:
     """Return the worker that claimed an attempt (row id); None: the driver's own process, or nobody."""
     rows = database.run(_statements(database.clock).one, attempt=attempt)
     return _row(rows[0]) if rows else None
+
+
+def loads(database: Database, experiment: int, epoch: int) -> dict[int, tuple[int, int]]:
+    """Return how many attempts each worker of an epoch has ended, and how many it runs, by its row id; none for idle ones."""
+    rows = database.run(_LOADS, experiment=experiment, epoch=epoch)
+    return {int(worker): (int(count) - int(running), int(running)) for worker, count, running in rows}
 
 
 def _row(row: tuple[Any, ...]) -> WorkerRow:

@@ -61,6 +61,15 @@ def test_every_input_says_what_it_is(name: str) -> None:
         assert len(set(orders)) == len(orders), place
 
 
+def test_where_trials_run_is_asked_before_what_few_need() -> None:
+    fields = SCHEMAS["search"]["definitions"]["ExecutionSection"]["properties"]
+    names = ["runner", "address", "resources", "ship", "isolation", "deployment", "job_variables", "trials_per_run"]
+    assert sorted(fields, key=lambda name: fields[name]["position"]) == names
+    assert fields["ship"]["title"] == "Files that travel along"
+    assert fields["trials_per_run"]["description"].endswith("empty: 10,000.")
+    assert ExperimentSpec.parse(SPEC).execution.trials_per_run == 10_000
+
+
 def test_no_input_is_one_that_the_form_cannot_show() -> None:
     """An object without known keys is shown as JSON where it has no default, and else not at all; null is sent as it is."""
     for schema in SCHEMAS.values():

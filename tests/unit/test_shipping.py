@@ -14,8 +14,8 @@ from store_kit import content, create
 from holdfast.core.errors import SpecError
 from holdfast.experiment import Experiment
 from holdfast.flows.prepare import Origin, RestoreRequest, prepare_creation, prepare_restore, prepare_search
-from holdfast.flows.session import begin
-from holdfast.flows.shipping import packed_of, ship, shipped
+from holdfast.flows.session import Session, begin
+from holdfast.flows.shipping import packed_of, ship
 from holdfast.locate import Opened, open_path
 from holdfast.report.observer import Observer
 from holdfast.storage.code import SHIPPED, release, unpack
@@ -53,14 +53,20 @@ def opened(work: Path) -> Iterator[Opened]:
         yield opened
 
 
+def told_by(session: Session) -> dict[str, Any]:
+    if session.packed is None:
+        return {"code": None, "trainable": session.spec.trainable}
+    return {"code": session.packed.digest, "trainable": session.packed.trainable}
+
+
 def drive(path: Path, work: Path) -> tuple[dict[str, Any], list[str]]:
-    """Drive an experiment up to the moment at which trials would run; return what was told to workers, and what was said."""
+    """Drive an experiment up to the moment at which trials would run; return what workers are told, and what was said."""
     heard = Heard()
     opened = open_path(path)
     session = begin(opened, None, heard, action="restored", detail={})
     session.packed = packed_of(session.spec, str(work))
     ship(session, heard)
-    told = dict(shipped(session))
+    told = told_by(session)
     session.journal.flush()
     session.keeper.release("stopped")
     session.close()
@@ -75,14 +81,15 @@ def test_the_code_of_a_drive_is_kept_and_told_of(opened: Opened, work: Path, tmp
     path = opened.folder.path
     told, said = drive(path, work)
     assert said == []
-    assert told == {"code": code_of(path)[0], "trainable": "train.py:train", "workdir": "."}
+    assert told == {"code": code_of(path)[0], "trainable": "train.py:train"}
     files = unpack(opened.folder, told["code"], tmp_path / "cache")
     assert content(files) == {"train.py": TRAIN.encode(), "lib": None, "lib/net.py": b"WIDTH = 3\n"}
     release(files)
     assert drive(path, work) == (told, [])
     (work / "lib" / "net.py").write_text("WIDTH = 4\n")
     again, said = drive(path, work)
-    assert said == [f"the code that travels to workers has changed since the last drive: {told['code']} is {again['code']} now"]
+    words = f"{told['code']} was shipped, now {again['code']} is"
+    assert said == [f"the code that travels to workers has changed since the last drive: {words}"]
     with Experiment(open_path(path)) as experiment:
         rows = [row for row in experiment.audit() if row.action == SHIPPED]
     assert [row.detail["digest"] for row in rows] == [told["code"], told["code"], again["code"]]
@@ -159,7 +166,7 @@ def test_a_search_and_its_restore_pack_before_they_begin(work: Path, tmp_path: P
     assert session is not None
     assert session.packed is not None
     ship(session, Observer())
-    path, told = session.opened.folder.path, shipped(session)
+    path, told = session.opened.folder.path, told_by(session)
     assert code_of(path) == [told["code"]]
     assert session.packed.body == b""
     session.keeper.release("interrupted by a test")
@@ -180,7 +187,7 @@ def test_a_search_and_its_restore_pack_before_they_begin(work: Path, tmp_path: P
 def test_trials_on_this_machine_ship_nothing(work: Path, tmp_path: Path) -> None:
     with closing(create(tmp_path / "runs", **changes_of(work, runner="threads"))) as opened:
         path = opened.folder.path
-        assert drive(path, work)[0] == {"code": None, "trainable": f"{work}/train.py:train", "workdir": "."}
+        assert drive(path, work)[0] == {"code": None, "trainable": f"{work}/train.py:train"}
         assert not (path / "code").exists()
 
 
@@ -191,3 +198,4 @@ def test_a_callable_needs_no_archive(work: Path, tmp_path: Path) -> None:
         told, _ = drive(opened.folder.path, work)
         assert (told["code"], told["trainable"]) == (None, "pickle:trainable.pkl:train")
         assert drive(opened.folder.path, work)[1] == []
+        assert not (opened.folder.path / "code").exists()

@@ -110,6 +110,7 @@ def _show(options: argparse.Namespace) -> int:
     from holdfast.report.lineage import lineage_lines, origin_words
     from holdfast.report.ranking import Ranking, show_json
     from holdfast.report.tables import summary_json
+    from holdfast.report.working import runner_words, workers_json, workers_table
 
     if options.scalarisation is not None and options.weights is None:
         raise InvalidInput("--scalarisation is for --weights; give them, such as --weights loss=1,time=0.1")
@@ -128,9 +129,16 @@ def _show(options: argparse.Namespace) -> int:
         if origin is not None:
             console.print(f"{'forked:':<8} from {origin}", markup=False, soft_wrap=True)
         console.print(f"{'holder:':<8} {holder_words(experiment)}", markup=False, soft_wrap=True)
+        console.print(f"{'runner:':<8} {runner_words(experiment.spec.execution)}", markup=False, soft_wrap=True)
         console.print(f"{'engine:':<8} {search.chosen or search.engine}", markup=False, soft_wrap=True)
         counts = ", ".join(f"{count} {status}" for status, count in shown["trials"].items())
         console.print(f"{'trials:':<8} {counts or 'none'}", markup=False)
+        workers = workers_json(experiment)
+        if workers:
+            table, left_out = workers_table(workers)
+            console.print(table)
+            if left_out:
+                console.print(f"{left_out} more workers are in what --json prints", markup=False)
         for part in ranking.parts():
             console.print(part, markup=False, soft_wrap=isinstance(part, str))
         if experiment.spec.population is not None:
@@ -144,10 +152,11 @@ def _attempts(options: argparse.Namespace) -> int:
 
     with open_experiment(options) as experiment:
         attempts, left_out, _ = limited(options, experiment.attempts(options.trial))
+        workers = {worker.id: worker for worker in experiment.workers(every=True)}
     if options.json:
-        print_json([attempt_json(attempt) for attempt in attempts])
+        print_json([attempt_json(attempt, workers) for attempt in attempts])
         return 0
-    sys.stdout.writelines(f"{line}\n" for line in attempt_lines(attempts))
+    sys.stdout.writelines(f"{line}\n" for line in attempt_lines(attempts, workers))
     if left_out:
         print(f"{left_out} earlier attempts are not shown: --all shows every one, --limit N the last N", file=sys.stderr)
     return 0
@@ -155,14 +164,16 @@ def _attempts(options: argparse.Namespace) -> int:
 
 def _trials(options: argparse.Namespace) -> int:
     from holdfast.report.tables import note_lines, trial_json, trial_lines, trials_table
+    from holdfast.report.working import worker_json
 
     if options.trial is not None:
         return _attempts(options)
     with open_experiment(options) as experiment:
         trials = experiment.trials
+        workers = {worker.id: worker for worker in experiment.workers(every=True)} if options.json else {}
     trials, left_out, drawn = limited(options, trials)
     if options.json:
-        print_json([trial_json(trial) for trial in trials])
+        print_json([{**trial_json(trial), "worker": worker_json(workers.get(trial.attempt.worker or 0))} for trial in trials])
     elif drawn:
         console = terminal()
         console.print(trials_table(trials, experiment.objectives, console.width))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.trial import Attempt
 from holdfast.report.texts import printable
+from holdfast.report.working import worker_json
+from holdfast.storage.database.workers import WorkerRow
 
 
-def attempt_json(attempt: Attempt) -> dict[str, Any]:
-    """Return an attempt as ``trials --trial N --json`` prints it; times are ISO 8601 in UTC."""
+def attempt_json(attempt: Attempt, workers: Mapping[int, WorkerRow]) -> dict[str, Any]:
+    """Return an attempt as ``trials --trial N --json`` prints it; times are ISO 8601 in UTC. ``workers`` are by row id."""
     error = attempt.error
     return {
         "number": attempt.number,
@@ -24,6 +26,7 @@ def attempt_json(attempt: Attempt) -> dict[str, Any]:
         "ended": None if attempt.ended is None else attempt.ended.isoformat(),
         "host": _host(attempt),
         "pid": attempt.pid,
+        "worker": worker_json(_worker(attempt, workers)),
         "flow_run_id": attempt.flow_run_id,
         "task_run_id": attempt.task_run_id,
         "note": attempt.note,
@@ -31,13 +34,15 @@ def attempt_json(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def attempt_lines(attempts: Sequence[Attempt]) -> Iterator[str]:
+def attempt_lines(attempts: Sequence[Attempt], workers: Mapping[int, WorkerRow]) -> Iterator[str]:
     """Yield each attempt for people: what it was, from where to when, and below it its note, error and traceback."""
     for attempt in attempts:
         yield f"attempt {attempt.number} ({attempt.reason}): {_state(attempt)}{_origin(attempt)}"
         if attempt.started is not None:
             ended = "" if attempt.ended is None else f", ended {attempt.ended:%Y-%m-%d %H:%M:%S} UTC"
             place = "" if attempt.host is None else f", process {attempt.pid} on {_host(attempt)}"
+            worker = _worker(attempt, workers)
+            place += "" if worker is None else f", worker {printable(worker.name)}"
             yield f"  started {attempt.started:%Y-%m-%d %H:%M:%S} UTC{ended}{place}"
         if attempt.note:
             yield f"  {printable(attempt.note)}"
@@ -62,6 +67,10 @@ def _origin(attempt: Attempt) -> str:
     else:
         whose = f"attempt {attempt.parent}"
     return f", after step {attempt.parent_step} of {whose}"
+
+
+def _worker(attempt: Attempt, workers: Mapping[int, WorkerRow]) -> WorkerRow | None:
+    return None if attempt.worker is None else workers.get(attempt.worker)
 
 
 def _host(attempt: Attempt) -> str | None:

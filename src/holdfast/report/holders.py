@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from holdfast.experiment import Experiment
+from holdfast.report.texts import printable
+from holdfast.report.working import beats
 from holdfast.storage.database.leases import describe
+
+_NAMED = 3
 
 
 def lease_json(experiment: Experiment) -> dict[str, Any]:
@@ -23,7 +27,14 @@ def lease_json(experiment: Experiment) -> dict[str, Any]:
 
 
 def holder_words(experiment: Experiment) -> str:
-    """Say who drives the experiment; when nobody does, how the last drive ended."""
+    """Say who drives the experiment; when nobody does, how the last drive ended, and which of its workers still live."""
+    alive = [] if experiment.is_driven else [worker.name for worker in experiment.workers() if beats(worker)]
+    named = ", ".join(printable(name) for name in alive[:_NAMED])
+    more = f" and {len(alive) - _NAMED} more" if len(alive) > _NAMED else ""
+    return _holder_words(experiment) + (f"; still alive of its workers: {named}{more}" if alive else "")
+
+
+def _holder_words(experiment: Experiment) -> str:
     lease, driven = experiment.lease, experiment.is_driven
     if lease.holder is None:
         if lease.epoch == 0:

@@ -18,6 +18,7 @@ from holdfast.core.values import strict
 from holdfast.experiment import Experiment
 from holdfast.report.holders import lease_json
 from holdfast.report.tables import COLOURS, add_numbers, brief, config_words, summary_json, trial_json
+from holdfast.report.working import execution_json, workers_json
 
 LEADERS = 5
 """Rows of the best trials."""
@@ -149,4 +150,5 @@ def show_json(experiment: Experiment, weights: Mapping[str, float] | None = None
     engine = {"engine": search.engine, "chosen": search.chosen or None}
     drive = {"lease": lease_json(experiment), "ended": experiment.ended}
     ancestors = {"ancestors": experiment._opened.folder.identity().ancestors}  # the same package
-    return {**summary_json(experiment), **ancestors, **drive, **engine, **ranking.json()}
+    elsewhere = {**execution_json(experiment.spec.execution), "workers": workers_json(experiment)}
+    return {**summary_json(experiment), **ancestors, **drive, **elsewhere, **engine, **ranking.json()}
