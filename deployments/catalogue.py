@@ -13,7 +13,7 @@ import yaml
 
 from holdfast.core.errors import SpecError
 from holdfast.core.values import Json
-from holdfast.flows.naming import COLLECT, POOL, RESTORE, SEARCH, TAG, WATCH
+from holdfast.flows.naming import COLLECT, POOL, RESTORE, SEARCH, TAG, TRIAL, WATCH
 from holdfast.references import is_reference
 from holdfast.storage.root import is_url
 
@@ -104,6 +104,14 @@ Removes what dead attempts left behind, in every experiment of the storages that
 * `verify` also reads every checkpoint, and marks those that are damaged; `dry_run` only tells what would go.
 """
 
+TRIAL_TEXT = """\
+Runs one trial of a search whose spec says `execution.runner: workpool`. **The search starts its runs, not people**: one that
+nobody waits for ends at once.
+
+* Cancel a run, and its trial is cancelled; the search goes on.
+* What a job of this pool needs (an image with the search's versions, credentials in its environment): docs/deploying.md.
+"""
+
 NIGHTLY = "0 1 * * *"
 EVERY_FIVE_MINUTES = "*/5 * * * *"
 WATCH_SLUG = "every-five-minutes"
@@ -152,6 +160,7 @@ def catalogue(
             schedules=(Schedule(slug="nightly", cron=NIGHTLY, active=True),),
             **common,
         ),
+        Entry(**_place(TRIAL), description=TRIAL_TEXT, **common),
     )
 
 

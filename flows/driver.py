@@ -248,6 +248,9 @@ class Drive:
         if end.is_suspended:
             self._wishes.suspended()
         if self._remote.is_used:
+            if end.is_unwanted and self._wishes.stop is None:
+                self._pass_on(run_of(future), flight.number)
+                self._cancel()
             self._refresh()
             self._remote.finish(run_of(future), flight, end)
         elif end.state is not None:
@@ -369,11 +372,16 @@ class Drive:
         if self._wishes.stop is not None:
             raise Unwanted(self._wishes.stop)
         for run in self._wishes.cancelled & self._inflight.keys() - self._heeded:
-            number = self._inflight[run].number
-            self._heeded.add(run)
-            with suppress(Conflict):  # it has just ended
-                requests.request_cancel(self._session.opened.database, self._session.opened.record.id, number)
-                self._observer.say(f"trial {number}: its task run was cancelled in Prefect")
+            self._pass_on(run, self._inflight[run].number)
+
+    def _pass_on(self, run: Any, number: int) -> None:
+        """Cancel a trial whose run somebody has cancelled in Prefect."""
+        if run in self._heeded:
+            return
+        self._heeded.add(run)
+        with suppress(Conflict):  # it has just ended
+            requests.request_cancel(self._session.opened.database, self._session.opened.record.id, number)
+            self._observer.say(f"trial {number}: its run was cancelled in Prefect")
 
     def _cancel(self) -> None:
         asked = self._session.reader.cancel_requests()

@@ -235,6 +235,26 @@ Spec = Annotated[
 ]
 
 
+# trial
+_UNASKED = "Filled in by the search that starts this run; nobody else needs it."
+TrialOf = Annotated[
+    str,
+    Field(min_length=1),
+    _shown(
+        "Not for people: the experiment of the search that starts this run",
+        "A search whose spec says execution.runner: workpool starts these runs, one for each attempt of a trial; a run that no "
+        "search waits for ends at once. To go on with a search, run restore/restore.",
+        "/data/experiments/digits",
+    ),
+]
+Identity = Annotated[str, Field(min_length=1), _shown("Identity", _UNASKED)]
+Epoch = Annotated[int, Field(ge=1), _shown("Epoch", _UNASKED)]
+TrialNumber = Annotated[int, Field(ge=0), _shown("Trial", _UNASKED)]
+AttemptNumber = Annotated[int, Field(ge=1), _shown("Attempt", _UNASKED)]
+Row = Annotated[int, Field(ge=1), _shown("Row", _UNASKED)]
+DriveOf = Annotated[dict[str, Any] | None, _Shape(type="object", additionalProperties=True), _shown("Drive", _UNASKED)]
+
+
 class _Form(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -284,6 +304,31 @@ class SearchForm(_Form):
     overrides: Overrides = None
 
 
+class Drive(_Form):
+    """What the drive that starts a trial's flow run says of itself."""
+
+    name: str
+    workdir: str
+    trainable: str
+    host: str
+    code: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class TrialForm(_Form):
+    """Run an attempt of a trial for a search that waits for it."""
+
+    path: TrialOf
+    uuid: Identity
+    epoch: Epoch
+    trial: TrialNumber
+    attempt: AttemptNumber
+    row: Row
+    drive: Drive
+    database: Database = None
+    storage_options: Options = None
+
+
 OverStorages = TypeVar("OverStorages", WatchForm, CollectForm)
 
 
@@ -302,6 +347,17 @@ def watch_form(parameters: Mapping[str, Any]) -> WatchForm:
 def collect_form(parameters: Mapping[str, Any]) -> CollectForm:
     """Return the checked parameters of a collection; SpecError says in a sentence what is wrong with them."""
     return _of_storages(CollectForm, parameters)
+
+
+def trial_form(parameters: Mapping[str, Any]) -> TrialForm:
+    """Return the checked parameters of a trial's flow run; SpecError says in a sentence what is wrong with them."""
+    if parameters.get("drive") is None:
+        raise SpecError(
+            "runs of this flow are started by searches with execution.runner: workpool; to run one, use search/search"
+        )
+    form = _checked(TrialForm, _plain(parameters, "path"))
+    _refuse_secrets(form.storage_options, form.database)
+    return form
 
 
 def _of_storages(kind: type[OverStorages], parameters: Mapping[str, Any]) -> OverStorages:

@@ -27,6 +27,8 @@ def check_hosts(spec: ExperimentSpec) -> None:
     if not execution.is_remote:
         return
     check_installed(execution.runner)
+    if execution.runner == "workpool":
+        check_pool(spec)
     location, _ = references.place(spec.storage, spec.storage_options)
     storage = absolute(str(location))
     reasons = []
@@ -49,6 +51,20 @@ def check_hosts(spec: ExperimentSpec) -> None:
         where = f" at {execution.address}" if execution.address else ""
         whose = "on other machines" if execution.spans_hosts else "in other processes"
         raise SpecError(f"execution.runner: {execution.runner}{where} runs trials {whose}, which cannot reach:\n{lines}")
+
+
+def check_pool(spec: ExperimentSpec) -> None:
+    """Raise SpecError when trials cannot be flow runs: credentials in the open, no deployment, a pool without these files.
+
+    EngineError when Prefect's API cannot be asked for the deployment.
+    """
+    from holdfast.flows.pooled import check_public
+
+    told = check_public(spec)
+    from holdfast.flows.runners.workpool import check_deployment, reached
+
+    with reached():
+        check_deployment(spec.execution.deployment, told)
 
 
 def check_installed(runner: str) -> None:

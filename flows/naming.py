@@ -15,6 +15,10 @@ POOL = "holdfast"
 
 SEARCH, RESTORE, WATCH, COLLECT = "search/search", "restore/restore", "watch/watch", "collect/collect"
 """The deployments, as FLOW/DEPLOYMENT."""
+TRIAL = "trial/trial"
+"""The deployment whose flow runs are trials of searches with ``execution.runner: workpool``."""
+STALE = "Stale"
+"""The name of the state (of the type CANCELLED) of a trial's flow run that no search waits for; the trial was not touched."""
 
 EXPERIMENT_EVENT = "holdfast.experiment."
 """What follows: started, interrupted, stopped (by a person), restored, completed, failed; recovering and gave-up by a watch."""

@@ -19,6 +19,9 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
     TaskRunFilter,
     TaskRunFilterFlowRunId,
     TaskRunFilterId,
@@ -36,7 +39,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Crashed
 
 from holdfast.core.trial import Attempt, Outcome
-from holdfast.flows.naming import LEFT_EVENT, TAG, experiment_tag, trial_tag
+from holdfast.flows.naming import LEFT_EVENT, STALE, TAG, experiment_tag, trial_tag
 from holdfast.storage.database.reads import Drove
 from holdfast.tasks.trial import PREEMPTED, run_trial
 
@@ -60,8 +63,11 @@ SUSPENDED = "stopped: suspended in Prefect"
 
 SUSPENDED_STATE = "Suspended"
 
+OWN_STATES = (PREEMPTED, STALE)
+"""Names of states of the type CANCELLED that runs of trials give themselves: nobody's wish."""
+
 _TASKS: dict[str, Any] = {"sort": TaskRunSort.ID_DESC, "limit": PAGE}
-_AWAY = (ObjectNotFound, PrefectHTTPStatusError, httpx.HTTPError, OSError)
+AWAY = (ObjectNotFound, PrefectHTTPStatusError, httpx.HTTPError, OSError)
 _OPEN = [kind for kind in StateType if kind not in TERMINAL_STATES]
 
 
@@ -189,7 +195,7 @@ class Wishes:
                 try:
                     self._look(client)
                     self.is_away = False
-                except _AWAY as error:  # a busy server still answers
+                except AWAY as error:  # a busy server still answers
                     self.is_away = not isinstance(error, PrefectHTTPStatusError | ObjectNotFound)
                 with self._looks:
                     self._done = self._begun
@@ -208,7 +214,7 @@ class Wishes:
         elif now is not None and now.is_paused() and now.name == SUSPENDED_STATE:
             self.state, self.stop = now, SUSPENDED
         else:  # what a stopped attempt's own task says of itself is nobody's wish
-            self.cancelled |= {run.id for run in found if run.state_name != PREEMPTED}
+            self.cancelled |= {run.id for run in found if run.state_name not in OWN_STATES}
 
 
 def wish_behind(error: BaseException, wishes: Wishes | None = None) -> str | None:
@@ -309,7 +315,7 @@ class Closing:
             while time.monotonic() < deadline:
                 if self._ended.is_set() and not is_last:
                     is_last, deadline = True, time.monotonic() + ANSWER_SECONDS
-                with suppress(*_AWAY):
+                with suppress(*AWAY):
                     self._close_tasks(client, tasks)
                     self._close_open(client, self._close_flows(client, flows))
                     # A server that does not know a flow run, such as another embedded one, never hears of its tasks either.
@@ -346,16 +352,28 @@ class Closing:
         return dead
 
     def _close_open(self, client: SyncPrefectClient, flows: Sequence[uuid.UUID]) -> None:
-        """Close every task run of dead flow runs that has no final state: also of attempts that nobody had claimed."""
-        if not flows:
-            return
-        wanted = TaskRunFilter(
-            flow_run_id=TaskRunFilterFlowRunId(any_=list(flows)),
-            state=TaskRunFilterState(type=TaskRunFilterStateType(any_=_OPEN)),
+        """Close every run below dead flow runs that has no final state: also of attempts that nobody had claimed."""
+        if flows:
+            self._close_trials(client, flows)
+            close_open_tasks(client, flows, self.dead.message)
+
+    def _close_trials(self, client: SyncPrefectClient, flows: Sequence[uuid.UUID]) -> None:
+        """Close the flow runs of trials that dead flow runs started on a work pool; one that has not begun never does.
+
+        One whose process lives nevertheless has been fenced, and ends by itself.
+        """
+        wanted = FlowRunFilter(
+            parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=list(flows)),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_OPEN)),
         )
-        while page := client.read_task_runs(task_run_filter=wanted, **_TASKS):
+        while page := client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.ID_DESC, limit=PAGE):
             for run in page:
-                client.set_task_run_state(run.id, Crashed(message=self.dead.message), force=True)
+                waits = run.state is not None and (run.state.is_scheduled() or run.state.is_pending())
+                cancelled = waits or (run.state is not None and run.state.is_cancelling())
+                words = self.dead.message
+                state: State[Any] = Cancelled(name=STALE, message=words) if cancelled else Crashed(message=words)
+                client.set_flow_run_state(run.id, state, force=True)
+            close_open_tasks(client, [run.id for run in page], self.dead.message)
             if len(page) < PAGE:
                 return
 
@@ -393,6 +411,19 @@ class Closing:
         if is_final and not is_completed:  # completed, and the result was not persisted any more: the trial runs again
             return None
         return Cancelled(message=self.dead.message) if outcome is Outcome.CANCELLED else Crashed(message=self.dead.message)
+
+
+def close_open_tasks(client: SyncPrefectClient, flows: Sequence[uuid.UUID], message: str) -> None:
+    """Put every task run of dead flow runs that has no final state into one."""
+    wanted = TaskRunFilter(
+        flow_run_id=TaskRunFilterFlowRunId(any_=list(flows)),
+        state=TaskRunFilterState(type=TaskRunFilterStateType(any_=_OPEN)),
+    )
+    while page := client.read_task_runs(task_run_filter=wanted, **_TASKS):
+        for run in page:
+            client.set_task_run_state(run.id, Crashed(message=message), force=True)
+        if len(page) < PAGE:
+            return
 
 
 def close_dead_runs(dead: DeadRuns) -> None:

@@ -75,6 +75,8 @@ class RemoteRuntime(Runtime):
     """gives the shipped code back"""
     over: HoldfastError | None = None
     """why nothing may run here any more"""
+    _own: Decision = Decision.CONTINUE
+    """what this process itself was told, such as by SIGTERM: beats tell of the search's alone"""
     _told: workers.Beat | None = None
     _heard: float = field(default_factory=elapsed)
     """when the last beat that was answered was sent, by a clock that goes on while the host sleeps"""
@@ -141,6 +143,12 @@ class RemoteRuntime(Runtime):
             return Decision.KILL
         return super().decision(trial)
 
+    def order(self, decision: Decision) -> None:
+        """Tell what runs here what to do, whatever the search says from now on."""
+        with self._state:
+            self._own = decision
+        super().order(decision)
+
     def claimed(self, writer: AttemptWriter) -> None:
         with self._state:
             self._running[writer.attempt] = self._beats
@@ -196,6 +204,8 @@ class RemoteRuntime(Runtime):
             self._heard = sent
             self._told = told
             self._order = Decision(told.told)
+            if self._own is Decision.KILL or (self._own is Decision.PREEMPT and self._order is Decision.CONTINUE):
+                self._order = self._own
             self.cancelled = set(told.cancelled)
             claimed = {attempt for attempt, before in self._running.items() if before < number}
             self._closed |= claimed - told.open

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -91,3 +97,38 @@ class View:
             self.lab.until(lambda: self.tasks() == expected)
         except AssertionError:
             assert self.tasks() == expected  # which shows the difference
+
+
+@dataclass
+class Worker:
+    """A process worker and its pool."""
+
+    pool: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @classmethod
+    def start(cls, pool: str, folder: Path, environment: dict[str, str]) -> Worker:
+        log = folder / f"{pool}.txt"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("prefect")), "worker", "start", "--pool", pool, "--type", "process"],
+                cwd=folder,
+                env={
+                    **environment,
+                    "PREFECT_WORKER_QUERY_SECONDS": "1",
+                    "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "1",
+                    "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return cls(pool, process, log)
+
+    def stop(self) -> None:
+        """End it and what it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()

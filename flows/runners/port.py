@@ -35,6 +35,8 @@ class End:
     why: str = ""
     is_suspended: bool = False
     """whether somebody has suspended the flow run in Prefect"""
+    is_unwanted: bool = False
+    """whether somebody has cancelled this very trial in Prefect, where its own run shows that"""
 
 
 class Runner(Protocol):

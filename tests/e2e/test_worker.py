@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import Lab, MakeLab, executed, starts
-from support_prefect import View, make_endless
+from support_prefect import View, Worker, make_endless
 
 import holdfast
 from holdfast.storage.database.experiments import by_uuid
@@ -23,41 +20,6 @@ pytestmark = pytest.mark.xdist_group("worker")
 
 PREEMPTED = "CANCELLED Preempted"
 DONE = "COMPLETED Completed"
-
-
-@dataclass
-class Worker:
-    """A process worker and its pool."""
-
-    pool: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    @classmethod
-    def start(cls, pool: str, folder: Path, environment: dict[str, str]) -> Worker:
-        log = folder / f"{pool}.txt"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("prefect")), "worker", "start", "--pool", pool, "--type", "process"],
-                cwd=folder,
-                env={
-                    **environment,
-                    "PREFECT_WORKER_QUERY_SECONDS": "1",
-                    "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": "1",
-                    "PREFECT_RUNNER_POLL_FREQUENCY": "1",
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        return cls(pool, process, log)
-
-    def stop(self) -> None:
-        """End it and what it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")

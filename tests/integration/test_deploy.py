@@ -23,7 +23,7 @@ from holdfast.core.errors import EngineError, SpecError
 from holdfast.deployments import automations
 from holdfast.deployments.catalogue import HEARTBEAT_VARIABLE, WATCH_SLUG, catalogue, prefect_yaml
 from holdfast.deployments.deploy import Change, Wanted, deploy
-from holdfast.flows.naming import COLLECT, POOL, RESTORE, SEARCH, TAG, WATCH
+from holdfast.flows.naming import COLLECT, POOL, RESTORE, SEARCH, TAG, TRIAL, WATCH
 
 pytestmark = pytest.mark.xdist_group("own-server")
 
@@ -68,7 +68,7 @@ def test_five_times_is_the_same_state_each_time(server: Own, tmp_path: Path) -> 
     assert {change.what for change in changes if change.kind != "block type"} == {"made"}
     first = server.state()
     names = [f"{one['entrypoint'].split('.')[-1]}/{one['name']}" for one in first["deployments"]]
-    assert sorted(names) == sorted([SEARCH, RESTORE, WATCH, COLLECT])
+    assert sorted(names) == sorted([SEARCH, RESTORE, WATCH, COLLECT, TRIAL])
     assert [pool["name"] for pool in first["work_pools"]] == [POOL]
     assert sorted(one["name"] for one in first["automations"]) == sorted(automations.NAMES)
     assert [one["name"] for one in first["block_documents"]] == ["digits"]
@@ -198,7 +198,7 @@ def test_a_pool_of_containers_gets_no_folder_of_this_machine(server: Own, tmp_pa
     assert server.every("deployments") == []
     wanted = Wanted(workdir=str(tmp_path), pool="containers", storages=(volume, "s3://bucket/runs"))
     assert "storage" not in {change.kind for change in quietly(wanted)}
-    for name in (SEARCH, RESTORE, WATCH, COLLECT):
+    for name in (SEARCH, RESTORE, WATCH, COLLECT, TRIAL):
         assert (server.deployment(name)["pull_steps"], server.deployment(name)["work_pool_name"]) == ([], "containers")
     assert server.deployment(WATCH)["parameters"]["storages"] == [volume, "s3://bucket/runs"]
     assert list(tmp_path.iterdir()) == []
@@ -305,7 +305,7 @@ def test_the_command_says_what_became_of_each_thing_and_what_to_do(
     assert main(["deploy", "--storage", "a", "--storage", "s3://bucket/runs", "--no-automations"]) == 0
     said = capsys.readouterr().out
     assert "prefect worker start --pool holdfast" in said
-    assert all(name in said for name in (SEARCH, RESTORE, WATCH, COLLECT, str(tmp_path / "a")))
+    assert all(name in said for name in (SEARCH, RESTORE, WATCH, COLLECT, TRIAL, str(tmp_path / "a")))
     assert server.deployment(WATCH)["parameters"] == {"storages": ["a", "s3://bucket/runs"], "deployment": RESTORE}
     assert server.deployment(WATCH)["pull_steps"][0]["prefect.deployments.steps.set_working_directory"] == {
         "directory": str(tmp_path)

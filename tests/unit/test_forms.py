@@ -17,11 +17,12 @@ from holdfast.flows import forms
 from holdfast.flows.collect import collect
 from holdfast.flows.restore import restore
 from holdfast.flows.search import search
+from holdfast.flows.trial import trial
 from holdfast.flows.watch import watch
 from holdfast.specfile import ExperimentSpec
 from holdfast.testing.samples import sample_spec
 
-FLOWS: dict[str, Any] = {"search": search, "restore": restore, "watch": watch, "collect": collect}
+FLOWS: dict[str, Any] = {"search": search, "restore": restore, "watch": watch, "collect": collect, "trial": trial}
 SCHEMAS: dict[str, dict[str, Any]] = {name: parameter_schema(flow).model_dump() for name, flow in FLOWS.items()}
 
 
@@ -98,6 +99,9 @@ def test_only_the_experiment_has_to_be_named() -> None:
     assert SCHEMAS["restore"]["required"] == ["path"]
     assert SCHEMAS["watch"]["required"] == ["storages"]
     assert SCHEMAS["search"]["required"] == ["spec"]
+    assert "Not for people" in SCHEMAS["trial"]["properties"]["path"]["title"]
+    with pytest.raises(SpecError, match=r"started by searches with execution\.runner: workpool"):
+        forms.trial_form({"path": "/runs/digits", "uuid": "u", "epoch": 1, "trial": 0, "attempt": 1, "row": 1, "drive": None})
     by_field = SCHEMAS["search"]["definitions"]["ExperimentSpec"]
     assert by_field["required"] == ["name", "trainable", "objectives", "space"]
     for name in by_field["required"]:

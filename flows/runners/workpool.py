@@ -1,0 +1,354 @@
+"""Trials as flow runs of a deployment on a work pool: Prefect's workers start a job for each."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.futures import PrefectConcurrentFuture, PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Crashed, Failed, Pending, Scheduled
+from prefect.tasks import Task
+
+from holdfast.core.errors import Corrupt, DatabaseError, EngineError, HoldfastError, SpecError, StorageError, Unfit
+from holdfast.core.spec import ExperimentSpec
+from holdfast.flows.naming import STALE, TAG, experiment_tag, trial_tag
+from holdfast.flows.pooled import Told, parameters, told_of
+from holdfast.flows.prefect_runs import AWAY, LAST_SECONDS, PAGE, close_open_tasks, impatient_client, this_run
+from holdfast.flows.runners.port import End, How
+from holdfast.flows.serving import left_running
+from holdfast.flows.watched_runs import has_api
+from holdfast.report.observer import watching
+from holdfast.tasks.place import Place
+from holdfast.tasks.trial import PREEMPTED
+
+POLL_SECONDS = 2.0
+"""How often Prefect is asked about all runs that have not ended."""
+LATE_SECONDS = 60.0
+"""How long a run may wait for a worker before somebody is told."""
+LOCAL_POOLS = ("process",)
+"""Types of pools whose jobs may run on the search's own machine."""
+ENTRYPOINTS = ("holdfast.flows.trial.trial", "flows/trial.py:trial")
+
+_ERRORS: tuple[type[HoldfastError], ...] = (Unfit, SpecError, StorageError, DatabaseError, Corrupt)
+"""What ends a run before its attempt begins, as the name of its state says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """A deployment that runs trials, and its work pool."""
+
+    id: uuid.UUID
+    name: str
+    pool: str
+    kind: str
+
+
+@contextmanager
+def reached() -> Iterator[None]:
+    """Let the body ask the API that Prefect's settings name, else the server that `holdfast up` left running."""
+    found = None if has_api() else left_running()
+    with nullcontext() if found is None else temporary_settings({PREFECT_API_URL: found.url}):
+        yield
+
+
+def check_deployment(name: str, told: Told) -> Deployed:
+    """Return the deployment that is to run trials of what lies there; nothing is written.
+
+    SpecError when there is none that could, EngineError when Prefect's API cannot be asked.
+    """
+    try:
+        with impatient_client() as client:
+            return _checked(client, name, told)
+    except AWAY as error:
+        raise EngineError(
+            f"Prefect's API cannot be asked for the deployment {name!r} ({type(error).__name__}: {error}); look after the "
+            "server, then try again"
+        ) from error
+
+
+def _checked(client: SyncPrefectClient, name: str, told: Told) -> Deployed:
+    mend = "make it with `holdfast deploy` (--pool NAME for a pool of yours), or name another as execution.deployment"
+    try:
+        found = client.read_deployment_by_name(name)
+    except (ObjectNotFound, ValueError):
+        raise SpecError(f"there is no deployment {name!r} to run trials; {mend}") from None
+    entrypoint = found.entrypoint or ""
+    if not entrypoint.endswith(ENTRYPOINTS):
+        raise SpecError(f"the deployment {name!r} runs {entrypoint or 'nothing'}, not {ENTRYPOINTS[0]}; {mend}")
+    if found.work_pool_name is None:
+        raise SpecError(f"the deployment {name!r} has no work pool, so no worker begins its runs; {mend}")
+    try:
+        pool = client.read_work_pool(found.work_pool_name)
+    except ObjectNotFound:
+        raise SpecError(f"the work pool {found.work_pool_name!r} of the deployment {name!r} is gone; {mend}") from None
+    if pool.is_paused or found.paused:
+        what = f"work pool {pool.name!r}" if pool.is_paused else f"deployment {name!r}"
+        resume = f"`prefect work-pool resume {pool.name}`" if pool.is_paused else "resume it in Prefect"
+        raise SpecError(f"the {what} is paused, so no trial would begin; {resume}")
+    if pool.type not in LOCAL_POOLS and (local := told.local()):
+        raise SpecError(
+            f"trials run on the work pool {pool.name!r} of type {pool.type}, where no file of this machine is: "
+            + ", and ".join(local)
+        )
+    return Deployed(id=found.id, name=name, pool=pool.name, kind=pool.type)
+
+
+class RunFuture(PrefectConcurrentFuture[Any]):
+    """The end of a trial's flow run; its task run stands for it in the search's flow run."""
+
+    @property
+    def state(self) -> State[Any]:
+        found = self.wrapped_future
+        return found.result() if found.done() else Pending()  # Prefect is not asked: the runner's thread does that
+
+
+@dataclass(eq=False)
+class _Run:
+    """A flow run of an attempt, made or still to be."""
+
+    future: RunFuture
+    trial: int
+    attempt: int
+    row: int
+    task: Task[..., Any]
+    key: str
+    flow_run: uuid.UUID | None = None
+    state: State[Any] | None = None
+    """as it was seen last"""
+    made: float = field(default_factory=time.monotonic)
+    is_withdrawn: bool = False
+
+    @property
+    def has_begun(self) -> bool:
+        return self.state is not None and not (self.state.is_scheduled() or self.state.is_pending())
+
+    def end(self, state: State[Any]) -> None:
+        if not self.future.wrapped_future.done():
+            self.future.wrapped_future.set_result(state)
+
+
+class WorkPoolRunner:
+    """Runs each attempt of a trial as a flow run of a deployment; one thread asks Prefect about all of them."""
+
+    def __init__(self, spec: ExperimentSpec, place: Place) -> None:
+        self._spec = spec
+        self._place = place
+        self._told = told_of(place.location, place.options, place.database)
+        self._deployed: Deployed | None = None
+        self._search: uuid.UUID | None = None
+        self._lock = threading.Lock()
+        self._runs: list[_Run] = []
+        """those that have not ended"""
+        self._submitted: dict[int, int] = {}
+        """how often each attempt's row was handed over: a run that ended without having begun it has used up its key"""
+        self._wake, self._ended = threading.Event(), threading.Event()
+        self._is_late = False
+        self._thread: threading.Thread | None = None
+        self._say: Callable[[str], object] = lambda text: None
+
+    def __enter__(self) -> Self:
+        logger, caller = get_run_logger(), watching.get()
+
+        def say(text: str) -> None:
+            logger.warning("%s", text)
+            if caller is not None:
+                with suppress(OSError):  # the terminal may be gone
+                    caller.say(text)
+
+        self._say, self._search = say, this_run()
+        context = contextvars.copy_context()  # which API it is
+        self._thread = threading.Thread(target=context.run, args=(self._work,), name="holdfast-workpool", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool | None:
+        self._ended.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(3 * LAST_SECONDS)
+        return None
+
+    def check(self, place: Place) -> None:
+        """Refuse a deployment that cannot run trials; each run looks by itself whether its job can."""
+        self._deployed = check_deployment(self._spec.execution.deployment, self._told)
+
+    def submit(self, task: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[Any]:
+        """Let a flow run be made for an attempt, and return its future; an API that is away delays it."""
+        row = int(parameters["row"])
+        times = self._submitted[row] = self._submitted.get(row, 0) + 1
+        key = f"holdfast-{self._place.uuid}-{self._place.epoch}-{row}" + (f"-{times}" if times > 1 else "")
+        future = RunFuture(uuid.uuid4(), Future())
+        run = _Run(future, int(parameters["trial"]), int(parameters["attempt"]), row, task, key)
+        with self._lock:
+            self._runs.append(run)
+        self._wake.set()
+        return future
+
+    def withdraw(self, future: PrefectFuture[Any]) -> None:
+        """Cancel a run that no worker has begun."""
+        with self._lock:
+            for run in self._runs:
+                if run.future is future:
+                    run.is_withdrawn = True
+        self._wake.set()
+
+    def ended(self, future: PrefectFuture[Any]) -> End:
+        """Say how a flow run ended; Crashed is what Prefect calls one whose process is gone."""
+        state = future.state
+        if state.is_crashed():
+            return End(how=How.LOST, why=f"its flow run crashed in Prefect: {state.message}")
+        if state.is_cancelled() and state.name != PREEMPTED:
+            why = state.message or "its flow run was cancelled in Prefect"
+            return End(how=How.UNCLEAR, why=why, is_unwanted=state.name != STALE)
+        return End(how=How.STATE, state=state)
+
+    def look(self) -> None:
+        """Do nothing: an API that is away comes back, and a worker that is missing may be started."""
+
+    # In the thread
+
+    def _work(self) -> None:
+        with impatient_client() as client:
+            looked = time.monotonic()
+            while True:
+                self._wake.wait(max(looked + POLL_SECONDS - time.monotonic(), 0.0))
+                self._wake.clear()
+                is_last = self._ended.is_set()
+                with suppress(*AWAY):  # asked again, for as long as the search waits
+                    if is_last:
+                        self._withdraw_all(client)
+                    self._make(client)
+                    self._cancel(client)
+                    if time.monotonic() - looked >= POLL_SECONDS or is_last:
+                        looked = time.monotonic()
+                        self._look(client)
+                if is_last:
+                    return
+                self._tell()
+
+    def _open(self) -> list[_Run]:
+        with self._lock:
+            self._runs = [run for run in self._runs if not run.future.wrapped_future.done()]
+            return list(self._runs)
+
+    def _make(self, client: SyncPrefectClient) -> None:
+        """Make the flow runs that were asked for; what was withdrawn before is not made at all."""
+        for run in self._open():
+            if run.flow_run is not None or run.is_withdrawn:
+                continue
+            try:
+                made = self._made(client, run)
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code not in (400, 403, 409, 422):
+                    raise
+                # It will be refused the next time, too: parameters that an older deployment does not know, say.
+                deployment = self._spec.execution.deployment
+                answer = error.response.text[:500]
+                words = f"Prefect refused a run of {deployment}: {answer}; `holdfast deploy` brings it up to date"
+                run.end(Failed(message=words, data=EngineError(words)))
+                continue
+            run.flow_run, run.state, run.made = made.id, made.state, time.monotonic()
+
+    def _made(self, client: SyncPrefectClient, run: _Run) -> FlowRun:
+        if self._deployed is None:
+            self._deployed = _checked(client, self._spec.execution.deployment, self._told)
+        name = f"{self._place.name}/trial-{run.trial}#{run.attempt}"
+        tags = (TAG, experiment_tag(self._place.name), trial_tag(run.trial))
+        parent = run.future.task_run_id if self._search is not None else None
+        if self._search is not None:  # what stands for the flow run in the search's; the server lets it follow
+            client.create_task_run(
+                run.task, self._search, run.key, id=parent, name=name, state=Pending(), extra_tags=tags, task_inputs={}
+            )
+        return client.create_flow_run_from_deployment(
+            self._deployed.id,
+            parameters=parameters(self._place, self._told, trial=run.trial, attempt=run.attempt, row=run.row),
+            state=Scheduled(),
+            name=name,
+            tags=tags,
+            idempotency_key=run.key,
+            parent_task_run_id=parent,
+            job_variables=dict(self._spec.execution.job_variables) or None,
+        )
+
+    def _withdraw_all(self, client: SyncPrefectClient) -> None:
+        """Withdraw what has not begun; what was given up though it had begun is not to run for ever in Prefect."""
+        for run in self._open():
+            if run.is_withdrawn and run.has_begun and run.flow_run is not None:
+                state: State[Any] = Crashed(message="the search gave it up: its worker was lost, or it came too late")
+                client.set_flow_run_state(run.flow_run, state)
+                close_open_tasks(client, [run.flow_run], "its worker was lost")
+            run.is_withdrawn = True
+
+    def _cancel(self, client: SyncPrefectClient) -> None:
+        state: State[Any] = Cancelled(name=STALE, message="the search does not wait for this run any more")
+        for run in self._open():
+            if run.is_withdrawn and run.flow_run is None:
+                run.end(state)
+            elif run.is_withdrawn and run.flow_run is not None and not run.has_begun:
+                run.state = client.read_flow_run(run.flow_run).state
+                if not run.has_begun:  # should it begin at this moment, the claim is what it does not get
+                    client.set_flow_run_state(run.flow_run, state)
+
+    def _look(self, client: SyncPrefectClient) -> None:
+        """Ask about every run that was made and has not ended, and let the futures of those that have end."""
+        runs = {run.flow_run: run for run in self._open() if run.flow_run is not None}
+        for page in _pages(list(runs)):
+            wanted = FlowRunFilter(id=FlowRunFilterId(any_=page))
+            found = {one.id: one for one in client.read_flow_runs(flow_run_filter=wanted, limit=PAGE)}
+            for identity in page:
+                one = found.get(identity)
+                state = Crashed(message="its flow run was deleted in Prefect") if one is None else one.state
+                run = runs[identity]
+                run.state = state
+                if state is None or not state.is_final():
+                    continue
+                if one is not None and state.is_crashed():
+                    # Its process died without a word: what it had begun in Prefect would run for ever there.
+                    close_open_tasks(client, [one.id], f"its process is gone: {state.message}")
+                    self._say(f"trial {run.trial}: its flow run {one.name} crashed in Prefect: {state.message}")
+                run.end(_with_error(state))
+
+    def _tell(self) -> None:
+        """Say once that runs wait for a worker that does not come; once more when one has come meanwhile."""
+        runs = self._open()
+        now = time.monotonic()
+        late = [run for run in runs if run.state is not None and run.state.is_scheduled() and now - run.made > LATE_SECONDS]
+        if not late:
+            self._is_late = False
+        elif not self._is_late and not any(run.made > late[0].made and run.has_begun for run in runs):
+            self._is_late = True
+            pool = self._deployed.pool if self._deployed is not None else "the deployment's"
+            self._say(
+                f"{len(late)} trials have waited for a worker of the work pool {pool!r} for more than {LATE_SECONDS:g} s; "
+                f"start one with `prefect worker start --pool {pool}`, or look whether the pool is paused or at its limit "
+                "(the search's own run counts in it); the search goes on waiting"
+            )
+
+
+def _pages(identities: Sequence[Any]) -> Iterator[list[Any]]:
+    for start in range(0, len(identities), PAGE):
+        yield list(identities[start : start + PAGE])
+
+
+def _with_error(state: State[Any]) -> State[Any]:
+    """Return a final state with the error of ours that it names, as the task of another engine would have it."""
+    if not state.is_failed():  # a result is in the path; Prefect's own asks for one in the state
+        return state.model_copy(update={"data": {} if state.is_completed() else None})
+    kind: type[HoldfastError] = {one.__name__: one for one in _ERRORS}.get(state.name or "", EngineError)
+    return state.model_copy(update={"data": kind(state.message or "its flow run failed")})
