@@ -87,7 +87,6 @@ class RayRunner:
                 num_gpus=len(visible_gpus(needed=most * self._resources.gpu)) if self._resources.gpu else 0,
                 resources={name: amount * most for name, amount in self._resources.custom.items()} or None,
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
                 object_store_memory=_STORE_BYTES,
                 **quiet,
             )
