@@ -100,7 +100,7 @@ class Drive:
         self._task.result_storage = local if here else WorkerResults(experiment=self._runtime.uuid, epoch=self._runtime.epoch)
         self._ticked = time.monotonic()
         self._runner: Runner
-        self._remote = Remote(session, observer.say, self._inflight, self._trials, self._complete, self.ledger.update)
+        self._remote = Remote(session, observer.say, self._inflight, self._trials, self._complete, self.ledger)
 
     def run(self) -> str:
         """Drive the experiment to the end of its budget; return why it ended. Raises what interrupted it."""
@@ -358,6 +358,7 @@ class Drive:
         self._refresh()
         self._heed()
         self._cancel()
+        self._remote.check()
         self._remote.look()
         self._session.journal.try_flush()
         if self.ledger.halt is not None:

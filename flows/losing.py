@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from holdfast.core.errors import Conflict, Contention, HoldfastError
+from holdfast.core.loop import Ledger
 from holdfast.core.trial import Outcome, Trial, TrialStatus
 from holdfast.flows.lost import SILENT_SECONDS, Flight, Refusals, Verdict, gone, judge, worker_words
 from holdfast.flows.lost_runs import LostRuns
@@ -32,13 +33,13 @@ class Remote:
         inflight: MutableMapping[Any, Flight],
         trials: Mapping[int, Trial],
         complete: Callable[[Trial], None],
-        again: Callable[[Trial], None],
+        ledger: Ledger,
     ) -> None:
         self.is_used = session.spec.execution.is_remote
         self.refusals = Refusals(say)
         self._session, self._say = session, say
         self._inflight, self._trials = inflight, trials
-        self._complete, self._again = complete, again
+        self._complete, self._ledger = complete, ledger
         self._runner: Runner | None = None
         self._told = Decision.CONTINUE
         self._ending = False
@@ -68,6 +69,8 @@ class Remote:
         if not self.is_used or self._ending:
             return
         self._ending = True
+        for number in self.refusals.waiting:
+            self._let_wait(number)
         for flight in list(self._inflight.values()):
             if not flight.is_watched and self._trials[flight.number].status is TrialStatus.PENDING:
                 self._take_back(flight)
@@ -85,7 +88,10 @@ class Remote:
         error = None if end.state is None else end.state.result(raise_on_failure=False)
         why = end.why or f"{type(error).__name__}: {error}"
         match judge(self._session.reader.trial(flight.number), flight.attempt, end.how, error):
-            case Verdict.AGAIN if not self._ending:
+            case Verdict.AGAIN if self._ending:
+                self._let_wait(flight.number)
+            case Verdict.AGAIN:
+                self._ledger.submitted(flight.number)  # until it is due again
                 self.refusals.add(flight.number, why)
             case Verdict.LOSE:
                 self._close(run, flight, why)
@@ -94,6 +100,12 @@ class Remote:
                 self._inflight[run] = flight
             case _:
                 pass
+
+    def _let_wait(self, number: int) -> None:
+        """Let a trial wait, unclaimed, which was handed out or was to be."""
+        self.refusals.forget(number)
+        if self._trials[number].status is TrialStatus.PENDING:
+            self._ledger.update(self._trials[number])
 
     def _is_over(self, flight: Flight) -> bool:
         """Tell whether an attempt has come to its end by its rows, as they were read last."""
@@ -122,11 +134,21 @@ class Remote:
             self._say(f"trial {flight.number}: its worker was lost, it goes on elsewhere: {why}")
         self._runs.add(run, why)
 
+    def check(self) -> None:
+        """Raise Infrastructure when the engine is gone; only rows tell of what it ran then."""
+        if self._runner is None:
+            return
+        try:
+            self._runner.look()
+        except HoldfastError as error:
+            for flight in self._inflight.values():
+                flight.why = flight.why or str(error)
+            raise
+
     def look(self) -> None:
         """Give up workers that are gone, take in what watched attempts came to, hand out what nobody began."""
         if not self.is_used or self._runner is None:
             return
-        self._runner.look()
         epoch = self._session.runtime.epoch
         database, experiment = self._session.opened.database, self._session.runtime.experiment
         rows = workers.every(database, experiment, epoch=epoch)
@@ -154,7 +176,7 @@ class Remote:
         self._look_at_watched()
         if not self._ending:
             for number in self.refusals.due():
-                self._again(self._trials[number])
+                self._let_wait(number)
 
     def _look_at_watched(self) -> None:
         reads = time.monotonic() - self._looked > RESULT_SECONDS
@@ -163,6 +185,9 @@ class Remote:
         for run, flight in [item for item in self._inflight.items() if item[1].is_watched]:
             if self._is_over(flight) or (reads and self._settled(flight)):
                 del self._inflight[run]
+            elif self._ending and self._trials[flight.number].status is TrialStatus.PENDING:
+                del self._inflight[run]
+                self._let_wait(flight.number)
 
     def drop(self) -> None:
         """Take back tasks of trials that were cancelled before anybody began them."""

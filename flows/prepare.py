@@ -319,7 +319,10 @@ def _set(data: dict[str, Any], key: str, value: Json) -> None:
         raise SpecError(f"a restore cannot change {key!r}; allowed: {', '.join(CHANGEABLE)}")
     place = data[first] = dict(data[first])
     for name in rest[:-1]:
-        place[name] = dict(place.get(name) or {})
+        found = place.get(name) or {}
+        if not isinstance(found, Mapping):
+            raise SpecError(f"a restore cannot change {key!r}: {name} has no keys")
+        place[name] = dict(found)
         place = place[name]
     place[rest[-1]] = value
 

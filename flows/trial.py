@@ -14,7 +14,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Crashed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from holdfast.core.errors import Contention, HoldfastError
+from holdfast.core.errors import Contention, HoldfastError, TrialFailure
 from holdfast.flows import forms, pooled
 from holdfast.flows.naming import STALE
 from holdfast.flows.signals import Deferred, deferred
@@ -129,10 +129,10 @@ def _ended(form: forms.TrialForm, state: State[Any]) -> State[Any]:
 
 
 def _ended_by(error: HoldfastError) -> State[Any]:
-    """Return the final state of a run that an error of ours ended: its name says which."""
+    """Return the final state of a run that an error of ours ended; its name says which, where the attempt did not begin."""
     words = forms.one_line(str(error))
     if isinstance(error, Contention):  # nobody waits for this run: it has left nothing
         get_run_logger().info("%s", words)
         return Cancelled(name=STALE, message=words)
     get_run_logger().error("%s", words)
-    return Failed(name=type(error).__name__, message=words)
+    return Failed(name=None if isinstance(error, TrialFailure) else type(error).__name__, message=words)

@@ -58,7 +58,7 @@ def goes_through_everything(lab: Lab, runner: str, **execution: Any) -> None:
     lost = rows(lab, "SELECT task_run_id FROM attempt WHERE outcome = 'lost'")
     assert lost, search.output
 
-    lab.run("cancel", lab.path(), 1)
+    lab.run("cancel", lab.path(), "--trial", 1)
     lab.until(lambda: lab.statuses()[1] == "CANCELLED", search)
     search.signal(signal.SIGTERM)
     assert search.wait().code == 128 + signal.SIGTERM, search.output

@@ -27,8 +27,10 @@ from holdfast.flows.runners.port import How
 from holdfast.flows.runners.workpool import WorkPoolRunner, check_deployment
 from holdfast.flows.trial import trial
 from holdfast.settings import settings
+from holdfast.storage.database import workers
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.reads import Reader
 from holdfast.tasks.place import Place
 from holdfast.tasks.trial import run_trial
 from holdfast.testing.samples import sample_spec
@@ -105,7 +107,7 @@ def test_a_private_server_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     environment(monkeypatch, PREFECT_HOME=str(tmp_path), XDG_DATA_HOME=str(tmp_path))
     monkeypatch.chdir(tmp_path)
     try:
-        with pytest.raises(SpecError, match="PREFECT_API_URL.*holdfast up"):
+        with pytest.raises(SpecError, match=r"PREFECT_API_URL.*holdfast up"):
             check_public(sample_spec(execution=POOLED, **REMOTE))
     finally:
         monkeypatch.undo()
@@ -142,22 +144,25 @@ def test_a_deployment_that_would_begin_no_trial_is_refused(api: SyncPrefectClien
         hosts.check_hosts(sample_spec(execution={**POOLED, "deployment": "trial/none"}, storage=str(tmp_path / "runs")))
     assert list(tmp_path.iterdir()) == []
     api.update_work_pool("refused-here", WorkPoolUpdate(is_paused=True))
-    with pytest.raises(SpecError, match="refused-here' is paused.*prefect work-pool resume refused-here"):
+    with pytest.raises(SpecError, match=r"refused-here' is paused.*prefect work-pool resume refused-here"):
         check_deployment(good, told)
 
 
 def test_a_run_that_nobody_waits_for_ends_and_leaves_no_trace(api: SyncPrefectClient, tmp_path: Path) -> None:
     opened = locate.create(sample_spec(storage=str(tmp_path), execution=POOLED), seed=1, workdir=str(tmp_path))
     database, experiment = opened.database, opened.record.id
-    epoch = Leases(database, experiment).take({"pid": 1, "hostname": "h"}, action="started", detail={})
+    epoch = 1
+    Leases(database, experiment).take(seen=0, epoch=epoch, holder={"pid": 1, "hostname": "h"}, action="started", detail={})
     Driver(database, experiment, epoch, seed=1).propose({"x": 0.5}, number=0, source="proposed")
-    row = locate.Reader(database, experiment).trial(0).attempt.id if hasattr(locate, "Reader") else 1
+    proposed = Reader(database, experiment).trial(0)
+    assert proposed is not None
+    row = proposed.attempt.id
     drive = {"name": "sample", "workdir": str(tmp_path), "trainable": "train.py:train", "host": "h"}
     given: dict[str, Any] = {
         "path": opened.folder.location, "uuid": opened.record.uuid, "epoch": epoch, "trial": 0, "attempt": 1, "row": row,
         "drive": drive,
     }  # fmt: skip
-    seq = database.run
+    seq = Reader(database, experiment).seq()
     before = sorted(path.name for path in opened.folder.path.rglob("*"))
     for changes, words in (
         ({"epoch": epoch + 1}, "does not drive 'sample' any more"),
@@ -172,7 +177,7 @@ def test_a_run_that_nobody_waits_for_ends_and_leaves_no_trace(api: SyncPrefectCl
     assert person.is_failed()
     assert "started by searches" in str(person.message)
     assert sorted(path.name for path in opened.folder.path.rglob("*")) == before
-    del seq
+    assert (Reader(database, experiment).seq(), workers.every(database, experiment)) == (seq, [])
     opened.close()
 
 

@@ -21,7 +21,7 @@ from holdfast.core.errors import HoldfastError, SpecError
 from holdfast.core.resume import Rerun, ResumePolicy
 from holdfast.core.spec import CHANGEABLE
 from holdfast.experiment import Experiment
-from holdfast.flows.prepare import RestoreRequest, prepare_restore
+from holdfast.flows.prepare import RestoreRequest, changed_spec, prepare_restore
 from holdfast.flows.requesting import request_of
 from holdfast.locate import Opened, open_path
 from holdfast.report.observer import Observer
@@ -115,12 +115,24 @@ CHANGES: dict[str, Any] = {
     "recovery.max_restores": 2,
     "recovery.delay": 5.0,
     "recovery.max_delay": 50.0,
+    "execution.isolation": "process",
+    "execution.runner": "dask",
+    "execution.address": "tcp://127.0.0.1:8786",
+    "execution.deployment": "trial/other",
+    "execution.resources": {"cpu": 2, "gpu": 0, "custom": {}},
+    "execution.ship": ["train.py"],
+    "execution.trials_per_run": 5,
 }
-NEEDS = {"search.max_cost": {"search": {"engine": "random", "num_trials": 20, "seed": 1, "cost_metric": "cost"}}}
+NEEDS: dict[str, Any] = {
+    "search.max_cost": {"search": {"engine": "random", "num_trials": 20, "seed": 1, "cost_metric": "cost"}},
+    "execution.runner": {"execution": {}},
+    "execution.address": {"execution": {"runner": "dask"}},
+}
+NEEDS_A_DEPLOYMENT = {"execution.job_variables"}
 
 
 def test_every_changeable_key_has_a_change_here() -> None:
-    assert set(CHANGES) == set(CHANGEABLE)
+    assert set(CHANGES) | NEEDS_A_DEPLOYMENT == set(CHANGEABLE)
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -148,6 +160,16 @@ def test_a_change_takes_effect_and_is_recorded(key: str, tmp_path: Path) -> None
         file.unlink()
     with closing(open_path(opened.folder.path, readonly=True)) as rebuilt:
         assert rebuilt.spec.stored() == stored
+
+
+def test_one_key_of_a_nested_one_may_be_changed(opened: Opened) -> None:
+    request = RestoreRequest(path=opened.folder.path, changes={"execution.resources.cpu": 3, "execution.resources.gpu": 0})
+    spec, changes = changed_spec(opened, request)
+    assert spec.execution.resources.cpu == 3
+    assert changes == {"execution.resources.cpu": [1, 3]}
+    for key in ("execution.resources.cpus", "execution.ship.0", "execution", "space.x", "execution.resources.cpu.x"):
+        with pytest.raises(SpecError):
+            changed_spec(opened, RestoreRequest(path=opened.folder.path, changes={key: 3}))
 
 
 def test_only_time_in_which_somebody_drove_counts_against_the_time_budget(shop: Shop) -> None:
