@@ -278,6 +278,9 @@ class TestUnfit:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")  # Ray's next task
             with using(made.place(slots=1), "ray"):
                 assert runtime.pool._environments[0]["CUDA_VISIBLE_DEVICES"] == "6,7"
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6")
+            with pytest.raises(Unfit, match="need 2 devices, 1 are visible"), using(made.place(slots=1), "ray"):
+                pass
             close_all()
 
 
