@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
 
 from holdfast.core.errors import (
     Conflict,
@@ -30,8 +26,8 @@ from holdfast.core.errors import (
     Unfit,
 )
 from holdfast.core.spec import ExperimentSpec
-from holdfast.core.values import Json, Metrics
-from holdfast.settings import settings, variable, visible_gpus
+from holdfast.core.values import Metrics
+from holdfast.settings import settings, variable
 from holdfast.storage.checkpoints.ports import checkpoints_in
 from holdfast.storage.database import experiments, workers
 from holdfast.storage.database.attempts import AttemptWriter
@@ -39,17 +35,17 @@ from holdfast.storage.database.engine import Database
 from holdfast.storage.database.experiments import open_database
 from holdfast.storage.database.leases import TERMS
 from holdfast.storage.database.reads import Reader
-from holdfast.storage.folder import TRAINABLE, Folder
+from holdfast.storage.folder import Folder
 from holdfast.storage.leasing import elapsed
 from holdfast.storage.root import parent_of
+from holdfast.tasks.joining import began, join, make_pool, trainable_of, workdir_of
 from holdfast.tasks.judging import StoredJudge
 from holdfast.tasks.naming import TAG, experiment_tag, trial_tag
 from holdfast.tasks.place import Place
-from holdfast.tasks.probing import options_of, probe, versions
+from holdfast.tasks.probing import options_of, probe
 from holdfast.tasks.runtime import Judge, Runtime
-from holdfast.tasks.workers import processes
 from holdfast.tasks.workers.messages import Decision
-from holdfast.tasks.workers.pool import DEVICES, WorkerPool
+from holdfast.tasks.workers.pool import DEVICES
 from holdfast.tasks.working import WorkFolder
 
 terms = TERMS
@@ -276,7 +272,7 @@ class RemoteRuntime(Runtime):
             return True
 
     def _follow_devices(self) -> None:
-        """Make new children when the engine gave this process other devices than those that they have."""
+        """Make new children when the engine gave this process other devices than those they have; SpecError: too few."""
         if self.spec.execution.resources.gpu and self._devices != variable(DEVICES):
             before, self.pool = self.pool, make_pool(self.spec, self.place)
             self._devices = variable(DEVICES)
@@ -292,13 +288,6 @@ class RemoteRuntime(Runtime):
                 self._running.clear()
                 self._closed.clear()
             self._state.notify_all()
-
-
-def make_pool(spec: ExperimentSpec, place: Place) -> WorkerPool:
-    """Return the child processes of a worker, none started yet; SpecError when it has too few devices."""
-    resources = spec.execution.resources
-    gpus = visible_gpus(needed=place.slots * resources.gpu) if resources.gpu else None
-    return WorkerPool(place.slots, cpu_per_trial=resources.cpu, gpus=gpus, gpus_per_trial=resources.gpu)
 
 
 Key = tuple[str, int]
@@ -352,8 +341,11 @@ def using(place: Place, engine: str) -> Iterator[RemoteRuntime]:
     """Use this process's runtime of an experiment; raises as :func:`reach`. While it is used it is not idle."""
     while True:
         runtime = reach(place, engine)
-        if runtime.enter():
-            break
+        try:
+            if runtime.enter():
+                break
+        except SpecError as error:
+            raise Unfit(str(error)) from None
         _forget(runtime)
     try:
         yield runtime
@@ -422,18 +414,18 @@ def _make(place: Place, engine: str, database: Database, made: contextlib.ExitSt
     work = WorkFolder(settings().cache_folder / "work")
     made.callback(work.close)
     folder = Folder.at(place.location, options=options, work=work.path, cache_bytes=settings().cache_bytes)
-    workdir, release = _workdir(place, folder, work)
-    made.callback(release)
+    workdir, give_back = workdir_of(place, folder, work)
+    made.callback(give_back)
     pool = make_pool(spec, place)
     made.callback(pool.close)
     reader = Reader(database, place.experiment)
-    worker = _join(database, place, engine)
+    worker = join(database, place, engine)
     made.callback(lambda: _leave_quietly(database, place, worker, "it could not begin"))
     return RemoteRuntime(
         uuid=place.uuid,
         experiment=place.experiment,
         epoch=place.epoch,
-        spec=spec.model_copy(update={"trainable": _trainable(place, folder)}),
+        spec=spec.model_copy(update={"trainable": trainable_of(place, folder)}),
         workdir=str(workdir),
         database=database,
         reader=reader,
@@ -442,65 +434,21 @@ def _make(place: Place, engine: str, database: Database, made: contextlib.ExitSt
         pool=pool,
         tags=lambda trial: (TAG, experiment_tag(record.name), trial_tag(trial)),
         worker=worker,
-        began=_began(reader, place.epoch),
+        began=began(reader, place.epoch),
         place=place,
         engine=engine,
         work=work,
-        release=release,
-    )
-
-
-def _join(database: Database, place: Place, engine: str) -> int:
-    hostname, pid = socket.gethostname(), os.getpid()
-    about: dict[str, Json] = {**versions(), "cpus": os.cpu_count() or 1, "slots": place.slots, "engine": engine}
-    return workers.join(
-        database,
-        place.experiment,
-        place.epoch,
-        name=f"{hostname}/{pid}",
-        engine=engine,
-        hostname=hostname,
-        host=processes.same_host(),
-        pid=pid,
-        started=processes.identity(pid) or "",
-        about=about,
+        release=give_back,
     )
 
 
 def _told_unfit(database: Database, place: Place, engine: str, reasons: list[str]) -> Unfit:
     """Return the error, its reasons left in a row of this worker for people to read, where that can be."""
     with suppress(HoldfastError):
-        workers.leave(database, place.experiment, _join(database, place, engine), f"unfit: {'; '.join(reasons)}")
+        workers.leave(database, place.experiment, join(database, place, engine), f"unfit: {'; '.join(reasons)}")
     return Unfit(*reasons)
 
 
 def _leave_quietly(database: Database, place: Place, worker: int, why: str) -> None:
     with suppress(HoldfastError):
         workers.leave(database, place.experiment, worker, why)
-
-
-def _workdir(place: Place, folder: Folder, work: WorkFolder) -> tuple[Path, Callable[[], None]]:
-    """Return where attempts run, and what gives it back: the shipped code, the driver's own folder, or an empty one."""
-    if place.code is not None:
-        from holdfast.storage.code import release, unpack
-
-        files = unpack(folder, place.code, settings().cache_folder)
-        return files, lambda: release(files)
-    given = Path(place.workdir)
-    return (given if given.is_dir() else work.path), lambda: None
-
-
-def _trainable(place: Place, folder: Folder) -> str:
-    """Return the trainable as a child finds it: a pickled one is brought here."""
-    kind, _, rest = place.trainable.partition(":")
-    if kind != "pickle":
-        return place.trainable
-    folder.bring(TRAINABLE)
-    return f"pickle:{folder.path / rest}"
-
-
-def _began(reader: Reader, epoch: int) -> float:
-    """Return when the drive began, by this process's monotonic clock, as far as the hosts' clocks agree."""
-    begun = next((row.happened for row in reader.audit() if row.epoch == epoch), None)
-    since = 0.0 if begun is None else (datetime.now(UTC) - begun).total_seconds()
-    return time.monotonic() - max(since, 0.0)

@@ -33,6 +33,7 @@ def endless(trial):
         time.sleep(0.01)
 
 def reporting(trial):
+    print("reporting")
     trial.report({"loss": 1.0}, state={"step": 0})
     pathlib.Path("running").write_text("x")
     while not pathlib.Path("go").exists():

@@ -110,6 +110,7 @@ def test_one_record_and_no_trace_of_a_second_execution(drive: Drive, lab: Lab, s
     folder = drive.opened.folder
     names = sorted(folder.root.names(f"trials/{number:06d}"))
     assert names == ["checkpoints", "log-a1.txt", "result-a1.json"]
+    assert folder.root.read(f"trials/{number:06d}/log-a1.txt") == b"reporting\n"
     assert len(folder.root.names(f"trials/{number:06d}/checkpoints")) == 2
     result = folder.result(number, 1)
     assert result is not None

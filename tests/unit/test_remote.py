@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,10 +233,8 @@ def test_one_that_was_suspended_notices_before_it_writes(drive: Drive, monkeypat
         runtime = reach(drive.place(), "dask")
         runtime._heard -= 500
         assert runtime.decision(0) is Decision.KILL
-        try:
+        with suppress(Fenced):
             notices(runtime)
-        except Fenced:
-            pass
         assert runtime.over is not None
         with pytest.raises(Fenced, match="suspended"):
             runtime.held()
@@ -280,6 +278,9 @@ class TestUnfit:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")  # Ray's next task
             with using(made.place(slots=1), "ray"):
                 assert runtime.pool._environments[0]["CUDA_VISIBLE_DEVICES"] == "6,7"
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6")
+            with pytest.raises(Unfit, match="need 2 devices, 1 are visible"), using(made.place(slots=1), "ray"):
+                pass
             close_all()
 
 
