@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from prefect import flow
@@ -17,9 +18,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from holdfast.core.errors import Contention, HoldfastError, TrialFailure
 from holdfast.flows import forms, pooled
 from holdfast.flows.naming import STALE
+from holdfast.flows.prefect_runs import CANCELLED, wish_behind
 from holdfast.flows.signals import Deferred, deferred
 from holdfast.flows.telling import plain_tasks
 from holdfast.settings import settings
+from holdfast.storage.database import requests
 from holdfast.tasks import remote
 from holdfast.tasks.place import Place
 from holdfast.tasks.results import WorkerResults
@@ -89,11 +92,24 @@ def _run(form: forms.TrialForm, place: Place, config: str) -> State[Any]:
         try:
             _until_done(future, woken, signals, math.inf)
         except BaseException as error:  # noqa: BLE001  # a signal: the job is to end, whatever becomes of the search
+            _tell(runtime, form.trial, error)
             get_run_logger().warning("%s: the trial has %g s to save and stop", type(error).__name__, settings().grace_seconds)
-            runtime.order(Decision.PREEMPT)
             _until_done(future, woken, signals, settings().grace_seconds, again=runtime.order)
     future.wait()
     return _ended(form, future.state)
+
+
+def _tell(runtime: remote.RemoteRuntime, trial: int, error: BaseException) -> None:
+    """Let the trial save and stop: for good when a person has cancelled this run in Prefect, else to go on in a later attempt.
+
+    A run is cancelled, too, when its search was; that has told its trials by then what becomes of them.
+    """
+    if runtime.decision(trial) is Decision.CONTINUE and wish_behind(error) == CANCELLED:
+        with suppress(HoldfastError):
+            requests.request_cancel(runtime.database, runtime.experiment, trial)
+            runtime.cancelled = {*runtime.cancelled, trial}
+            return
+    runtime.order(Decision.PREEMPT)
 
 
 def _until_done(

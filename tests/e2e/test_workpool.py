@@ -97,7 +97,7 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
     until(lambda: POOL in [pool["name"] for pool in view.ask("POST", "/work_pools/filter", {})])
     deploy(view, lab)
     spec = lab.spec(
-        search={"num_trials": 6, "max_concurrent": 2},
+        search={"num_trials": 4, "max_concurrent": 2},
         failure={"max_failures": 1},
         checkpoints={"save_period": 1},
         execution={"runner": "workpool", "deployment": DEPLOYMENT},
@@ -135,8 +135,8 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
     for file in slow:
         file.unlink()
     lab.run("restore", lab.path())
-    assert statuses() == ["COMPLETED", "CANCELLED", *["COMPLETED"] * 4]
-    for number in (0, 3, 4, 5):
+    assert statuses() == ["COMPLETED", "CANCELLED", *["COMPLETED"] * 2]
+    for number in (0, 3):
         assert executed(lab.log(), number)[-STEPS:] == list(range(STEPS))
     done = [entry.trial for entry in lab.log() if entry.event == "done"]
     assert len(set(done)) == len(done)
