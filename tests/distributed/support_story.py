@@ -242,7 +242,6 @@ def _owner(connection: psycopg.Connection[Any], role: str, word: str) -> None:
     for what in ("TABLES", "SEQUENCES"):
         words = f"GRANT ALL ON ALL {what} IN SCHEMA public TO {{}}"
         connection.execute(sql.SQL(words).format(sql.Identifier(role)))  # type: ignore[arg-type]
-    connection.execute(sql.SQL("GRANT pg_signal_backend TO {}").format(sql.Identifier(role)))
 
 
 def _port(url: str) -> int:
