@@ -27,8 +27,7 @@ def start(net: Network, name: str, *words: object) -> Process:
     """Start Ray's processes of a host; the command itself stays, and ends with them."""
     host = net[name]
     common = (f"--node-ip-address={host.address}", f"--object-store-memory={BYTES}", "--disable-usage-stats", "--block")
-    started = host.run(RAY, "start", *words, *common)
-    return started
+    return host.run(RAY, "start", *words, *common)
 
 
 def cluster(net: Network) -> str:
