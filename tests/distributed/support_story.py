@@ -94,7 +94,9 @@ class Story:
         execution = {"runner": self.engine, "address": self.address}
         for host in DRIVERS:  # whoever drives has the code
             (self.net[host].work / "train.py").write_text(TRAINABLE)
-        (self.net["driver"].work / "far.yaml").write_text(yaml.safe_dump({**SPEC, "storage": self.storage, "execution": execution}))
+        (self.net["driver"].work / "far.yaml").write_text(
+            yaml.safe_dump({**SPEC, "storage": self.storage, "execution": execution})
+        )
         return self.drive("driver", "run", "far.yaml")
 
     def open(self, gate: str, host: str) -> None:
@@ -127,7 +129,9 @@ class Story:
         """Return how each attempt ended, by trial and number."""
         with self.reading() as (database, record):
             found = Reader(database, record.id).attempts()
-        return {(trial, number): one.outcome and one.outcome.value for trial, own in found.items() for number, one in own.items()}
+        return {
+            (trial, number): one.outcome and one.outcome.value for trial, own in found.items() for number, one in own.items()
+        }
 
     def worker_pids(self, host: str) -> list[int]:
         """Return the numbers, outside of their host, of the worker processes that have a row and have not left."""
@@ -238,7 +242,6 @@ def _owner(connection: psycopg.Connection[Any], role: str, word: str) -> None:
     for what in ("TABLES", "SEQUENCES"):
         words = f"GRANT ALL ON ALL {what} IN SCHEMA public TO {{}}"
         connection.execute(sql.SQL(words).format(sql.Identifier(role)))  # type: ignore[arg-type]
-    connection.execute(sql.SQL("GRANT pg_signal_backend TO {}").format(sql.Identifier(role)))
 
 
 def _port(url: str) -> int:

@@ -13,29 +13,29 @@ from support_postgres import Postgres
 from support_story import WORKERS, story_of, told
 
 pytestmark = [
+    pytest.mark.timeout(600),  # it waits for leases to run out, twice
     pytest.mark.xdist_group("ray-hosts"),
     pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is missing"),
 ]
 
 RAY = Path(sys.executable).with_name("ray")
 BYTES = 80 << 20
+STARTED = "Ray runtime started"
 
 
 def start(net: Network, name: str, *words: object) -> Process:
     """Start Ray's processes of a host; the command itself stays, and ends with them."""
     host = net[name]
     common = (f"--node-ip-address={host.address}", f"--object-store-memory={BYTES}", "--disable-usage-stats", "--block")
-    started = host.run(RAY, "start", *words, *common)
-    started.until("Ray runtime started")
-    return started
+    return host.run(RAY, "start", *words, *common)
 
 
 def cluster(net: Network) -> str:
     head = net["head"].address
     words = ("--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", "--ray-client-server-port=10001")
-    start(net, "head", *words)
-    for name in WORKERS:
-        start(net, name, f"--address={head}:6379", "--num-cpus=2")
+    start(net, "head", *words).until(STARTED)
+    for node in [start(net, name, f"--address={head}:6379", "--num-cpus=2") for name in WORKERS]:
+        node.until(STARTED)
     return f"ray://{head}:10001"
 
 
@@ -45,6 +45,6 @@ def test_a_search_on_ray_survives_its_hosts(tmp_path: Path, postgres: Postgres, 
 
         def revive() -> None:
             """Start a node anew: Ray gives a host up that it does not hear, and its processes end when they learn of it."""
-            start(story.net, "right", f"--address={story.net['head'].address}:6379", "--num-cpus=2")
+            start(story.net, "right", f"--address={story.net['head'].address}:6379", "--num-cpus=2").until(STARTED)
 
         told(story, revive=revive)
