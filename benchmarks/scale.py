@@ -6,16 +6,15 @@
   and ``inline``;
 * *driver*: simulated trials through store, journal, loop, ledger, proposer and the words for Prefect, without Prefect, workers
   or user code: each trial is claimed, reports once, and has a result file, by the same calls as in a task. The cost of a trial
-  among the last thousand is at most 2 times that among the first ones (the first of all is left out), and the process stays below
-  1 GB. ``tpe`` looks at all that was tried for each proposal, so it grows by itself: its figures have no limit.
+  among the last thousand is at most 2 times that among the first thousand, in CPU seconds, and the process stays below 1 GB.
+  ``tpe`` looks at all that was tried for each proposal, so it grows by itself: its figures have no limit.
 
-Prints tables; ``--json FILE`` keeps every figure. ``--postgres`` puts experiments on a PostgreSQL server of the package pgserver.
+Prints tables; ``--json FILE`` keeps every figure. ``--postgres`` puts experiments on a PostgreSQL server (package pgserver).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -25,18 +24,23 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 from uuid import uuid4
 
+from trials import drain, prefect_arm
+
 WIDTH = 200
 """Simulated trials at once."""
 LIMIT_RATIO, LIMIT_MB = 2.0, 1024.0
 WINDOW = 1000
+TRIALS = {"runner": 500, "bare": 500, "ends": 10_000, "driver": 100_000}
+"""Of each kind of arm."""
 
 
 def noop(trial: Any) -> dict[str, float]:
@@ -68,6 +72,40 @@ def spec_of(folder: Path, name: str, trials: int, **more: Any) -> dict[str, Any]
         "search": search,
         **more,
     }
+
+
+# Whole searches
+
+
+def search_arm(folder: Path, name: str, trials: int, database: str | None, **execution: Any) -> dict[str, Any]:
+    """Run a search of trials that return at once, 2 at a time; return seconds, CPU seconds a trial and memory over time."""
+    import holdfast
+
+    seen: list[tuple[int, float]] = []
+    every = max(trials // 10, 1)
+
+    class Watch(holdfast.Observer):
+        began = ended_at = cpu = 0.0
+        done = 0
+
+        def running(self, api_url: str | None) -> None:
+            self.began, self.cpu = time.perf_counter(), time.process_time()
+
+        def trial(self, trial: Any) -> None:
+            if trial.status == "COMPLETED" and trial.number >= self.done:
+                self.done = trial.number + 1
+                if self.done % every == 0:
+                    seen.append((self.done, round(memory(), 1)))
+
+        def ended(self, result: Any) -> None:
+            self.ended_at, self.cpu = time.perf_counter(), time.process_time() - self.cpu
+            assert [trial.status for trial in result.trials] == ["COMPLETED"] * trials
+
+    watch = Watch()
+    spec = spec_of(folder, name, trials, search={"max_concurrent": 2}, execution=execution)
+    holdfast.search({**spec, **({"database": database} if database else {})}, observer=watch)
+    seconds = watch.ended_at - watch.began
+    return {"per_s": trials / seconds, "cpu_ms": watch.cpu / trials * 1e3, "memory_mb": seen, "peak_mb": round(memory(), 1)}
 
 
 # The driver, with simulated trials
@@ -161,9 +199,9 @@ def driver_arm(folder: Path, trials: int, engine: str, database: str | None) -> 
     teller = teller_of(session)
     drive = Drive(session, teller, Wishes(), Deferred())
     simulated = Trials(session)
-    drive._done = simulated  # type: ignore[assignment]  # noqa: SLF001  # in place of tasks that end by themselves
+    drive._done = simulated  # type: ignore[assignment]  # in place of tasks that end by themselves
     marks: list[tuple[int, float, float, float]] = [(0, time.perf_counter(), time.process_time(), memory())]
-    finish, shown = drive._finish, 0.0  # noqa: SLF001
+    finish, shown = drive._finish, 0.0
 
     def finished(future: Any) -> None:
         nonlocal shown
@@ -171,18 +209,23 @@ def driver_arm(folder: Path, trials: int, engine: str, database: str | None) -> 
         done = future.parameters["trial"] + 1
         if done % WINDOW == 0:
             began = time.process_time()
-            with teller._lock:  # noqa: SLF001  # what its thread does every few seconds, without the API
-                changed, teller._changed = teller._changed, {}  # noqa: SLF001
+            with teller._lock:  # what its thread does every few seconds, without the API
+                changed, teller._changed = teller._changed, {}
             for trial in changed.values():
-                teller._tally.take(trial)  # noqa: SLF001
+                teller._tally.take(trial)
             for kind in KINDS:
-                rendered(kind, teller._shown, teller._tally)  # noqa: SLF001
+                rendered(kind, teller._shown, teller._tally)
             shown = time.process_time() - began
             marks.append((done, time.perf_counter(), time.process_time(), memory()))
+            if done % (10 * WINDOW) == 0 or done <= 2 * WINDOW:
+                cpu = (marks[-1][2] - marks[-2][2]) / WINDOW * 1e3
+                print(
+                    f"{engine}: {done} trials, {cpu:.2f} ms of CPU a trial, {marks[-1][3]:.0f} MB", file=sys.stderr, flush=True
+                )
 
-    drive._finish = finished  # type: ignore[method-assign]  # noqa: SLF001
-    drive._take_in(session.followed.look(), fresh=False)  # noqa: SLF001
-    reason = drive._loop(simulated)  # type: ignore[arg-type]  # noqa: SLF001
+    drive._finish = finished  # type: ignore[method-assign]
+    drive._take_in(session.followed.look(), fresh=False)
+    reason = drive._loop(simulated)  # type: ignore[arg-type]
     session.journal.flush()
     session.keeper.release(f"completed: {reason}")
     result = result_of(session.opened, reason, trials=session.followed.own())
@@ -197,6 +240,130 @@ def driver_arm(folder: Path, trials: int, engine: str, database: str | None) -> 
             "cpu_ms": (mark[2] - before[2]) / WINDOW * 1e3,
             "mb": mark[3],
         }
-        for before, mark in zip(marks, marks[1:], strict=False)
+        for before, mark in pairwise(marks)
     ]
     return {"engine": engine, "windows": windows, "peak_mb": peak, "shown_s": shown, "began_mb": marks[0][3]}
+
+
+# Arms
+
+
+MISSING = {"dask": "prefect_dask", "ray": "prefect_ray"}
+
+
+def absent(runner: str) -> str | None:
+    """Return why a runner cannot be measured here, or None."""
+    if runner in MISSING and find_spec(MISSING[runner]) is None:
+        return f"the extra {runner} is not installed"
+    if find_spec(f"holdfast.flows.runners.{runner}") is None and runner != "threads":
+        return f"this version has no runner {runner}"
+    return None
+
+
+def run_arm(arm: str, trials: int, folder: Path, url: str | None, database: str | None) -> dict[str, Any]:
+    """Run one arm in a process of its own; return what it measured, or why it could not."""
+    command = [sys.executable, __file__, "--arm", arm, "--trials", str(trials), "--folder", str(folder)]
+    command += ["--database", database] if database else []
+    environment = {**os.environ, "PREFECT_LOGGING_LEVEL": "ERROR", **({"PREFECT_API_URL": url} if url else {})}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        return {"failed": f"exit code {done.returncode}"}
+    if url:
+        drain(url)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def one_arm(arm: str, trials: int, folder: Path, database: str | None) -> dict[str, Any]:
+    """Measure one arm in this process."""
+    kind, _, what = arm.partition(":")
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "driver":
+        return driver_arm(folder, trials, what, database)
+    if kind == "bare":
+        found = prefect_arm(trials, folder / "bare", 6)
+        return {"per_s": trials / found["seconds"], "cpu_ms": found["cpu"] / trials * 1e3}
+    execution = {"isolation": "inline"} if what == "inline" else {} if kind == "ends" else {"runner": what}
+    return search_arm(folder, f"{kind}-{what}", trials, database, **execution)
+
+
+def measure(options: argparse.Namespace, database: str | None) -> list[dict[str, Any]]:
+    """Run the arms, each group with its own number of trials, and return their figures."""
+    from holdfast.flows.server import EmbeddedServer
+
+    found: list[dict[str, Any]] = []
+    runners = [arm for arm in options.arms if arm.startswith("runner:")]
+    server = EmbeddedServer()
+    url = None
+    if any(not arm.startswith("driver:") for arm in options.arms):
+        server.begin()
+        url = server.url()
+    try:
+        for number in range(options.rounds):
+            ordered = [*runners, "bare:threads"] if runners else []
+            for arm in [*(ordered if number % 2 == 0 else ordered[::-1]), *(options.arms if number == 0 else [])]:
+                if arm in ordered and number == 0 and any(row["arm"] == arm for row in found):
+                    continue
+                why = absent(arm.partition(":")[2]) if arm.startswith("runner:") else None
+                trials = (
+                    options.trials or {"runner": 500, "bare": 500, "ends": 10_000, "driver": 100_000}[arm.partition(":")[0]]
+                )
+                with tempfile.TemporaryDirectory(prefix="holdfast-scale-", dir=options.folder) as name:
+                    row = {"skipped": why} if why else run_arm(arm, trials, Path(name), url, database)
+                found.append({"arm": arm, "round": number, "trials": trials, **row})
+                print(words(found[-1]), flush=True)
+    finally:
+        server.stop()
+    return found
+
+
+def words(row: dict[str, Any]) -> str:
+    """Return a line about one arm."""
+    head = f"| {row['arm']} | {row['trials']} |"
+    if "skipped" in row or "failed" in row:
+        return f"{head} skipped: {row['skipped']} |" if "skipped" in row else f"{head} failed: {row['failed']} |"
+    if "windows" not in row:
+        return f"{head} {row['per_s']:.1f} trials/s, {row['cpu_ms']:.1f} ms of CPU a trial {row.get('memory_mb', '')} |"
+    first, last = row["windows"][0]["cpu_ms"], median(window["cpu_ms"] for window in row["windows"][-3:])
+    kept = last <= LIMIT_RATIO * first and row["peak_mb"] <= LIMIT_MB
+    verdict = "no limit" if row["engine"] == "tpe" else "kept" if kept else "MISSED"
+    return f"{head} {first:.2f} -> {last:.2f} ms of CPU a trial, {last / first:.2f} times; {row['peak_mb']:.0f} MB: {verdict} |"
+
+
+def main() -> None:
+    """Measure, or run one arm."""
+    everything = ["runner:threads", "runner:dask", "runner:ray", "runner:workpool"]
+    everything += ["ends:process", "ends:inline", "driver:random", "driver:sobol"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=everything, help=f"of {', '.join(everything)}, driver:tpe")
+    parser.add_argument("--rounds", type=int, default=3, help="of the runners")
+    parser.add_argument("--trials", type=int, help="in place of each arm's own number")
+    parser.add_argument("--folder", type=Path, help="where experiments are put for the time, such as /dev/shm")
+    parser.add_argument("--postgres", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--database", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm is not None:
+        print(json.dumps(one_arm(options.arm, options.trials, options.folder, options.database)))
+        return
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    about = {"date": datetime.now(UTC).date().isoformat(), "machine": machine, "load": os.getloadavg(), "command": sys.argv[1:]}
+    with tempfile.TemporaryDirectory(prefix="holdfast-scale-pg-") as folder:
+        server, database = None, None
+        if options.postgres:
+            import pgserver
+
+            server = pgserver.get_server(folder)
+            database = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        try:
+            about["rows"] = measure(options, database)
+        finally:
+            if server is not None:
+                server.cleanup()
+    if options.json is not None:
+        options.json.write_text(json.dumps(about, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,6 @@ from holdfast.storage.atomic import make_folder, sync_folder, write_file
 from holdfast.storage.folder import Folder
 from holdfast.storage.root import Root
 
-
 _MADE = 1000
 """Folders that are remembered at most."""
 

@@ -1,4 +1,4 @@
-"""A search that goes on in a new flow run after so many trials is one search: for who called it, in its rows, and in Prefect."""
+"""A search that goes on in a new flow run after so many trials is one search: for its caller, in its rows, and in Prefect."""
 
 from __future__ import annotations
 
