@@ -1,8 +1,8 @@
 """A long search goes on in a new flow run, so that none grows without end.
 
 In a deployment's flow run the lease is given back, and a flow run of the deployment ``restore`` is created, which goes on.
-Anywhere else the next one follows in the same process, which keeps the lease meanwhile: nobody can come in between, and a signal
-that comes between two of them ends the search as any other one.
+Anywhere else the next one follows in the same process, which keeps the lease meanwhile: nobody can come in between, and a
+signal that comes between two of them ends the search as any other one.
 """
 
 from __future__ import annotations

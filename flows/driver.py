@@ -308,7 +308,9 @@ class Drive:
 
     def _refresh(self) -> None:
         """Take in every row that changed."""
-        self._take_in(self._session.reader.trials(since=self._seq, first=-ALL), fresh=True)
+        changed = self._session.reader.trials(since=self._seq, first=-ALL)
+        self._session.followed.take(changed)
+        self._take_in(changed, fresh=True)
 
     def _take_in(self, trials: Sequence[Trial], *, fresh: bool) -> None:
         inflight = {(flight.number, flight.attempt) for flight in self._inflight.values()}

@@ -13,6 +13,9 @@ from holdfast.storage.folder import Folder
 from holdfast.storage.root import Root
 from holdfast.tasks.remote import known
 
+_MADE = 1000
+"""Folders that are remembered at most."""
+
 
 class HoldfastResults(LocalFileSystem):
     """An experiment's folder as Prefect result storage.
@@ -33,6 +36,8 @@ class HoldfastResults(LocalFileSystem):
         if file.parent == Path(str(self.basepath)):
             return str(file)
         if file.parent not in self._made:
+            if len(self._made) >= _MADE:  # a trial's folder is written to a few times, and then no more
+                self._made.clear()
             make_folder(file.parent)
             sync_folder(file.parent.parent)  # a worker may have made it for the trial's log
             self._made.add(file.parent)

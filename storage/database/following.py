@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from holdfast.core.trial import Trial, TrialStatus
 from holdfast.storage.database.reads import ALL, Reader
 
@@ -18,22 +20,27 @@ class Followed:
         self._running: dict[int, int] = {}
         """seq of each trial that ran when it was looked at, by number"""
         self._seq = -1
+        self._is_ordered = True
 
     def look(self) -> list[Trial]:
         """Return the trials as they stand now, in number order; those below number 0 were merged from other experiments."""
         since = min([self._seq, *(seq - 1 for seq in self._running.values())])
-        grown = False
-        for trial in self._reader.trials(since=since, first=-ALL):
-            grown |= trial.number not in self._trials
+        self.take(self._reader.trials(since=since, first=-ALL))
+        if not self._is_ordered:  # what was merged meanwhile comes before the rest
+            self._trials = dict(sorted(self._trials.items()))
+            self._is_ordered = True
+        return list(self._trials.values())
+
+    def take(self, trials: Sequence[Trial]) -> None:
+        """Take in every trial that changed since the last look, as somebody else has read them: they are not read again."""
+        for trial in trials:
+            self._is_ordered = self._is_ordered and (self._seq < 0 or trial.number in self._trials)
             self._trials[trial.number] = trial
-            self._seq = max(self._seq, trial.seq)
             if trial.status is TrialStatus.RUNNING:
                 self._running[trial.number] = trial.seq
             else:
                 self._running.pop(trial.number, None)
-        if grown and since >= 0:  # what was merged meanwhile comes before the rest
-            self._trials = dict(sorted(self._trials.items()))
-        return list(self._trials.values())
+        self._seq = max([self._seq, *(trial.seq for trial in trials)])
 
     def own(self) -> list[Trial]:
         """Return the experiment's own trials as they stand now, in number order."""

@@ -72,10 +72,15 @@ _CHECKPOINTS = _sql(
     f" WHERE {_LIVE} AND c.seq > :since ORDER BY t.number, a.number, c.step"
 )
 
+_AT_ONCE = 64
+"""Trials whose checkpoints one statement asks for: with hundreds that run, one for each would be most of what a batch costs."""
+_NOBODY = -(2**62)
+"""The number of no trial."""
+_PLACES = ", ".join(f":n{place}" for place in range(_AT_ONCE))
 _CHECKPOINTS_OF = _sql(
     "SELECT t.number, a.number, c.step, c.seq, c.path, c.digest, c.bytes, c.created, c.status, c.reason, c.pinned"
     " FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN checkpoint c ON c.attempt_id = a.id"
-    " WHERE t.experiment_id = :experiment AND t.number = :number AND c.seq > :since ORDER BY a.number, c.step"
+    f" WHERE t.experiment_id = :experiment AND t.number IN ({_PLACES}) AND c.seq > :since ORDER BY t.number, a.number, c.step"
 )
 
 _RUNNING = _sql("SELECT number FROM trial WHERE experiment_id = :experiment AND status = 'RUNNING'")
@@ -153,7 +158,11 @@ class Outbox:
         if since != self._reached:
             return _lists(state.run(_CHECKPOINTS, **scope))
         numbers = sorted(self._running | changed)
-        return [list(row) for number in numbers for row in state.run(_CHECKPOINTS_OF, **scope, number=number)]
+        found: list[Row] = []
+        for first in range(0, len(numbers), _AT_ONCE):
+            some = [*numbers[first : first + _AT_ONCE], *[_NOBODY] * _AT_ONCE]
+            found += _lists(state.run(_CHECKPOINTS_OF, **scope, **{f"n{place}": some[place] for place in range(_AT_ONCE)}))
+        return found
 
     def _reports(self, state: Transaction, since: int) -> list[Row]:
         scope = {"experiment": self._experiment, "since": since}

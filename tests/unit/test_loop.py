@@ -1,4 +1,5 @@
 import math
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.core.budget import Budget
-from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, actions, decide
+from holdfast.core.loop import Done, Ledger, Propose, Submit, Wait, actions, decide, is_continued
 from holdfast.core.objective import Objective
 from holdfast.core.trial import ACTIVE, TrialStatus
 from holdfast.testing.samples import sample_spec, sample_trial
@@ -260,3 +261,79 @@ def test_neither_the_budget_nor_the_concurrency_is_ever_exceeded(num_trials, max
     assert book.total == max(len(old), num_trials)
     assert not book.unfinished
     assert not any(status in ACTIVE for status in book.statuses.values())
+
+
+def test_a_flow_run_ends_before_the_first_trial_that_is_too_many():
+    book = ledger(5, max_concurrent=2)
+    book.per_run = book.begun = 2
+    for number in range(2):
+        book.update(sample_trial(number, TrialStatus.RUNNING))
+    book.update(sample_trial(0, TrialStatus.COMPLETED, metrics={"loss": 1.0}))
+    assert decide(book, NOW) == Wait()  # nothing is proposed either, before all is known that would be known
+    book.update(sample_trial(1, TrialStatus.COMPLETED, metrics={"loss": 1.0}))
+    assert decide(book, NOW) == Propose(2)
+    book.update(sample_trial(2))
+    reason = "continued: 2 trials have begun in this flow run"
+    assert decide(book, NOW) == Done(reason)
+    assert is_continued(reason)
+    book.halt = "stopped on request"
+    assert decide(book, NOW) == Done("stopped on request")
+
+
+def test_a_flow_run_with_nothing_left_to_begin_ends_as_ever():
+    book = ledger(1)
+    book.per_run = book.begun = 1
+    book.update(sample_trial(0, TrialStatus.COMPLETED, metrics={"loss": 1.0}))
+    assert decide(book, NOW) == Done("every trial of the budget was proposed")
+    assert not is_continued("completed: every trial of the budget was proposed")
+    assert not is_continued(None)
+
+
+def operations(known):
+    """Return how many lines of Python, and calls, 100 trials cost that end one after the other behind so many."""
+    book = ledger(None, max_concurrent=10**6, plateau=10**6, max_cost=1e9)
+
+    def end(number):
+        metrics = {"loss": 1.0 + number % 7, "cost": 0.1 * (number % 5)}
+        row = sample_trial(number, TrialStatus.COMPLETED, metrics=metrics)
+        book.update(replace(row, seq=number, ended_seq=number))
+        return decide(book, NOW)
+
+    for number in range(known):
+        end(number)
+    count = 0
+
+    def traced(frame, event, arg):
+        nonlocal count
+        count += 1
+        return traced
+
+    before = sys.gettrace()
+    sys.settrace(traced)
+    try:
+        found = [end(number) for number in range(known, known + 100)]
+    finally:
+        sys.settrace(before)
+    assert found[-1] == Propose(known + 100)
+    return count
+
+
+def test_what_a_decision_costs_does_not_grow_with_the_trials():
+    assert operations(20_000) == pytest.approx(operations(200), rel=0.02)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.floats(-10, 10)), max_size=40), st.floats(0, 2))
+def test_plateaus_and_costs_are_the_same_in_whatever_order_they_come(ends, delta):
+    limits = {"plateau": 10**6, "max_cost": 1e9, "min_delta": delta}
+    book = ledger(None, max_concurrent=100, **limits)
+    rows = {}
+    for number, (ended, value) in enumerate(ends):
+        seq = ended * 100 + number
+        row = sample_trial(number, TrialStatus.COMPLETED, metrics={"loss": value, "cost": abs(value)})
+        rows[number] = replace(row, seq=seq, ended_seq=seq)
+        book.update(rows[number])
+        book.closed()
+    fresh = book.budget.flat(row.metrics["loss"] for row in sorted(rows.values(), key=lambda row: row.ended_seq))
+    book.closed()
+    assert book._flat == fresh
+    assert float(book._cost) == math.fsum(row.metrics["cost"] for row in rows.values())

@@ -70,15 +70,17 @@ class Budget:
         Better is what is better than the last one that counted by more than ``min_delta``. Before the first value that counts
         there is no plateau.
         """
-        best: float | None = None
-        count = 0
+        return self.level(values)[0]
+
+    def level(self, values: Iterable[float | None], count: int = 0, best: float | None = None) -> tuple[int, float | None]:
+        """Return what :meth:`flat` does, and the last value that was better; ``count`` and ``best`` are those so far."""
         margin = self.min_delta if self.objective.direction is Direction.MIN else -self.min_delta
         for value in values:
             if value is not None and (best is None or self.objective.better(value, best - margin)):
                 best, count = value, 0
             elif best is not None:
                 count += 1
-        return count
+        return count, best
 
     def closed(
         self, *, trials: int, proposed: int, active_seconds: float, best: float | None, flat: int = 0, cost: float = 0.0

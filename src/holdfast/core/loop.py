@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from fractions import Fraction
 from operator import itemgetter
 
 from holdfast.core.budget import Budget
@@ -86,12 +87,18 @@ class Ledger:
     counts: Counter[TrialStatus] = field(default_factory=Counter)
     _flat: int | None = 0
     """the length of the plateau; None: to be counted anew"""
+    _top: float | None = None
+    """the value that none on the plateau was better than"""
+    _last: int = -1
+    """when the last trial ended that is counted there"""
     highest: int = -1
     """the last trial's number"""
     proposed: int = 0
     """how many of the trials came from the engine: neither from the queue nor from the spec's points"""
     costs: dict[int, float] = field(default_factory=dict)
     """what each trial has cost so far, where that is limited"""
+    _cost: Fraction = Fraction(0)
+    """their sum: exact, so that it does not depend on the order in which they came"""
     values: dict[int, tuple[int, float | None]] = field(default_factory=dict)
     """when each scored trial ended, and the value that it counts with, where a plateau ends the search"""
     population: Population | None = None
@@ -166,20 +173,24 @@ class Ledger:
     def spent(self, trial: Trial) -> None:
         """Note what a trial has cost so far."""
         if self.budget.max_cost is not None:
-            self.costs[trial.number] = self.budget.cost(trial.metrics)
+            before = self.costs.get(trial.number, 0.0)
+            self.costs[trial.number] = now = self.budget.cost(trial.metrics)
+            if now != before:
+                self._cost += Fraction(now) - Fraction(before)
 
     def closed(self) -> str | None:
         """Return why no further trial may be proposed, or None."""
         if self._flat is None:
             ended = sorted(self.values.values(), key=itemgetter(0))
-            self._flat = self.budget.flat(value for _, value in ended)
+            self._last = ended[-1][0] if ended else -1
+            self._flat, self._top = self.budget.level(value for _, value in ended)
         return self.budget.closed(
             trials=self.total,
             proposed=self.proposed,
             active_seconds=self.active_seconds,
             best=self.best,
             flat=self._flat,
-            cost=math.fsum(self.costs.values()),
+            cost=float(self._cost),
         )
 
     def _ends(self, step: int) -> bool:
@@ -197,8 +208,13 @@ class Ledger:
         raw = score(trial.metrics, self.budget.objective)
         value = self.budget.value(trial.metrics)
         if self.budget.plateau is not None and raw is not None and math.isfinite(raw):
-            self._flat = None
-            self.values[trial.number] = (trial.seq if trial.ended_seq is None else trial.ended_seq, value)
+            ended = trial.seq if trial.ended_seq is None else trial.ended_seq
+            self.values[trial.number] = (ended, value)
+            if self._flat is not None and ended > self._last:  # as nearly always: it comes behind those that are counted
+                self._last = ended
+                self._flat, self._top = self.budget.level([value], self._flat, self._top)
+            else:
+                self._flat = None
         if value is None:
             return
         if self.best is None or self.budget.objective.better(value, self.best):
