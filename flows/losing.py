@@ -10,7 +10,7 @@ from typing import Any
 from holdfast.core.errors import Conflict, Contention, HoldfastError
 from holdfast.core.loop import Ledger
 from holdfast.core.trial import Outcome, Trial, TrialStatus
-from holdfast.flows.lost import SILENT_SECONDS, Flight, Refusals, Verdict, gone, judge, worker_words
+from holdfast.flows.lost import SILENT_SECONDS, Flight, Losses, Refusals, Verdict, fatal, gone, judge, worker_words
 from holdfast.flows.lost_runs import LostRuns
 from holdfast.flows.reconcile import persisted_outcome
 from holdfast.flows.runners.port import End, Runner
@@ -37,6 +37,7 @@ class Remote:
     ) -> None:
         self.is_used = session.spec.execution.is_remote
         self.refusals = Refusals(say)
+        self._losses = Losses()
         self._session, self._say = session, say
         self._inflight, self._trials = inflight, trials
         self._complete, self._ledger = complete, ledger
@@ -82,11 +83,14 @@ class Remote:
 
     def finish(self, run: Any, flight: Flight, end: End) -> None:
         """See to a task that ended, and is in flight no more: what its attempt is like, its rows say."""
-        if end.state is not None and end.state.is_completed() and not self._is_over(flight):
-            self._complete(self._trials[flight.number])
-            return
-        error = None if end.state is None else end.state.result(raise_on_failure=False)
-        why = end.why or f"{type(error).__name__}: {error}"
+        error = None
+        if end.state is not None and end.state.is_completed():
+            if self._is_over(flight) or self._settled(flight):
+                return
+            why = "its task ended and its result was not persisted"  # its worker was ended just then
+        else:
+            error = None if end.state is None else end.state.result(raise_on_failure=False)
+            why = end.why or f"{type(error).__name__}: {error}"
         match judge(self._session.reader.trial(flight.number), flight.attempt, end.how, error):
             case Verdict.AGAIN if self._ending:
                 self._let_wait(flight.number)
@@ -128,11 +132,21 @@ class Remote:
 
     def _close(self, run: Any, flight: Flight, why: str) -> None:
         """Close an attempt whose worker is gone: lost, if it came to nothing; its trial waits again."""
-        if not self._settled(flight):
+        if not self._settled(flight) and not self._is_fatal(flight, why):
             with suppress(Conflict):  # it has just ended
                 self._session.driver.end(flight.row, Ending(outcome=Outcome.LOST, note=why))
             self._say(f"trial {flight.number}: its worker was lost, it goes on elsewhere: {why}")
         self._runs.add(run, why)
+
+    def _is_fatal(self, flight: Flight, why: str) -> bool:
+        """Note that an attempt is lost; close it as crashed when it was its trial's last chance."""
+        trial = self._session.reader.trial(flight.number)
+        if trial is None or not self._losses.add(trial):
+            return False
+        with suppress(Conflict):  # it has just ended
+            self._session.driver.end(flight.row, fatal(why))
+            self._say(f"trial {flight.number} crashed: it came no further, whatever worker ran it; the last one: {why}")
+        return True
 
     def check(self) -> None:
         """Raise Infrastructure when the engine is gone; only rows tell of what it ran then."""
@@ -151,23 +165,18 @@ class Remote:
             return
         epoch = self._session.runtime.epoch
         database, experiment = self._session.opened.database, self._session.runtime.experiment
-        rows = workers.every(database, experiment, epoch=epoch)
+        rows = workers.every(database, experiment, epoch=epoch, unsettled=True)
         for row, why in gone(row for row in rows if row.id not in self._gone):
-            its = {
-                run: flight
-                for run, flight in self._inflight.items()
-                if (found := workers.of_attempt(database, flight.row)) is not None and found.id == row.id
-            }
-            for flight in its.values():
-                self._settled(flight)
+            its = {run: flight for run, flight in self._inflight.items() if self._worker(flight) == row.id}
             words = f"{worker_words(row)} is lost: {why}"
+            closed = {flight.row for flight in its.values() if self._settled(flight) or self._is_fatal(flight, words)}
             silent = SILENT_SECONDS if row.silent >= SILENT_SECONDS else None
             lost = workers.lose(database, experiment, epoch, row.id, words, silent=silent)
             if lost or (row.left is None and silent is None):
                 self._say(words + (f"; trials {', '.join(str(number) for number, _ in lost)} go on elsewhere" if lost else ""))
             if row.left is not None or silent is None or lost:
                 self._gone.add(row.id)  # what it had is closed, and it can claim nothing more
-            closed = {attempt for _, attempt in lost}
+            closed |= {attempt for _, attempt in lost}
             for run, flight in its.items():
                 if flight.row in closed:
                     del self._inflight[run]
@@ -177,6 +186,11 @@ class Remote:
         if not self._ending:
             for number in self.refusals.due():
                 self._let_wait(number)
+
+    def _worker(self, flight: Flight) -> int | None:
+        """Return the row id of the worker that runs an attempt, as the rows were read last; None: nobody, or it has ended."""
+        attempt = self._trials[flight.number].attempt
+        return attempt.worker if attempt.number == flight.attempt else None
 
     def _look_at_watched(self) -> None:
         reads = time.monotonic() - self._looked > RESULT_SECONDS

@@ -11,15 +11,18 @@ from typing import Any
 from prefect.futures import PrefectFuture
 
 from holdfast.core.errors import Contention, Infrastructure, Unfit
-from holdfast.core.trial import ACTIVE, Trial, TrialStatus
+from holdfast.core.trial import ACTIVE, ErrorInfo, Outcome, Trial, TrialStatus
 from holdfast.flows.runners.port import How
 from holdfast.holding import liveness
+from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.workers import WorkerRow
 
 SILENT_SECONDS = 30.0
 """A worker that has said nothing for so long is lost."""
 MOST_REFUSALS = 10
 """So many tasks in a row that ended without a trial having begun interrupt the search."""
+MOST_LOSSES = 5
+"""So many workers in a row that were lost with the same trial, which came no further: it is what ends them."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 """Seconds before a trial that no worker began is handed out again."""
 
@@ -81,6 +84,27 @@ def gone(rows: Iterable[WorkerRow]) -> list[tuple[WorkerRow, str]]:
         elif liveness({"host": row.host, "pid": row.pid, "started": row.started}) is False:
             found.append((row, "its process is gone"))
     return found
+
+
+class Losses:
+    """How often in a row each trial was lost with its worker: one that takes too much memory would end them all."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, tuple[int | None, int]] = {}
+        """by the trial's number: the step of its last report, and how often it was lost there"""
+
+    def add(self, trial: Trial) -> bool:
+        """Note that a trial was lost; tell whether it was the last time that its worker is blamed for it."""
+        step, count = self._counts.get(trial.number, (trial.step, 0))
+        count = count + 1 if step == trial.step else 1
+        self._counts[trial.number] = trial.step, count
+        return count >= MOST_LOSSES
+
+
+def fatal(why: str) -> Ending:
+    """Return the end of an attempt that was lost with one worker too many."""
+    message = f"{MOST_LOSSES} workers in a row were lost with this trial, which came no further; the last one: {why}"
+    return Ending(outcome=Outcome.CRASHED, error=ErrorInfo(kind="WorkerLost", message=message))
 
 
 class Refusals:

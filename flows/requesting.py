@@ -14,7 +14,7 @@ from holdfast.core.resume import ResumePolicy
 from holdfast.core.space import Space
 from holdfast.core.spec import explain
 from holdfast.core.values import Json
-from holdfast.flows.prepare import RestoreRequest
+from holdfast.flows.changing import RestoreRequest
 
 
 def request_of(

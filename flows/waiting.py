@@ -34,7 +34,7 @@ def await_workers(session: Session, say: Callable[[str], None], *, pause: Callab
 
 
 def _working(session: Session) -> Sequence[WorkerRow]:
-    rows = workers.every(session.opened.database, session.runtime.experiment)
+    rows = workers.every(session.opened.database, session.runtime.experiment, unsettled=True)
     return [row for row in rows if row.epoch < session.runtime.epoch and is_working(row)]
 
 

@@ -16,15 +16,8 @@ from holdfast.core.resume import Planned, ResumePolicy
 from holdfast.core.space import Space
 from holdfast.core.values import Json
 from holdfast.experiment import Experiment
-from holdfast.flows.prepare import (
-    Restored,
-    RestoreRequest,
-    checked_spec,
-    plan_restore,
-    prepare_creation,
-    prepare_restore,
-    prepare_search,
-)
+from holdfast.flows.changing import RestoreRequest
+from holdfast.flows.prepare import Restored, checked_spec, plan_restore, prepare_creation, prepare_restore, prepare_search
 from holdfast.flows.requesting import request_of
 from holdfast.flows.server import EmbeddedServer
 from holdfast.flows.serving import left_running

@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.core.errors import AlreadyClaimed, Fenced, Infrastructure, StorageError, Unfit
 from holdfast.core.trial import Attempt, Outcome, Trial, TrialStatus
-from holdfast.flows.lost import MOST_REFUSALS, SILENT_SECONDS, Refusals, Verdict, gone, judge
+from holdfast.flows.lost import MOST_LOSSES, MOST_REFUSALS, SILENT_SECONDS, Losses, Refusals, Verdict, fatal, gone, judge
 from holdfast.flows.runners.port import How
 from holdfast.storage.database.workers import WorkerRow
 from holdfast.tasks.workers import processes
@@ -81,6 +81,21 @@ class TestWorkers:
 
     def test_a_process_of_another_host_is_judged_by_its_silence_alone(self) -> None:
         assert gone([worker(host="another/boot", started="another start")]) == []
+
+
+class TestLosses:
+    def test_a_trial_that_takes_worker_after_worker_with_it_is_to_blame(self) -> None:
+        losses = Losses()
+        assert [losses.add(OPEN) for _ in range(MOST_LOSSES)] == [False] * (MOST_LOSSES - 1) + [True]
+        assert fatal("gone").outcome is Outcome.CRASHED
+
+    def test_one_that_comes_further_is_not(self) -> None:
+        losses = Losses()
+        assert not any(losses.add(replace(OPEN, step=step)) for step in range(3 * MOST_LOSSES))
+
+    def test_each_trial_is_on_its_own(self) -> None:
+        losses = Losses()
+        assert not any(losses.add(replace(OPEN, number=number)) for number in range(3 * MOST_LOSSES))
 
 
 class TestRefusals:

@@ -14,7 +14,8 @@ from store_kit import create
 
 from holdfast.core.resume import Action, Rerun, ResumePolicy
 from holdfast.core.trial import ErrorInfo, Outcome
-from holdfast.flows.prepare import Restored, RestoreRequest, plan_restore, prepare_restore
+from holdfast.flows.changing import RestoreRequest
+from holdfast.flows.prepare import Restored, plan_restore, prepare_restore
 from holdfast.report.observer import Observer
 from holdfast.result import result_of
 from holdfast.storage.database.attempts import Saved

@@ -21,7 +21,8 @@ from holdfast.core.space import config_digest
 from holdfast.core.trial import ERRORED, FINISHED, UNFINISHED, Attempt, Outcome, Trial, TrialStatus
 from holdfast.core.values import dumps
 from holdfast.experiment import Experiment
-from holdfast.flows.prepare import RestoreRequest, plan_restore, prepare_restore
+from holdfast.flows.changing import RestoreRequest
+from holdfast.flows.prepare import plan_restore, prepare_restore
 from holdfast.flows.requesting import request_of
 from holdfast.locate import Opened
 from holdfast.report.observer import Observer

@@ -21,7 +21,8 @@ from holdfast.core.errors import HoldfastError, SpecError
 from holdfast.core.resume import Rerun, ResumePolicy
 from holdfast.core.spec import CHANGEABLE
 from holdfast.experiment import Experiment
-from holdfast.flows.prepare import RestoreRequest, changed_spec, prepare_restore
+from holdfast.flows.changing import RestoreRequest, changed_spec
+from holdfast.flows.prepare import prepare_restore
 from holdfast.flows.requesting import request_of
 from holdfast.locate import Opened, open_path
 from holdfast.report.observer import Observer

@@ -13,7 +13,8 @@ from store_kit import content, create
 
 from holdfast.core.errors import SpecError
 from holdfast.experiment import Experiment
-from holdfast.flows.prepare import Origin, RestoreRequest, prepare_creation, prepare_restore, prepare_search
+from holdfast.flows.changing import RestoreRequest
+from holdfast.flows.prepare import Origin, prepare_creation, prepare_restore, prepare_search
 from holdfast.flows.session import Session, begin
 from holdfast.flows.shipping import packed_of, ship
 from holdfast.locate import Opened, open_path

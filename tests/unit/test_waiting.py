@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from restoring_kit import alter, deserted, leave, made, saved
 
-from holdfast.flows.prepare import RestoreRequest, prepare_restore
+from holdfast.flows.changing import RestoreRequest
+from holdfast.flows.prepare import prepare_restore
 from holdfast.flows.session import Session
 from holdfast.flows.waiting import await_workers
 from holdfast.locate import Opened
