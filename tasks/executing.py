@@ -7,16 +7,21 @@ import signal
 import socket
 import threading
 import uuid
+from contextlib import suppress
 from typing import Any
 
 import cloudpickle
 from prefect.client.schemas import State
 from prefect.context import serialize_context
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 from prefect.task_engine import run_task_sync
 from prefect.tasks import Task
 
 from holdfast.core.errors import HoldfastError
 from holdfast.tasks.place import Place
+
+FLUSH_SECONDS = 5.0
 
 
 def pack_task(task: Task[..., Any]) -> bytes:
@@ -45,7 +50,17 @@ def execute_alone(packet: bytes, run: uuid.UUID, parameters: dict[str, Any]) -> 
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return execute(packet, run, parameters)
+    try:
+        return execute(packet, run, parameters)
+    finally:
+        flush()  # Ray ends a process that has nothing to do without asking it
+
+
+def flush() -> None:
+    """Let Prefect send what this process has logged and told of its runs so far, within a few seconds."""
+    for service in (APILogWorker, EventsWorker):
+        with suppress(Exception):  # an API that is away stops nothing
+            service.drain_all(timeout=FLUSH_SECONDS)
 
 
 def ask(place: Place) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +25,7 @@ from holdfast.core.execution_section import Resources
 from holdfast.flows.runners.asking import first_workers, lacking, refuse_unfit
 from holdfast.flows.runners.port import End, How
 from holdfast.settings import visible_gpus
-from holdfast.tasks.executing import ask, execute, pack_task
+from holdfast.tasks.executing import ask, execute, flush, pack_task
 from holdfast.tasks.place import Place
 
 _RESULT_SECONDS = 5.0
@@ -62,6 +62,9 @@ class DaskRunner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
+        if self._address is None and self._client.status == "running":
+            with suppress(Exception):  # their last words; the workers end with the cluster
+                self._client.run(flush, on_error="ignore")
         self._stack.close()
 
     @contextmanager
