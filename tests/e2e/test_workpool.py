@@ -125,8 +125,8 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
     os.kill(pid, signal.SIGKILL)
     until(lambda: any((entry.event, entry.trial, entry.attempt) == ("start", 2, 2) for entry in lab.log()), search)
     with lab.open() as experiment:
-        first = [attempt for attempt in experiment.attempts() if (attempt.trial, attempt.number) == (2, 1)]
-    assert [attempt.outcome for attempt in first] == [Outcome.LOST]
+        first = next(attempt for attempt in experiment.attempts(2) if attempt.number == 1)
+    assert first.outcome is Outcome.LOST
 
     # The search is killed; a restore runs what is left, once.
     until(lambda: any(entry.trial == 2 and entry.attempt == 2 and entry.event == "step" for entry in lab.log()), search)

@@ -150,7 +150,7 @@ def test_several_at_once_make_everything_once(server: Own, tmp_path: Path) -> No
     wanted = Wanted(workdir=str(tmp_path))
     at_once(*[partial(quietly, wanted)] * 3)
     state = server.state()
-    assert sorted(one["name"] for one in state["deployments"]) == ["collect", "restore", "search", "watch"]
+    assert sorted(one["name"] for one in state["deployments"]) == ["collect", "restore", "search", "trial", "watch"]
     assert sorted(one["name"] for one in state["automations"]) == sorted(automations.NAMES)
     assert [pool["name"] for pool in state["work_pools"]] == [POOL]
     for one in state["deployments"]:
