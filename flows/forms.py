@@ -313,6 +313,7 @@ class Drive(_Form):
     host: str
     code: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+    references: dict[str, Any] | None = None
 
 
 class TrialForm(_Form):

@@ -143,6 +143,7 @@ def parameters(place: Place, told: Told, *, trial: int, attempt: int, row: int) 
             "host": place.host,
             "code": place.code,
             "versions": dict(place.versions),
+            **({"references": dict(place.references)} if place.references is not None else {}),
         },
         **({"database": told.database} if told.database is not None else {}),
         **({"storage_options": dict(told.options)} if told.options else {}),
@@ -187,5 +188,6 @@ def place_of(form: TrialForm) -> tuple[Place, str]:
         trainable=form.drive.trainable,
         host=form.drive.host,
         versions=form.drive.versions,
+        references=form.drive.references,
     )
     return place, dumps(dict(trial.config))

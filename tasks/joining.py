@@ -25,10 +25,16 @@ from holdfast.tasks.working import WorkFolder
 
 
 def make_pool(spec: ExperimentSpec, place: Place) -> WorkerPool:
-    """Return the child processes of a worker, none started yet; SpecError when it has too few devices."""
+    """Return the child processes of a worker, none started yet; SpecError when it has too few devices for one trial.
+
+    With devices, there are as many slots as those are enough for: the whole search may run more trials than fit here.
+    """
     resources = spec.execution.resources
-    gpus = visible_gpus(needed=place.slots * resources.gpu) if resources.gpu else None
-    return WorkerPool(place.slots, cpu_per_trial=resources.cpu, gpus=gpus, gpus_per_trial=resources.gpu)
+    if not resources.gpu:
+        return WorkerPool(place.slots, cpu_per_trial=resources.cpu)
+    gpus = visible_gpus(needed=resources.gpu)
+    slots = min(place.slots, len(gpus) // resources.gpu)
+    return WorkerPool(slots, cpu_per_trial=resources.cpu, gpus=gpus, gpus_per_trial=resources.gpu)
 
 
 def join(database: Database, place: Place, engine: str) -> int:

@@ -32,5 +32,7 @@ class Place:
     """``tasks.workers.processes.same_host()`` of the driver: SQLite and local paths are good there alone"""
     versions: Mapping[str, str] = field(default_factory=dict)
     """of Python and packages at the driver, by name"""
+    references: Mapping[str, Any] | None = None
+    """what trials are handed in this drive; None: what the stored spec names"""
     slots: int = 1
     """how many attempts one worker process runs at once, at most"""

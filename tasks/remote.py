@@ -411,6 +411,7 @@ def _make(place: Place, engine: str, database: Database, made: contextlib.ExitSt
     options = options_of(place)
     data = {**record.spec, "storage": parent_of(place.location), **({"storage_options": options} if options else {})}
     spec = ExperimentSpec.parse(data, source=f"stored spec of {record.name}")
+    references = {} if place.references is None else {"references": dict(place.references)}
     work = WorkFolder(settings().cache_folder / "work")
     made.callback(work.close)
     folder = Folder.at(place.location, options=options, work=work.path, cache_bytes=settings().cache_bytes)
@@ -425,7 +426,7 @@ def _make(place: Place, engine: str, database: Database, made: contextlib.ExitSt
         uuid=place.uuid,
         experiment=place.experiment,
         epoch=place.epoch,
-        spec=spec.model_copy(update={"trainable": trainable_of(place, folder)}),
+        spec=spec.model_copy(update={"trainable": trainable_of(place, folder), **references}),
         workdir=str(workdir),
         database=database,
         reader=reader,

@@ -60,6 +60,7 @@ def place_of(session: Session) -> Place:
         database=opened.database.address,
         host=same_host(),
         versions=versions(),
+        references=dict(spec.references) if spec.references != opened.record.spec.get("references", {}) else None,
         slots=spec.search.max_concurrent if runner == "dask" else 1,
         **shipped(session),
     )

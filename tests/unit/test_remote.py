@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_kit import until
+from store_kit import sample_spec, until
 from support_workers import Drive, children, descriptors, in_threads
 
 from holdfast.core.errors import Conflict, Fenced, HoldfastError, Infrastructure, Unfit
@@ -21,7 +21,8 @@ from holdfast.core.trial import Outcome
 from holdfast.storage.database import requests, workers
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.leases import Terms
-from holdfast.tasks import remote
+from holdfast.tasks import joining, remote
+from holdfast.tasks.place import Place
 from holdfast.tasks.remote import close_all, reach, using
 from holdfast.tasks.workers.messages import Decision
 
@@ -62,6 +63,21 @@ def test_the_spec_is_the_one_of_the_row(drive: Drive) -> None:
         connection.exec_driver_sql("UPDATE experiment SET spec = replace(spec, '\"max_steps\":null', '\"max_steps\":77')")
         assert "77" in str(connection.exec_driver_sql("SELECT spec FROM experiment").scalar())
     assert reach(drive.place(), "ray").spec.stopping.max_steps == 77
+
+
+def test_trials_are_handed_what_this_drive_was_given(drive: Drive) -> None:
+    runtime = reach(drive.place(references={"data": "/mnt/new"}), "dask")
+    assert runtime.spec.references == {"data": "/mnt/new"}
+
+
+def test_devices_limit_what_runs_at_once_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    spec = sample_spec(execution={"runner": "dask", "resources": {"gpu": 2}})
+    place = Place(
+        uuid="u", name="n", experiment=1, epoch=1, location="/x", database="", workdir="/", trainable="", host="", slots=16
+    )
+    with joining.make_pool(spec, place) as pool:
+        assert [environment["CUDA_VISIBLE_DEVICES"] for environment in pool._environments] == ["0,1", "2,3"]
 
 
 def test_nothing_is_left(drive: Drive) -> None:
@@ -269,9 +285,6 @@ class TestUnfit:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
         made = Drive.begin(tmp_path, execution={"resources": {"gpu": 2}})
         with closing(made.opened):
-            with pytest.raises(Unfit, match="need 4 devices, 2 are visible"):
-                reach(made.place(slots=2), "dask")
-            remote._unfit.clear()
             runtime = reach(made.place(slots=1), "ray")
             assert runtime.pool is not None
             assert runtime.pool._environments[0]["CUDA_VISIBLE_DEVICES"] == "3,5"
