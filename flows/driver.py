@@ -393,7 +393,9 @@ class Drive:
         self._runtime.cancelled = asked
         waiting = [number for number in asked if number in self.ledger.waiting or number in self.ledger.held]
         if self._remote.is_used:  # what no worker has begun may wait for one for long
-            waiting += [number for number in asked if self._trials[number].status is TrialStatus.PENDING]
+            waiting += [
+                number for number in asked if number in self._trials and self._trials[number].status is TrialStatus.PENDING
+            ]
         if waiting:
             rows = self._session.reader.trial_ids()
             for number in dict.fromkeys(waiting):

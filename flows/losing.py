@@ -7,10 +7,21 @@ from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any
 
-from holdfast.core.errors import Conflict, Contention, HoldfastError
+from holdfast.core.errors import Conflict, Contention, HoldfastError, Infrastructure
 from holdfast.core.loop import Ledger
 from holdfast.core.trial import Outcome, Trial, TrialStatus
-from holdfast.flows.lost import SILENT_SECONDS, Flight, Losses, Refusals, Verdict, fatal, gone, judge, worker_words
+from holdfast.flows.lost import (
+    MOST_LOSSES,
+    SILENT_SECONDS,
+    Flight,
+    Losses,
+    Refusals,
+    Verdict,
+    fatal,
+    gone,
+    judge,
+    worker_words,
+)
 from holdfast.flows.lost_runs import LostRuns
 from holdfast.flows.reconcile import persisted_outcome
 from holdfast.flows.runners.port import End, Runner
@@ -19,6 +30,8 @@ from holdfast.storage.database import workers
 from holdfast.storage.database.driver import Ending
 from holdfast.tasks.workers.messages import Decision
 
+AGAIN = "goes on elsewhere"
+CRASHED = f"was lost {MOST_LOSSES} times in a row and came no further: it crashed"
 RESULT_SECONDS = 5.0
 """How often it is looked for whether an attempt that its engine lost sight of has left its result."""
 
@@ -37,7 +50,7 @@ class Remote:
     ) -> None:
         self.is_used = session.spec.execution.is_remote
         self.refusals = Refusals(say)
-        self._losses = Losses()
+        self._losses, self._troubles = Losses(), Losses()
         self._session, self._say = session, say
         self._inflight, self._trials = inflight, trials
         self._complete, self._ledger = complete, ledger
@@ -61,9 +74,9 @@ class Remote:
         """Tell every worker what to do; it hears of it with its next beat."""
         if not self.is_used or decision is self._told or self._session.keeper.is_lost:
             return
-        self._told = decision
-        with suppress(HoldfastError):  # taken over: workers hear of that, too; away: they hear of the end of the lease
+        with suppress(HoldfastError):  # taken over: workers hear of that, too; away: it is told again, or the lease ends
             self._session.driver.tell(decision.value)
+            self._told = decision
 
     def withdraw(self) -> None:
         """Take back, once, what no worker has begun: it waits, unclaimed, for whoever goes on."""
@@ -96,7 +109,9 @@ class Remote:
                 self._let_wait(flight.number)
             case Verdict.AGAIN:
                 self._ledger.submitted(flight.number)  # until it is due again
-                self.refusals.add(flight.number, why)
+                self.refusals.add(flight.number, why, running=self._runs_some())
+            case Verdict.LOSE if isinstance(error, Infrastructure):
+                self._trouble(run, flight, why)
             case Verdict.LOSE:
                 self._close(run, flight, why)
             case Verdict.WATCH:
@@ -130,23 +145,38 @@ class Remote:
                 return True
         return False
 
-    def _close(self, run: Any, flight: Flight, why: str) -> None:
-        """Close an attempt whose worker is gone: lost, if it came to nothing; its trial waits again."""
-        if not self._settled(flight) and not self._is_fatal(flight, why):
-            with suppress(Conflict):  # it has just ended
-                self._session.driver.end(flight.row, Ending(outcome=Outcome.LOST, note=why))
-            self._say(f"trial {flight.number}: its worker was lost, it goes on elsewhere: {why}")
+    def _runs_some(self) -> bool:
+        return any(self._trials[flight.number].status is TrialStatus.RUNNING for flight in self._inflight.values())
+
+    def _trouble(self, run: Any, flight: Flight, why: str) -> None:
+        """Close an attempt that storage, database or Prefect failed on its worker: no fault of its trial's, nor a dead worker.
+
+        It waits before it is handed out again. Infrastructure when it had no luck anywhere.
+        """
+        if self._settled(flight):
+            return
+        count = self._troubles.add(self._trials[flight.number])
+        if count >= MOST_LOSSES:
+            raise Infrastructure(
+                f"trial {flight.number} failed {count} times in a row for no reason of its own, wherever it ran; the search is "
+                f"interrupted, mend this, then restore: {why}"
+            )
+        with suppress(Conflict):  # it has just ended
+            self._session.driver.end(flight.row, Ending(outcome=Outcome.LOST, note=why))
+        self._say(f"trial {flight.number}: its worker could not go on, it is handed out again: {why}")
+        self.refusals.later(flight.number, count)
         self._runs.add(run, why)
 
-    def _is_fatal(self, flight: Flight, why: str) -> bool:
-        """Note that an attempt is lost; close it as crashed when it was its trial's last chance."""
+    def _close(self, run: Any, flight: Flight, why: str) -> None:
+        """Close an attempt whose worker is gone: lost, if it came to nothing; its trial waits again."""
         trial = self._session.reader.trial(flight.number)
-        if trial is None or not self._losses.add(trial):
-            return False
-        with suppress(Conflict):  # it has just ended
-            self._session.driver.end(flight.row, fatal(why))
-            self._say(f"trial {flight.number} crashed: it came no further, whatever worker ran it; the last one: {why}")
-        return True
+        if not self._settled(flight) and trial is not None:
+            is_last = self._losses.add(trial) >= MOST_LOSSES
+            with suppress(Conflict):  # it has just ended
+                ending = fatal(why) if is_last else Ending(outcome=Outcome.LOST, note=why)
+                self._session.driver.end(flight.row, ending)
+            self._say(f"trial {flight.number}: its worker was lost, it {CRASHED if is_last else AGAIN}: {why}")
+        self._runs.add(run, why)
 
     def check(self) -> None:
         """Raise Infrastructure when the engine is gone; only rows tell of what it ran then."""
@@ -169,11 +199,19 @@ class Remote:
         for row, why in gone(row for row in rows if row.id not in self._gone):
             its = {run: flight for run, flight in self._inflight.items() if self._worker(flight) == row.id}
             words = f"{worker_words(row)} is lost: {why}"
-            closed = {flight.row for flight in its.values() if self._settled(flight) or self._is_fatal(flight, words)}
+            closed = {flight.row for flight in its.values() if self._settled(flight)}
+            before = {number: trial for number in (flight.number for flight in its.values()) if (trial := self._now(number))}
+            endings = {
+                flight.row: fatal(words)
+                for flight in its.values()
+                if flight.number in before and self._losses.is_last(before[flight.number])
+            }
             silent = SILENT_SECONDS if row.silent >= SILENT_SECONDS else None
-            lost = workers.lose(database, experiment, epoch, row.id, words, silent=silent)
-            if lost or (row.left is None and silent is None):
-                self._say(words + (f"; trials {', '.join(str(number) for number, _ in lost)} go on elsewhere" if lost else ""))
+            lost = workers.lose(database, experiment, epoch, row.id, words, silent=silent, endings=endings)
+            for number, _ in lost:
+                if number in before:
+                    self._losses.add(before[number])
+            self._say_lost(words, lost, endings, worth_saying=bool(lost) or (row.left is None and silent is None))
             if row.left is not None or silent is None or lost:
                 self._gone.add(row.id)  # what it had is closed, and it can claim nothing more
             closed |= {attempt for _, attempt in lost}
@@ -183,9 +221,31 @@ class Remote:
                     self._take_back(flight)
                     self._runs.add(run, words)
         self._look_at_watched()
+        self._look_at_ended()
         if not self._ending:
             for number in self.refusals.due():
                 self._let_wait(number)
+
+    def _say_lost(self, words: str, lost: list[tuple[int, int]], endings: Mapping[int, Ending], *, worth_saying: bool) -> None:
+        parts = [words] if worth_saying else []
+        for ends, what in ((False, AGAIN), (True, CRASHED)):
+            numbers = [str(number) for number, attempt in lost if (attempt in endings) is ends]
+            if numbers:
+                parts.append(f"{'trials' if len(numbers) > 1 else 'trial'} {', '.join(numbers)} {what}")
+        if parts:
+            self._say("; ".join(parts))
+
+    def _now(self, number: int) -> Trial | None:
+        return self._session.reader.trial(number)
+
+    def _look_at_ended(self) -> None:
+        """Wait no longer for tasks that do not end, though their attempts have: the process may have died just then."""
+        for run, flight in [item for item in self._inflight.items() if not item[1].is_watched and self._is_over(item[1])]:
+            flight.over_since = flight.over_since or time.monotonic()
+            if time.monotonic() - flight.over_since > SILENT_SECONDS:
+                del self._inflight[run]
+                self._take_back(flight)
+                self._runs.add(run, "its attempt has ended, and it said nothing more")
 
     def _worker(self, flight: Flight) -> int | None:
         """Return the row id of the worker that runs an attempt, as the rows were read last; None: nobody, or it has ended."""

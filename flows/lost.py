@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from holdfast.storage.database.workers import WorkerRow
 SILENT_SECONDS = 30.0
 """A worker that has said nothing for so long is lost."""
 MOST_REFUSALS = 10
-"""So many tasks in a row that ended without a trial having begun interrupt the search."""
+"""So many times in a row that tasks ended without a trial having begun interrupt a search in which nothing runs."""
 MOST_LOSSES = 5
 """So many workers in a row that were lost with the same trial, which came no further: it is what ends them."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
@@ -36,6 +37,8 @@ class Flight:
     attempt: int
     row: int
     future: PrefectFuture[Any]
+    over_since: float | None = None
+    """when its attempt was first seen to have ended, by the monotonic clock, while its task had not"""
     why: str | None = None
     """why its task ended in another way than by its own end, if it did: only rows tell of the attempt from then on"""
 
@@ -87,18 +90,24 @@ def gone(rows: Iterable[WorkerRow]) -> list[tuple[WorkerRow, str]]:
 
 
 class Losses:
-    """How often in a row each trial was lost with its worker: one that takes too much memory would end them all."""
+    """How often in a row each trial was lost and had come no further: one that takes too much memory would end every worker."""
 
     def __init__(self) -> None:
-        self._counts: dict[int, tuple[int | None, int]] = {}
-        """by the trial's number: the step of its last report, and how often it was lost there"""
+        self._counts: dict[int, tuple[int, int]] = {}
+        """by the trial's number: the furthest step that it reported, and how often it was lost since"""
 
-    def add(self, trial: Trial) -> bool:
-        """Note that a trial was lost; tell whether it was the last time that its worker is blamed for it."""
-        step, count = self._counts.get(trial.number, (trial.step, 0))
-        count = count + 1 if step == trial.step else 1
-        self._counts[trial.number] = trial.step, count
-        return count >= MOST_LOSSES
+    def add(self, trial: Trial) -> int:
+        """Note that a trial was lost; return how often it was, in a row."""
+        furthest, count = self._counts.get(trial.number, (-1, 0))
+        step = -1 if trial.step is None else trial.step
+        count = 1 if step > furthest else count + 1
+        self._counts[trial.number] = max(step, furthest), count
+        return count
+
+    def is_last(self, trial: Trial) -> bool:
+        """Tell whether the next loss of a trial is one too many, as far as it has come."""
+        furthest, count = self._counts.get(trial.number, (-1, 0))
+        return count + 1 >= MOST_LOSSES and (trial.step is None or trial.step <= furthest)
 
 
 def fatal(why: str) -> Ending:
@@ -116,25 +125,36 @@ class Refusals:
         self._pauses: dict[int, float] = {}
         self._said: set[str] = set()
         self._in_a_row = 0
+        self._counted = -math.inf
+        """when a refusal was counted: those of one moment have one cause"""
 
     @property
     def waiting(self) -> set[int]:
         """Numbers of the trials that wait to be handed out again."""
         return set(self._due)
 
-    def add(self, number: int, why: str) -> None:
-        """Note that trial ``number`` was not begun; Infrastructure after too many in a row. A reason is said once."""
-        self._in_a_row += 1
+    def add(self, number: int, why: str, *, running: bool = False) -> None:
+        """Note that trial ``number`` was not begun. A reason is said once.
+
+        Infrastructure after too many moments of it in a row, unless other trials are ``running``: workers can run some then.
+        """
+        if self._clock() - self._counted >= _FIRST_PAUSE:
+            self._in_a_row += 1
+            self._counted = self._clock()
         if why not in self._said:
             self._said.add(why)
             self._say(f"trial {number} was not begun, and is handed out again: {why}")
-        if self._in_a_row >= MOST_REFUSALS:
+        if self._in_a_row >= MOST_REFUSALS and not running:
             raise Infrastructure(
                 f"{self._in_a_row} times in a row no worker began a trial; the search is interrupted, mend this, then restore: "
                 f"{why}"
             )
         pause = self._pauses[number] = min(2 * self._pauses.get(number, _FIRST_PAUSE / 2), _LONGEST_PAUSE)
         self._due[number] = self._clock() + pause
+
+    def later(self, number: int, times: int) -> None:
+        """Let a trial wait that had no luck so many ``times`` in a row."""
+        self._due[number] = self._clock() + min(_FIRST_PAUSE * 2**times, _LONGEST_PAUSE)
 
     def begun(self, number: int) -> None:
         """Note that a trial began: workers can run some."""

@@ -254,12 +254,20 @@ def _row(row: tuple[Any, ...]) -> WorkerRow:
 
 @repeatable
 def lose(
-    database: Database, experiment: int, epoch: int, worker: int, why: str, *, silent: float | None = None
+    database: Database,
+    experiment: int,
+    epoch: int,
+    worker: int,
+    why: str,
+    *,
+    silent: float | None = None,
+    endings: Mapping[int, Ending] | None = None,
 ) -> list[tuple[int, int]]:
     """Give a worker (row id) up and close its open attempts as lost; their trials wait again, within any retry budget.
 
     With ``silent``, a worker that has beaten within so many seconds by the database's clock is left alone. One that left by
-    itself keeps its reason. Return the trial's number and the row id of each attempt that was closed.
+    itself keeps its reason. ``endings`` are of attempts (row ids) that are to end in another way than lost. Return the trial's
+    number and the row id of each attempt that was closed.
     """
     with database.write() as tx:
         seq = fence(tx, experiment, epoch)
@@ -268,7 +276,8 @@ def lose(
         found = [(int(row[0]), int(row[1])) for row in tx.run(sql.OPEN_OF_WORKER, experiment=experiment, worker=worker)]
         for _, attempt in found:
             tx.run(sql.ADD_NOTE, attempt=attempt, note=storable(why))
-            end_attempt(tx, experiment, seq, attempt, Ending(outcome=Outcome.LOST), retry=False)
+            ending = (endings or {}).get(attempt) or Ending(outcome=Outcome.LOST)
+            end_attempt(tx, experiment, seq, attempt, ending, retry=False)
         return found
 
 

@@ -86,16 +86,27 @@ class TestWorkers:
 class TestLosses:
     def test_a_trial_that_takes_worker_after_worker_with_it_is_to_blame(self) -> None:
         losses = Losses()
-        assert [losses.add(OPEN) for _ in range(MOST_LOSSES)] == [False] * (MOST_LOSSES - 1) + [True]
+        last = []
+        for _ in range(MOST_LOSSES):
+            last.append(losses.is_last(OPEN))
+            losses.add(OPEN)
+        assert last == [False] * (MOST_LOSSES - 1) + [True]
+        assert losses.add(OPEN) == MOST_LOSSES + 1
         assert fatal("gone").outcome is Outcome.CRASHED
 
     def test_one_that_comes_further_is_not(self) -> None:
         losses = Losses()
-        assert not any(losses.add(replace(OPEN, step=step)) for step in range(3 * MOST_LOSSES))
+        for step in range(3 * MOST_LOSSES):
+            assert not losses.is_last(replace(OPEN, step=step))
+            assert losses.add(replace(OPEN, step=step)) == 1
+
+    def test_one_that_comes_to_about_the_same_step_each_time_is(self) -> None:
+        losses = Losses()
+        assert [losses.add(replace(OPEN, step=step)) for step in (100, 97, 99, 96, 100)] == [1, 2, 3, 4, 5]
 
     def test_each_trial_is_on_its_own(self) -> None:
         losses = Losses()
-        assert not any(losses.add(replace(OPEN, number=number)) for number in range(3 * MOST_LOSSES))
+        assert {losses.add(replace(OPEN, number=number)) for number in range(3 * MOST_LOSSES)} == {1}
 
 
 class TestRefusals:
@@ -114,16 +125,34 @@ class TestRefusals:
         assert len(said) == 1
 
     def test_too_many_in_a_row_interrupt_the_search_with_the_reason(self) -> None:
-        refusals = Refusals(lambda words: None)
+        now = [0.0]
+        refusals = Refusals(lambda words: None, lambda: now[0])
         for number in range(MOST_REFUSALS - 1):
             refusals.add(number, "no disk")
+            now[0] += 1
         with pytest.raises(Infrastructure, match="no disk"):
             refusals.add(99, "no disk")
 
+    def test_those_of_one_moment_have_one_cause(self) -> None:
+        refusals = Refusals(lambda words: None, lambda: 7.0)
+        for number in range(5 * MOST_REFUSALS):
+            refusals.add(number, "the worker that had them all is gone")
+
+    def test_while_others_run_a_worker_that_refuses_all_interrupts_nothing(self) -> None:
+        now = [0.0]
+        refusals = Refusals(lambda words: None, lambda: now[0])
+        for number in range(5 * MOST_REFUSALS):
+            refusals.add(number, "unfit", running=True)
+            now[0] += 1
+        with pytest.raises(Infrastructure, match="unfit"):
+            refusals.add(99, "unfit")
+
     def test_a_trial_that_begins_in_between_counts(self) -> None:
-        refusals = Refusals(lambda words: None)
+        now = [0.0]
+        refusals = Refusals(lambda words: None, lambda: now[0])
         for number in range(5 * MOST_REFUSALS):
             refusals.add(number, "no disk")
+            now[0] += 1
             if number % (MOST_REFUSALS - 1) == 0:
                 refusals.begun(number)
                 assert number not in refusals.waiting
