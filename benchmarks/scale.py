@@ -39,8 +39,8 @@ WIDTH = 200
 """Simulated trials at once."""
 LIMIT_RATIO, LIMIT_MB = 2.0, 1024.0
 WINDOW = 1000
-TRIALS = {"runner": 500, "bare": 500, "ends": 10_000, "driver": 100_000}
-"""Of each kind of arm."""
+TRIALS = {"runner:workpool": 20, "runner": 500, "bare": 500, "ends": 10_000, "driver": 100_000}
+"""Of each kind of arm. A trial on a work pool is a process that starts Python and Prefect."""
 
 
 def noop(trial: Any) -> dict[str, float]:
@@ -151,6 +151,11 @@ class Trials:
     def withdraw(self, future: Any) -> None:
         """Do nothing: what was submitted runs."""
 
+    def ended(self, future: Any) -> Any:
+        from holdfast.flows.runners.port import End, How
+
+        return End(how=How.STATE, state=future.state)
+
     def put(self, future: Any) -> None:
         self._ended.append(future)
 
@@ -225,7 +230,8 @@ def driver_arm(folder: Path, trials: int, engine: str, database: str | None) -> 
 
     drive._finish = finished  # type: ignore[method-assign]
     drive._take_in(session.followed.look(), fresh=False)
-    reason = drive._loop(simulated)  # type: ignore[arg-type]
+    drive._runner = simulated  # type: ignore[assignment]
+    reason = drive._loop()
     session.journal.flush()
     session.keeper.release(f"completed: {reason}")
     result = result_of(session.opened, reason, trials=session.followed.own())
@@ -298,6 +304,7 @@ def measure(options: argparse.Namespace, database: str | None) -> list[dict[str,
     if any(not arm.startswith("driver:") for arm in options.arms):
         server.begin()
         url = server.url()
+    worker = start_worker(url) if url and "runner:workpool" in runners else None
     try:
         for number in range(options.rounds):
             ordered = [*runners, "bare:threads"] if runners else []
@@ -305,16 +312,26 @@ def measure(options: argparse.Namespace, database: str | None) -> list[dict[str,
                 if arm in ordered and number == 0 and any(row["arm"] == arm for row in found):
                     continue
                 why = absent(arm.partition(":")[2]) if arm.startswith("runner:") else None
-                trials = (
-                    options.trials or {"runner": 500, "bare": 500, "ends": 10_000, "driver": 100_000}[arm.partition(":")[0]]
-                )
+                trials = options.trials or TRIALS.get(arm) or TRIALS[arm.partition(":")[0]]
                 with tempfile.TemporaryDirectory(prefix="holdfast-scale-", dir=options.folder) as name:
                     row = {"skipped": why} if why else run_arm(arm, trials, Path(name), url, database)
                 found.append({"arm": arm, "round": number, "trials": trials, **row})
                 print(words(found[-1]), flush=True)
     finally:
+        if worker is not None:
+            worker.terminate()
+            worker.wait()
         server.stop()
     return found
+
+
+def start_worker(url: str) -> subprocess.Popen[bytes]:
+    """Deploy, and start a worker of processes, which runs as many flow runs as it finds."""
+    environment = {**os.environ, "PREFECT_API_URL": url}
+    command = [sys.executable, "-m"]
+    subprocess.run([*command, "holdfast.cli", "deploy", "--no-automations"], env=environment, stdout=sys.stderr, check=True)
+    worker = [*command, "prefect", "worker", "start", "--pool", "holdfast", "--type", "process"]
+    return subprocess.Popen(worker, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def words(row: dict[str, Any]) -> str:
