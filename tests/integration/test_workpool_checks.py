@@ -31,7 +31,7 @@ from holdfast.storage.database import workers
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.reads import Reader
-from holdfast.tasks.place import Place
+from holdfast.tasks.place import Place, own_references
 from holdfast.tasks.trial import run_trial
 from holdfast.testing.samples import sample_spec
 
@@ -74,6 +74,37 @@ def test_a_secret_in_the_open_is_refused(api: SyncPrefectClient, changes: dict[s
     with pytest.raises(SpecError, match=words) as refused:
         check_public(sample_spec(**{"execution": POOLED, **REMOTE, **changes}))
     assert CANARY not in str(refused.value)
+
+
+def test_references_of_a_restore_are_told_only_if_everybody_may_read_them(api: SyncPrefectClient) -> None:
+    """What the stored spec names is not told at all, so it may be anything; a tuple is the list that was stored."""
+    stored = {"token": CANARY, "shape": [1, 2]}
+    spec = sample_spec(execution=POOLED, **REMOTE, references=stored)
+
+    def given(**references: Any) -> Any:
+        return spec.model_copy(update={"references": references})
+
+    check_public(spec)
+    check_public(given(token=CANARY, shape=(1, 2)), stored)
+    check_public(given(data="/mnt/new", shape=(1, 2)), stored)
+    for own, words in (
+        ({"token": f"{CANARY}-2"}, r"credential 'token'.*environment of the pool's jobs"),
+        ({"login": {"password": CANARY}}, r"login\.password"),
+        ({"lock": threading.Lock()}, r"references\['lock'\] is a .*finite"),
+        ({"scale": float("nan")}, "keeps JSON"),
+    ):
+        with pytest.raises(SpecError, match=words) as refused:
+            check_public(given(**own), stored)
+        assert CANARY not in str(refused.value)
+    with pytest.raises(SpecError, match="keeps JSON"):  # a fresh search could not store it either
+        hosts.check_hosts(given(lock=threading.Lock()))
+    assert own_references({"shape": (1, 2)}, {"shape": [1, 2]}) is None
+    assert own_references({"lock": Path}, {}) == {"lock": Path}  # the other engines' business
+    place = Place(
+        uuid="u", name="n", experiment=1, epoch=1, location="s3://b/n", database="x", workdir="/w", trainable="t:t",
+        host="h", references={"token": CANARY},
+    )  # fmt: skip
+    assert CANARY not in repr(place)
 
 
 def test_what_jobs_find_by_themselves_is_not_told(api: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch) -> None:
