@@ -25,12 +25,15 @@ from holdfast import locate
 from holdfast.core.errors import Infrastructure, SpecError
 from holdfast.flows import hosts
 from holdfast.flows.blocks import HoldfastDatabase, HoldfastStorage, register
+from holdfast.flows.changing import RestoreRequest
 from holdfast.flows.naming import STALE
 from holdfast.flows.pooled import Told, check_public, parameters
+from holdfast.flows.prepare import prepare_restore
 from holdfast.flows.runners import workpool
 from holdfast.flows.runners.port import How
 from holdfast.flows.runners.workpool import WorkPoolRunner, check_deployment
 from holdfast.flows.trial import trial
+from holdfast.report.observer import Observer
 from holdfast.settings import settings
 from holdfast.storage.database import workers
 from holdfast.storage.database.attempts import AttemptWriter
@@ -82,7 +85,7 @@ def test_a_secret_in_the_open_is_refused(api: SyncPrefectClient, changes: dict[s
     assert CANARY not in str(refused.value)
 
 
-def test_references_of_a_restore_are_told_only_if_everybody_may_read_them(api: SyncPrefectClient) -> None:
+def test_references_of_a_restore_are_told_only_if_everybody_may_read_them(api: SyncPrefectClient, tmp_path: Path) -> None:
     """What the stored spec names is not told at all, so it may be anything; a tuple is the list that was stored."""
     stored = {"token": CANARY, "shape": [1, 2]}
     spec = sample_spec(execution=POOLED, **REMOTE, references=stored)
@@ -102,6 +105,15 @@ def test_references_of_a_restore_are_told_only_if_everybody_may_read_them(api: S
         with pytest.raises(SpecError, match=words) as refused:
             check_public(given(**own), stored)
         assert CANARY not in str(refused.value)
+    opened = locate.create(
+        sample_spec(storage=str(tmp_path), execution=POOLED, references=stored), seed=1, workdir=str(tmp_path)
+    )
+    restore = RestoreRequest(path=opened.folder.location, references={"token": f"{CANARY}-2"})
+    seq = Reader(opened.database, opened.record.id).seq()
+    with pytest.raises(SpecError, match="credential 'token'"):
+        prepare_restore(restore, Observer())
+    assert (Reader(opened.database, opened.record.id).seq(), Leases(opened.database, opened.record.id).look().epoch) == (seq, 0)
+    opened.close()
     with pytest.raises(SpecError, match="keeps JSON"):  # a fresh search could not store it either
         hosts.check_hosts(given(lock=threading.Lock()))
     assert own_references({"shape": (1, 2)}, {"shape": [1, 2]}) is None
