@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Any
 from urllib.parse import urlsplit
 
 from holdfast import references
@@ -18,17 +20,18 @@ EXTRAS = {"dask": "prefect_dask", "ray": "prefect_ray"}
 _LOOPBACK = ("localhost", "::1", "0.0.0.0", "::")
 
 
-def check_hosts(spec: ExperimentSpec) -> None:
+def check_hosts(spec: ExperimentSpec, stored: Mapping[str, Any] | None = None) -> None:
     """Raise SpecError when workers on other machines, or in other processes, could not run the trials of a spec.
 
-    All reasons are in one message, each with the setting that mends it. Nothing is written.
+    All reasons are in one message, each with the setting that mends it. Nothing is written. ``stored`` are the references that
+    are stored already; None: those of ``spec`` are about to be.
     """
     execution = spec.execution
     if not execution.is_remote:
         return
     check_installed(execution.runner)
     if execution.runner == "workpool":
-        check_pool(spec)
+        check_pool(spec, stored)
     location, _ = references.place(spec.storage, spec.storage_options)
     storage = absolute(str(location))
     reasons = []
@@ -53,14 +56,14 @@ def check_hosts(spec: ExperimentSpec) -> None:
         raise SpecError(f"execution.runner: {execution.runner}{where} runs trials {whose}, which cannot reach:\n{lines}")
 
 
-def check_pool(spec: ExperimentSpec) -> None:
+def check_pool(spec: ExperimentSpec, stored: Mapping[str, Any] | None = None) -> None:
     """Raise SpecError when trials cannot be flow runs: credentials in the open, no deployment, a pool without these files.
 
     EngineError when Prefect's API cannot be asked for the deployment.
     """
     from holdfast.flows.pooled import check_public
 
-    told = check_public(spec)
+    told = check_public(spec, stored)
     from holdfast.flows.runners.workpool import check_deployment, reached
 
     with reached():

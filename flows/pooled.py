@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from holdfast import references
-from holdfast.core.errors import Fenced, SpecError
+from holdfast.core.errors import Fenced, NotStorable, SpecError
 from holdfast.core.spec import ExperimentSpec
-from holdfast.core.values import dumps
+from holdfast.core.values import dumps, plain
 from holdfast.flows.forms import TrialForm, secret_in
 from holdfast.flows.serving import left_running
 from holdfast.locate import database_url, experiment_path
@@ -21,7 +21,7 @@ from holdfast.storage.database.experiments import by_uuid, open_database
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.reads import Reader
 from holdfast.storage.root import absolute, is_url, parent_of
-from holdfast.tasks.place import Place
+from holdfast.tasks.place import Place, own_references
 
 _BLOCK = "save it in Prefect in a block {kind} and name it as block:NAME"
 
@@ -52,10 +52,11 @@ class Told:
         return found
 
 
-def check_public(spec: ExperimentSpec) -> Told:
+def check_public(spec: ExperimentSpec, stored: Mapping[str, Any] | None = None) -> Told:
     """Return what the runs of a spec's trials would be told of its place.
 
-    SpecError when that would hold a secret, or when no worker could ask Prefect's API of this search.
+    SpecError when that would hold a secret, or when no worker could ask Prefect's API of this search. ``stored`` are the
+    references that are stored already; None: those of ``spec`` are about to be.
     """
     if not names_api() and left_running() is None:
         raise SpecError(
@@ -69,9 +70,31 @@ def check_public(spec: ExperimentSpec) -> Told:
                 f"execution.job_variables.env holds {name}, which Prefect would keep and show; write "
                 '"{{ prefect.blocks.secret.NAME }}" for its value, or set it where the jobs run'
             )
+    _check_references(spec, stored)
     url = database_url(parent_of(experiment_path(spec)), spec.database)
     text = url if isinstance(url, str) else url.render_as_string(hide_password=False)
     return told_of(experiment_path(spec), spec.storage_options, text)
+
+
+def _check_references(spec: ExperimentSpec, stored: Mapping[str, Any] | None) -> None:
+    """Raise SpecError when trials would be handed references, in place of stored ones, that Prefect may not or cannot keep."""
+    try:
+        known = spec.model_dump(mode="json", include={"references"})["references"] if stored is None else stored
+    except ValueError:  # pydantic's, of what is no JSON
+        known = {}
+    own = own_references(spec.references, known)
+    if (found := secret_in(own)) is not None:
+        raise SpecError(
+            f"references holds the credential {found!r}, and Prefect keeps what a trial's flow run is told; set it in the "
+            "environment of the pool's jobs, or save it in a block, and let the trainable read it there"
+        )
+    try:
+        json.dumps(plain(own, "references"), allow_nan=False)
+    except (NotStorable, ValueError) as error:
+        raise SpecError(
+            f"references cannot be told to a trial's flow run, since Prefect keeps JSON ({error}); give strings, finite "
+            "numbers, true, false, null, and lists and mappings of them"
+        ) from None
 
 
 def told_of(location: str, options: Mapping[str, Any], database: str) -> Told:
@@ -143,7 +166,7 @@ def parameters(place: Place, told: Told, *, trial: int, attempt: int, row: int) 
             "host": place.host,
             "code": place.code,
             "versions": dict(place.versions),
-            **({"references": dict(place.references)} if place.references is not None else {}),
+            **({"references": plain(place.references, "references")} if place.references is not None else {}),
         },
         **({"database": told.database} if told.database is not None else {}),
         **({"storage_options": dict(told.options)} if told.options else {}),

@@ -282,7 +282,7 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
         observer.planned(plan)
         return Restored(opened=opened, plan=plan, session=None, trials=survey.trials)
     placed_spec = spec.model_copy(update={"database": request.database or spec.database})
-    check_hosts(placed_spec)
+    check_hosts(placed_spec, opened.record.spec.get("references", {}))
     check_storage(placed_spec)
     _refuse_held(opened, force=request.force)
     factory.check(spec, workdir=opened.record.workdir)

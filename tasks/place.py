@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from holdfast.core.errors import NotStorable
+from holdfast.core.values import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,17 @@ class Place:
     """``tasks.workers.processes.same_host()`` of the driver: SQLite and local paths are good there alone"""
     versions: Mapping[str, str] = field(default_factory=dict)
     """of Python and packages at the driver, by name"""
-    references: Mapping[str, Any] | None = None
-    """what trials are handed in this drive; None: what the stored spec names"""
+    references: Mapping[str, Any] | None = field(default=None, repr=False)
+    """what trials are handed in this drive; None: what the stored spec names; may hold credentials"""
     slots: int = 1
     """how many attempts one worker process runs at once, at most"""
+
+
+def own_references(given: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the references of a drive as a place has them: None when the stored spec names the same, as JSON."""
+    try:
+        if json.dumps(plain(given), sort_keys=True) == json.dumps(plain(stored), sort_keys=True):
+            return None
+    except NotStorable:
+        pass  # the stored ones are JSON
+    return dict(given)

@@ -11,7 +11,7 @@ from holdfast.flows.session import Session
 from holdfast.flows.shipping import shipped
 from holdfast.settings import settings
 from holdfast.storage.root import is_url
-from holdfast.tasks.place import Place
+from holdfast.tasks.place import Place, own_references
 from holdfast.tasks.probing import versions
 from holdfast.tasks.workers.processes import same_host
 
@@ -60,7 +60,7 @@ def place_of(session: Session) -> Place:
         database=opened.database.address,
         host=same_host(),
         versions=versions(),
-        references=dict(spec.references) if spec.references != opened.record.spec.get("references", {}) else None,
+        references=own_references(spec.references, opened.record.spec.get("references", {})),
         slots=spec.search.max_concurrent if runner == "dask" else 1,
         **shipped(session),
     )

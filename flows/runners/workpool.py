@@ -16,6 +16,7 @@ from typing import Any, Self
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.futures import PrefectConcurrentFuture, PrefectFuture
 from prefect.logging import get_run_logger
@@ -23,8 +24,18 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Crashed, Failed, Pending, Scheduled
 from prefect.tasks import Task
 
-from holdfast.core.errors import Corrupt, DatabaseError, EngineError, HoldfastError, SpecError, StorageError, Unfit
+from holdfast.core.errors import (
+    Corrupt,
+    DatabaseError,
+    EngineError,
+    HoldfastError,
+    Infrastructure,
+    SpecError,
+    StorageError,
+    Unfit,
+)
 from holdfast.core.spec import ExperimentSpec
+from holdfast.core.trial import TrialStatus
 from holdfast.flows.naming import STALE, TAG, experiment_tag, trial_tag
 from holdfast.flows.pooled import Told, parameters, told_of
 from holdfast.flows.prefect_runs import AWAY, LAST_SECONDS, PAGE, close_open_tasks, impatient_client, this_run
@@ -32,17 +43,24 @@ from holdfast.flows.runners.port import End, How
 from holdfast.flows.serving import left_running
 from holdfast.flows.watched_runs import has_api
 from holdfast.report.observer import watching
+from holdfast.storage.database.engine import connect
+from holdfast.storage.database.reads import Reader
 from holdfast.tasks.place import Place
 from holdfast.tasks.trial import PREEMPTED
 
 POLL_SECONDS = 2.0
 """How often Prefect is asked about all runs that have not ended."""
 LATE_SECONDS = 60.0
-"""How long a run may wait for a worker before somebody is told."""
+"""How long a run may wait for a worker, or for its job to begin, before somebody is told."""
+STUCK_SECONDS = 900.0
+"""How long a run that a worker took may go without its attempt being claimed: then it is given up, and handed out again."""
 LOCAL_POOLS = ("process",)
 """Types of pools whose jobs may run on the search's own machine."""
 ENTRYPOINTS = ("holdfast.flows.trial.trial", "flows/trial.py:trial")
 
+_ANSWERS = (ObjectNotFound, PrefectHTTPStatusError)
+"""What Prefect's API says of one run, while it is there for the others."""
+_DELETED = "its flow run was deleted in Prefect"
 _ERRORS: tuple[type[HoldfastError], ...] = (Unfit, SpecError, StorageError, DatabaseError, Corrupt)
 """What ends a run before its attempt begins, as the name of its state says."""
 
@@ -130,7 +148,19 @@ class _Run:
     state: State[Any] | None = None
     """as it was seen last"""
     made: float = field(default_factory=time.monotonic)
+    taken: float | None = None
+    """since when a worker has had it, as it was seen; None: it waits for one"""
+    is_claimed: bool = False
+    """whether its attempt was found claimed, or over, after it had seemed stuck"""
     is_withdrawn: bool = False
+
+    def see(self, state: State[Any] | None) -> None:
+        """Note its state."""
+        self.state = state
+        if state is None or state.is_scheduled():
+            self.taken = None
+        elif self.taken is None:
+            self.taken = time.monotonic()
 
     @property
     def has_begun(self) -> bool:
@@ -156,7 +186,13 @@ class WorkPoolRunner:
         self._submitted: dict[int, int] = {}
         """how often each attempt's row was handed over: a run that ended without having begun it has used up its key"""
         self._wake, self._ended = threading.Event(), threading.Event()
-        self._is_late = False
+        self._is_late = self._is_slow = False
+        self._former: uuid.UUID | None = None
+        """the id of the deployment that is looked up again"""
+        self._said: set[str] = set()
+        """what was said of the deployment since a run of it could be made"""
+        self._error: Exception | None = None
+        """what nobody expected in the thread"""
         self._thread: threading.Thread | None = None
         self._say: Callable[[str], object] = lambda text: None
 
@@ -192,7 +228,9 @@ class WorkPoolRunner:
         """Let a flow run be made for an attempt, and return its future; an API that is away delays it."""
         row = int(parameters["row"])
         times = self._submitted[row] = self._submitted.get(row, 0) + 1
-        key = f"holdfast-{self._place.uuid}-{self._place.epoch}-{row}" + (f"-{times}" if times > 1 else "")
+        # The next flow run of this process goes on in the same epoch, with attempts that runs of the last one did not begin.
+        search = "" if self._search is None else f"{self._search}-"
+        key = f"holdfast-{self._place.uuid}-{self._place.epoch}-{search}{row}" + (f"-{times}" if times > 1 else "")
         future = RunFuture(uuid.uuid4(), Future())
         run = _Run(future, int(parameters["trial"]), int(parameters["attempt"]), row, task, key)
         with self._lock:
@@ -219,28 +257,60 @@ class WorkPoolRunner:
         return End(how=How.STATE, state=state)
 
     def look(self) -> None:
-        """Do nothing: an API that is away comes back, and a worker that is missing may be started."""
+        """Raise Infrastructure when the thread failed: an API that is away comes back, a missing worker may be started."""
+        if self._error is not None:
+            raise Infrastructure(
+                "the runs of trials cannot be looked after any more "
+                f"({type(self._error).__name__}: {self._error}); the search is interrupted, mend this, then restore"
+            ) from self._error
 
     # In the thread
 
     def _work(self) -> None:
-        with impatient_client() as client:
-            looked = time.monotonic()
-            while True:
-                self._wake.wait(max(looked + POLL_SECONDS - time.monotonic(), 0.0))
-                self._wake.clear()
-                is_last = self._ended.is_set()
-                with suppress(*AWAY):  # asked again, for as long as the search waits
-                    if is_last:
-                        self._withdraw_all(client)
-                    self._make(client)
-                    self._cancel(client)
-                    if time.monotonic() - looked >= POLL_SECONDS or is_last:
-                        looked = time.monotonic()
-                        self._look(client)
-                if is_last:
+        try:
+            with impatient_client() as client:
+                self._go_round(client)
+        except Exception as error:  # noqa: BLE001  # a search that waits for its runs would wait for ever: look() raises it
+            self._error = self._error or error
+
+    def _go_round(self, client: SyncPrefectClient) -> None:
+        looked = time.monotonic()
+        while True:
+            self._wake.wait(max(looked + POLL_SECONDS - time.monotonic(), 0.0))
+            self._wake.clear()
+            is_last = self._ended.is_set()
+            steps = [*([self._withdraw_all] if is_last else []), self._make, self._cancel]
+            if time.monotonic() - looked >= POLL_SECONDS or is_last:
+                looked = time.monotonic()
+                steps += [self._look, self._give_up]
+            for step in steps:
+                if not self._is_done(step, client) and is_last:
                     return
-                self._tell()
+            if is_last:
+                return
+            self._tell()
+
+    def _is_done(self, step: Callable[[SyncPrefectClient], None], client: SyncPrefectClient) -> bool:
+        """Do a step, which keeps no other one from being done; tell whether the API was there."""
+        try:
+            step(client)
+        except _ANSWERS:
+            pass
+        except AWAY:  # asked again, for as long as the search waits
+            return False
+        except Exception as error:  # noqa: BLE001  # the search is interrupted, and what waits still withdrawn
+            self._error = self._error or error
+        return True
+
+    @contextmanager
+    def _alone(self, run: _Run) -> Iterator[None]:
+        """Keep what Prefect says of one run from the others: one that is gone has ended, another is asked about again."""
+        try:
+            yield
+        except ObjectNotFound:
+            run.end(Crashed(message=_DELETED))
+        except PrefectHTTPStatusError:
+            pass
 
     def _open(self) -> list[_Run]:
         with self._lock:
@@ -252,22 +322,49 @@ class WorkPoolRunner:
         for run in self._open():
             if run.flow_run is not None or run.is_withdrawn:
                 continue
+            if (deployed := self._found(client)) is None:
+                return
             try:
-                made = self._made(client, run)
+                made = self._made(client, run, deployed)
             except PrefectHTTPStatusError as error:
+                if error.response.status_code == 404:
+                    self._former, self._deployed = deployed.id, None
+                    if (found := self._found(client)) is not None and found.id == deployed.id:
+                        self._once(f"no run of {found.name} can be made: Prefect answers {error.response.text[:500]}")
+                    elif found is not None:
+                        self._wake.set()  # made anew: no need to wait
+                    return
                 if error.response.status_code not in (400, 403, 409, 422):
-                    raise
+                    continue
                 # It will be refused the next time, too: parameters that an older deployment does not know, say.
                 deployment = self._spec.execution.deployment
                 answer = error.response.text[:500]
                 words = f"Prefect refused a run of {deployment}: {answer}; `holdfast deploy` brings it up to date"
                 run.end(Failed(message=words, data=EngineError(words)))
                 continue
-            run.flow_run, run.state, run.made = made.id, made.state, time.monotonic()
+            run.flow_run, run.made = made.id, time.monotonic()
+            run.see(made.state)
+            self._said.clear()
 
-    def _made(self, client: SyncPrefectClient, run: _Run) -> FlowRun:
+    def _found(self, client: SyncPrefectClient) -> Deployed | None:
+        """Return the deployment, looked up when it is not known; None, said once, when no run of it would begin."""
         if self._deployed is None:
-            self._deployed = _checked(client, self._spec.execution.deployment, self._told)
+            try:
+                self._deployed = _checked(client, self._spec.execution.deployment, self._told)
+            except SpecError as error:
+                self._once(f"no further trial begins until this is mended, the search waits: {error}")
+                return None
+            if self._former not in (None, self._deployed.id):
+                self._say(f"the deployment {self._deployed.name!r} was made anew; trials run as runs of the new one")
+            self._former = None
+        return self._deployed
+
+    def _once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._say(text)
+
+    def _made(self, client: SyncPrefectClient, run: _Run, deployed: Deployed) -> FlowRun:
         name = f"{self._place.name}/trial-{run.trial}#{run.attempt}"
         tags = (TAG, experiment_tag(self._place.name), trial_tag(run.trial))
         parent = run.future.task_run_id if self._search is not None else None
@@ -276,7 +373,7 @@ class WorkPoolRunner:
                 run.task, self._search, run.key, id=parent, name=name, state=Pending(), extra_tags=tags, task_inputs={}
             )
         return client.create_flow_run_from_deployment(
-            self._deployed.id,
+            deployed.id,
             parameters=parameters(self._place, self._told, trial=run.trial, attempt=run.attempt, row=run.row),
             state=Scheduled(),
             name=name,
@@ -291,8 +388,9 @@ class WorkPoolRunner:
         for run in self._open():
             if run.is_withdrawn and run.has_begun and run.flow_run is not None:
                 state: State[Any] = Crashed(message="the search gave it up: its worker was lost, or it came too late")
-                client.set_flow_run_state(run.flow_run, state)
-                close_open_tasks(client, [run.flow_run], "its worker was lost")
+                with self._alone(run):
+                    client.set_flow_run_state(run.flow_run, state)
+                    close_open_tasks(client, [run.flow_run], "its worker was lost")
             run.is_withdrawn = True
 
     def _cancel(self, client: SyncPrefectClient) -> None:
@@ -301,9 +399,10 @@ class WorkPoolRunner:
             if run.is_withdrawn and run.flow_run is None:
                 run.end(state)
             elif run.is_withdrawn and run.flow_run is not None and not run.has_begun:
-                run.state = client.read_flow_run(run.flow_run).state
-                if not run.has_begun:  # should it begin at this moment, the claim is what it does not get
-                    client.set_flow_run_state(run.flow_run, state)
+                with self._alone(run):
+                    run.see(client.read_flow_run(run.flow_run).state)
+                    if not run.has_begun:  # should it begin at this moment, the claim is what it does not get
+                        client.set_flow_run_state(run.flow_run, state)
 
     def _look(self, client: SyncPrefectClient) -> None:
         """Ask about every run that was made and has not ended, and let the futures of those that have end."""
@@ -312,22 +411,67 @@ class WorkPoolRunner:
             wanted = FlowRunFilter(id=FlowRunFilterId(any_=page))
             found = {one.id: one for one in client.read_flow_runs(flow_run_filter=wanted, limit=PAGE)}
             for identity in page:
-                one = found.get(identity)
-                state = Crashed(message="its flow run was deleted in Prefect") if one is None else one.state
-                run = runs[identity]
-                run.state = state
-                if state is None or not state.is_final():
-                    continue
-                if one is not None and state.is_crashed():
-                    # Its process died without a word: what it had begun in Prefect would run for ever there.
-                    close_open_tasks(client, [one.id], f"its process is gone: {state.message}")
-                    self._say(f"trial {run.trial}: its flow run {one.name} crashed in Prefect: {state.message}")
-                run.end(_with_error(state))
+                with self._alone(runs[identity]):
+                    self._take_in(client, runs[identity], found.get(identity))
+
+    def _take_in(self, client: SyncPrefectClient, run: _Run, one: FlowRun | None) -> None:
+        state = Crashed(message=_DELETED) if one is None else one.state
+        run.see(state)
+        if state is None or not state.is_final():
+            return
+        if one is not None and state.is_crashed():
+            # Its process died without a word: what it had begun in Prefect would run for ever there.
+            close_open_tasks(client, [one.id], f"its process is gone: {state.message}")
+            self._say(f"trial {run.trial}: its flow run {one.name} crashed in Prefect: {state.message}")
+        run.end(_with_error(state))
+
+    def _give_up(self, client: SyncPrefectClient) -> None:
+        """End the runs that a worker took long ago and whose attempts nobody has claimed: that worker, or the job, is gone.
+
+        Should one begin after all, the claim decides, as ever.
+        """
+        now = time.monotonic()
+        open_runs = [run for run in self._open() if run.taken is not None and not run.is_claimed]
+        stuck = [run for run in open_runs if now - (run.taken or now) > STUCK_SECONDS]
+        if not stuck:
+            return
+        database = connect(self._place.database)
+        try:
+            reader = Reader(database, self._place.experiment)
+            for run in stuck:
+                with suppress(DatabaseError):  # the driver says what is to be said of that
+                    trial = reader.trial(run.trial)
+                    waits = trial is not None and trial.attempt.id == run.row and trial.status is TrialStatus.PENDING
+                    run.is_claimed = not waits
+                    if waits:
+                        with self._alone(run):
+                            self._end_stuck(client, run)
+        finally:
+            database.close()
+
+    def _end_stuck(self, client: SyncPrefectClient, run: _Run) -> None:
+        if run.flow_run is None or run.state is None:
+            return
+        words = f"a worker took it more than {STUCK_SECONDS:g} s ago, and its trial has not begun: worker or job are gone"
+        # What somebody has cancelled stays cancelled: nobody is there to do it.
+        state: State[Any] = Cancelled(message=words) if run.state.is_cancelling() else Crashed(message=words)
+        if client.set_flow_run_state(run.flow_run, state).status is not SetStateStatus.ACCEPT:
+            return  # it has just ended, which the next look sees
+        close_open_tasks(client, [run.flow_run], words)
+        run.end(_with_error(state))
 
     def _tell(self) -> None:
-        """Say once that runs wait for a worker that does not come; once more when one has come meanwhile."""
+        """Say once that runs wait for a worker that does not come, or for jobs; once more when one has come meanwhile."""
         runs = self._open()
         now = time.monotonic()
+        slow = [run for run in runs if run.taken is not None and not run.has_begun and now - run.taken > LATE_SECONDS]
+        if slow and not self._is_slow:
+            self._say(
+                f"{len(slow)} trials were taken by a worker more than {LATE_SECONDS:g} s ago, and their jobs have not begun; "
+                "look after the pool's workers and where they start jobs (images, quotas, hosts); what has not begun after "
+                f"{STUCK_SECONDS:g} s is handed out again"
+            )
+        self._is_slow = bool(slow)
         late = [run for run in runs if run.state is not None and run.state.is_scheduled() and now - run.made > LATE_SECONDS]
         if not late:
             self._is_late = False

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import queue
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +16,31 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.logging import disable_run_logger
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Cancelling, Completed, Pending, Running
 
 from holdfast import locate
-from holdfast.core.errors import SpecError
+from holdfast.core.errors import Infrastructure, SpecError
 from holdfast.flows import hosts
 from holdfast.flows.blocks import HoldfastDatabase, HoldfastStorage, register
+from holdfast.flows.changing import RestoreRequest
 from holdfast.flows.naming import STALE
 from holdfast.flows.pooled import Told, check_public, parameters
+from holdfast.flows.prepare import prepare_restore
 from holdfast.flows.runners import workpool
 from holdfast.flows.runners.port import How
 from holdfast.flows.runners.workpool import WorkPoolRunner, check_deployment
 from holdfast.flows.trial import trial
+from holdfast.report.observer import Observer
 from holdfast.settings import settings
 from holdfast.storage.database import workers
+from holdfast.storage.database.attempts import AttemptWriter
 from holdfast.storage.database.driver import Driver
 from holdfast.storage.database.leases import Leases
 from holdfast.storage.database.reads import Reader
-from holdfast.tasks.place import Place
+from holdfast.tasks.place import Place, own_references
 from holdfast.tasks.trial import run_trial
 from holdfast.testing.samples import sample_spec
 
@@ -74,6 +83,46 @@ def test_a_secret_in_the_open_is_refused(api: SyncPrefectClient, changes: dict[s
     with pytest.raises(SpecError, match=words) as refused:
         check_public(sample_spec(**{"execution": POOLED, **REMOTE, **changes}))
     assert CANARY not in str(refused.value)
+
+
+def test_references_of_a_restore_are_told_only_if_everybody_may_read_them(api: SyncPrefectClient, tmp_path: Path) -> None:
+    """What the stored spec names is not told at all, so it may be anything; a tuple is the list that was stored."""
+    stored = {"token": CANARY, "shape": [1, 2]}
+    spec = sample_spec(execution=POOLED, **REMOTE, references=stored)
+
+    def given(**references: Any) -> Any:
+        return spec.model_copy(update={"references": references})
+
+    check_public(spec)
+    check_public(given(token=CANARY, shape=(1, 2)), stored)
+    check_public(given(data="/mnt/new", shape=(1, 2)), stored)
+    for own, words in (
+        ({"token": f"{CANARY}-2"}, r"credential 'token'.*environment of the pool's jobs"),
+        ({"login": {"password": CANARY}}, r"login\.password"),
+        ({"lock": threading.Lock()}, r"references\['lock'\] is a .*finite"),
+        ({"scale": float("nan")}, "keeps JSON"),
+    ):
+        with pytest.raises(SpecError, match=words) as refused:
+            check_public(given(**own), stored)
+        assert CANARY not in str(refused.value)
+    opened = locate.create(
+        sample_spec(storage=str(tmp_path), execution=POOLED, references=stored), seed=1, workdir=str(tmp_path)
+    )
+    restore = RestoreRequest(path=opened.folder.location, references={"token": f"{CANARY}-2"})
+    seq = Reader(opened.database, opened.record.id).seq()
+    with pytest.raises(SpecError, match="credential 'token'"):
+        prepare_restore(restore, Observer())
+    assert (Reader(opened.database, opened.record.id).seq(), Leases(opened.database, opened.record.id).look().epoch) == (seq, 0)
+    opened.close()
+    with pytest.raises(SpecError, match="keeps JSON"):  # a fresh search could not store it either
+        hosts.check_hosts(given(lock=threading.Lock()))
+    assert own_references({"shape": (1, 2)}, {"shape": [1, 2]}) is None
+    assert own_references({"lock": Path}, {}) == {"lock": Path}  # the other engines' business
+    place = Place(
+        uuid="u", name="n", experiment=1, epoch=1, location="s3://b/n", database="x", workdir="/w", trainable="t:t",
+        host="h", references={"token": CANARY},
+    )  # fmt: skip
+    assert CANARY not in repr(place)
 
 
 def test_what_jobs_find_by_themselves_is_not_told(api: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +251,11 @@ def test_runs_are_made_once_and_taken_back(api: SyncPrefectClient, monkeypatch: 
 
     said: list[str] = []
 
+    searches: list[str] = []
+
     @flow(name="search-of-nobody")
     def search() -> list[Any]:
+        searches.append(str(flow_run.id))
         with WorkPoolRunner(spec, place) as runner:
             runner.check(place)
             told = threading.Event()
@@ -229,8 +281,145 @@ def test_runs_are_made_once_and_taken_back(api: SyncPrefectClient, monkeypatch: 
         "nobody/trial-2#1": STALE,
     }
     last = found["nobody/trial-2#1"]
-    assert last["idempotency_key"] == f"holdfast-{place.uuid}-3-3"
+    assert last["idempotency_key"] == f"holdfast-{place.uuid}-3-{searches[0]}-3"
     assert last["job_variables"] == {"working_dir": "/w"}
     assert set(last["tags"]) == {"holdfast", "experiment:nobody", "trial:2"}
     stands_for = api.read_task_run(uuid.UUID(last["parent_task_run_id"]))
     assert (stands_for.name, stands_for.state_name) == ("nobody/trial-2#1", STALE)
+
+    @flow(name="search-of-nobody")
+    def goes_on() -> bool:
+        """The next flow run of the same process, in the same epoch: what was taken back is made anew."""
+        with WorkPoolRunner(spec, place) as runner:
+            told = threading.Event()
+            runner._say = lambda text: told.set()
+            future = runner.submit(run_trial, given(0))
+            return told.wait(60) and not future.wrapped_future.done()
+
+    assert goes_on()
+
+
+def test_what_happens_to_one_run_or_to_the_deployment_stops_nothing_else(
+    api: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.create_work_pool(WorkPoolCreate(name="mended", type="process"))
+    monkeypatch.setattr(workpool, "LATE_SECONDS", 600.0)
+    name = deployment(api, "mended", "mended")
+    monkeypatch.setattr(workpool, "POLL_SECONDS", 0.05)
+    spec = sample_spec(execution={**POOLED, "deployment": name}, **REMOTE)
+    place = Place(
+        uuid=str(uuid.uuid4()), name="mended", experiment=1, epoch=1, location="s3://bucket/runs/mended",
+        database=REMOTE["database"], workdir="/w", trainable="train.py:train", host="h",
+    )  # fmt: skip
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with disable_run_logger(), WorkPoolRunner(spec, place) as runner:
+        runner.check(place)
+        runner._say = said.put
+
+        def submitted(number: int) -> Any:
+            return runner.submit(run_trial, {"trial": number, "attempt": 1, "row": number + 1})
+
+        def made(number: int) -> dict[str, Any]:
+            body = {"flow_runs": {"name": {"any_": [f"mended/trial-{number}#1"]}}}
+            return until(lambda: api.request("POST", "/flow_runs/filter", json=body).json())[0]
+
+        first, second, third = (submitted(number) for number in range(3))
+        runs = [made(number) for number in range(3)]
+        # One that was deleted by a person, and taken back by the search at that moment.
+        with runner._lock:
+            api.delete_flow_run(uuid.UUID(runs[0]["id"]))
+            next(run for run in runner._runs if run.future is first).is_withdrawn = True
+        runner.withdraw(first)
+        assert first.wrapped_future.result(60).is_crashed()
+        assert runner.ended(first).how is How.LOST
+        # The deployment is deleted: Prefect deletes what was scheduled with it, the search goes on with what is left, and what
+        # has no run waits, which is said once.
+        api.set_flow_run_state(uuid.UUID(runs[1]["id"]), Pending())
+        api.delete_deployment(api.read_deployment_by_name(name).id)
+        late = submitted(3)
+        assert "no deployment 'trial/mended'" in said.get(timeout=60)
+        assert third.wrapped_future.result(60).is_crashed()
+        runner.withdraw(second)
+        assert second.wrapped_future.result(60).name == STALE
+        assert said.empty()
+        # It is made anew, under another id.
+        deployment(api, "mended", "mended")
+        assert made(3)["deployment_id"] == str(api.read_deployment_by_name(name).id) != runs[0]["deployment_id"]
+        runner.look()
+        api.set_flow_run_state(uuid.UUID(made(3)["id"]), Pending())
+        # Again, so fast that nobody saw it gone.
+        api.delete_deployment(api.read_deployment_by_name(name).id)
+        deployment(api, "mended", "mended")
+        submitted(4)
+        assert made(4)["deployment_id"] == str(api.read_deployment_by_name(name).id)
+        assert ["made anew" in said.get(timeout=60) for _ in range(2)] == [True, True]
+        runner.look()
+        # What nobody thought of ends the search, and what waits is withdrawn all the same.
+        runner._place = replace(place, references={"lock": threading.Lock()})
+        submitted(5)
+        until(lambda: runner._error)
+        with pytest.raises(Infrastructure, match=r"NotStorable: references\['lock'\].*then restore"):
+            runner.look()
+    assert late.wrapped_future.result(60).name == STALE
+
+
+def test_a_run_whose_worker_died_before_it_began_is_given_up(
+    api: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pending or running in Prefect, and claimed by nobody; one that was claimed is left alone, however long it runs."""
+    api.create_work_pool(WorkPoolCreate(name="stuck", type="process"))
+    name = deployment(api, "stuck", "stuck")
+    monkeypatch.setattr(workpool, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(workpool, "LATE_SECONDS", 0.0)
+    spec = sample_spec(storage=str(tmp_path), execution={**POOLED, "deployment": name})
+    opened = locate.create(spec, seed=1, workdir=str(tmp_path))
+    database, experiment = opened.database, opened.record.id
+    Leases(database, experiment).take(seen=0, epoch=1, holder={"pid": 1, "hostname": "h"}, action="started", detail={})
+    driver, reader = Driver(database, experiment, 1, seed=1), Reader(database, experiment)
+    rows = []
+    for number in range(4):
+        driver.propose({"x": 0.1 * number}, number=number, source="proposed")
+        trial = reader.trial(number)
+        assert trial is not None
+        rows.append(trial.attempt.id)
+    AttemptWriter.claim(database, experiment, 1, rows[0], token="t")
+    place = Place(
+        uuid=opened.record.uuid, name="stuck", experiment=experiment, epoch=1, location=opened.folder.location,
+        database=database.address, workdir="/w", trainable="train.py:train", host="h",
+    )  # fmt: skip
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with disable_run_logger(), WorkPoolRunner(spec, place) as runner:
+        runner._say = said.put
+        futures = [runner.submit(run_trial, {"trial": n, "attempt": 1, "row": rows[n]}) for n in range(4)]
+        body = {"flow_runs": {"name": {"like_": "stuck/trial-"}}}
+        until(lambda: len(api.request("POST", "/flow_runs/filter", json=body).json()) == 4)
+        found = {run["name"]: uuid.UUID(run["id"]) for run in api.request("POST", "/flow_runs/filter", json=body).json()}
+        runs = [found[f"stuck/trial-{number}#1"] for number in range(4)]
+        for run, states in zip(
+            runs, ((Pending(), Running()), (Pending(),), (Pending(), Running()), (Cancelling(),)), strict=True
+        ):
+            for state in states:
+                api.set_flow_run_state(run, state)
+        until(lambda: "taken by a worker" in said.get(timeout=60))
+        assert not any(future.wrapped_future.done() for future in futures)
+        monkeypatch.setattr(workpool, "STUCK_SECONDS", 0.0)
+        for future in futures[1:]:
+            future.wrapped_future.result(60)
+        until(lambda: runner._runs[0].is_claimed)
+        assert [runner.ended(future).how for future in futures[1:]] == [How.LOST, How.LOST, How.UNCLEAR]
+        assert runner.ended(futures[3]).is_unwanted
+        assert [api.read_flow_run(run).state_name for run in runs] == ["Running", "Crashed", "Crashed", "Cancelled"]
+        assert not futures[0].wrapped_future.done()
+        api.set_flow_run_state(runs[0], Completed())
+        assert runner.ended(futures[0]).how is How.STATE if futures[0].wrapped_future.result(60) else False
+        runner.look()
+    opened.close()
+
+
+def until(found: Callable[[], Any]) -> Any:
+    """Return what is true after a while."""
+    deadline = time.monotonic() + 60
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
