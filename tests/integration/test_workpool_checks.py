@@ -68,6 +68,20 @@ def environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
             {"execution": {**POOLED, "job_variables": {"env": {"AWS_SECRET_ACCESS_KEY": CANARY}}}},
             r"env holds AWS_SECRET_ACCESS_KEY.*prefect\.blocks\.secret",
         ),
+        *(
+            ({"execution": {**POOLED, "job_variables": {"image": "i", **variables}}}, rf"{words}.*prefect\.blocks\.secret")
+            for variables, words in (
+                ({"env": {"HOLDFAST_DATABASE_URL": f"postgresql://me:{CANARY}@h/x"}}, "env holds HOLDFAST_DATABASE_URL"),
+                ({"env": {"HOLDFAST_DATABASE_URL": f"postgresql://me@h/x?password={CANARY}"}}, "holds HOLDFAST_DATABASE_URL"),
+                ({"env": {"HOLDFAST_STORAGE_OPTIONS": f'{{"key": "{CANARY}"}}'}}, "env holds HOLDFAST_STORAGE_OPTIONS"),
+                ({"env": {"PREFECT_API_AUTH_STRING": CANARY}}, "env holds PREFECT_API_AUTH_STRING"),
+                ({"env": [{"name": "PREFECT_API_KEY", "value": CANARY}]}, "env holds PREFECT_API_KEY"),
+                ({"env": [{"name": "A", "value": "b"}, {"name": "PGPASSWORD", "value": CANARY}]}, "env holds PGPASSWORD"),
+                ({"env": {"HTTPS_PROXY": f"http://me:{CANARY}@proxy:3128"}}, "env.HTTPS_PROXY holds a URL with a password"),
+                ({"command": f"run --to redis://:{CANARY}@h"}, "job_variables.command holds a URL with a password"),
+                ({"kwargs": {"environment": {"DB_PASSWORD": CANARY}}}, "kwargs.environment holds DB_PASSWORD"),
+            )
+        ),
     ],
 )
 def test_a_secret_in_the_open_is_refused(api: SyncPrefectClient, changes: dict[str, Any], words: str) -> None:
@@ -85,7 +99,17 @@ def test_what_jobs_find_by_themselves_is_not_told(api: SyncPrefectClient, monkey
     options = {"endpoint_url": "http://h:2", "secret": CANARY}
     environment(monkeypatch, HOLDFAST_DATABASE_URL=secret, HOLDFAST_STORAGE_OPTIONS=json.dumps(options))
     blocks = sample_spec(execution=POOLED, storage="block:pooled-lab", database="block:pooled-main")
-    template = {"env": {"API_TOKEN": "{{ prefect.blocks.secret.token }}", "OMP_NUM_THREADS": "4"}}
+    template = {
+        "env": {
+            "API_TOKEN": "{{ prefect.blocks.secret.token }}",
+            "HOLDFAST_DATABASE_URL": "block:pooled-main",
+            "HOLDFAST_STORAGE_OPTIONS": "{{ prefect.blocks.secret.options }}",
+            "OMP_NUM_THREADS": "4",
+            "HTTPS_PROXY": "http://proxy:3128",
+        },
+        "secret_name": "holdfast",
+        "volumes": [{"name": "x", "secret": {"secretName": "holdfast"}}],
+    }
     by_environment = sample_spec(execution={**POOLED, "job_variables": template}, storage="s3://other/runs")
     found = [check_public(locate.placed(spec)) for spec in (blocks, by_environment)]
     more = check_public(sample_spec(execution=POOLED, **{**REMOTE, "storage_options": {**options, "anon": True}}))
