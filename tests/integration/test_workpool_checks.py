@@ -6,6 +6,7 @@ import json
 import threading
 import uuid
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,12 @@ def test_a_deployment_that_would_begin_no_trial_is_refused(api: SyncPrefectClien
             check_deployment(name, told)
     assert check_deployment(good, local).kind == "process"
     assert check_deployment(elsewhere, told).pool == "refused-elsewhere"
+    template = json.loads((resources.files("holdfast.deployments.templates") / "kubernetes.json").read_text())
+    api.create_work_pool(WorkPoolCreate(name="refused-cluster", type="kubernetes", base_job_template=template))
+    cluster = deployment(api, "refused-cluster", "refused-cluster")
+    assert check_deployment(cluster, told, ["image", "cpu_request"]).kind == "kubernetes"
+    with pytest.raises(SpecError, match=r"job_variables holds cpu, which .* 'refused-cluster' .*cpu_request, cpu_limit"):
+        check_deployment(cluster, told, ["image", "cpu"])
     with pytest.raises(SpecError, match=r"of type docker.*storage: s3://.*and the database .*database: postgresql"):
         check_deployment(elsewhere, local)
     with pytest.raises(SpecError, match="`holdfast deploy`"):  # as a search asks, before anything is written

@@ -51,7 +51,7 @@ class ExecutionSection(Section):
     )
     deployment: str = Field(default="trial/trial", description="what runs a trial with workpool: FLOW/DEPLOYMENT")
     job_variables: dict[str, Any] = Field(
-        default_factory=dict, description="of each trial's flow run with workpool, such as {image: ...}"
+        default_factory=dict, description="of each trial's flow run with workpool, as its pool has them, such as {image: ...}"
     )
     resources: Resources = Resources()
     ship: tuple[str, ...] = Field(
