@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 from prefect.client.schemas import State
 from prefect.context import FlowRunContext
@@ -19,7 +18,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from holdfast import references
-from holdfast.core.errors import AlreadyClaimed, EngineError, HoldfastError
+from holdfast.core.errors import AlreadyClaimed, EngineError, HoldfastError, SpecError
 from holdfast.core.loop import CONTINUED, is_continued
 from holdfast.core.recovery import ENDED, STARTED
 from holdfast.core.values import Json
@@ -29,8 +28,12 @@ from holdfast.flows.session import Session, prepared
 from holdfast.flows.signals import undisturbed, why
 from holdfast.flows.watched_runs import check_deployment, run_restore
 from holdfast.holding import holder
+from holdfast.locate import default_database
 from holdfast.report.observer import restore_command
+from holdfast.settings import settings
 from holdfast.storage.database import recovering, requests
+from holdfast.storage.database.engine import parse_url
+from holdfast.storage.root import parent_of
 
 __all__ = ["CONTINUED", "carried_on", "continued_here", "go_on", "is_continued", "moves_on", "told_to_go_on"]
 
@@ -146,13 +149,29 @@ def _parameters(session: Session) -> dict[str, Any]:
         if (found := secret_in(options)) is not None:
             raise EngineError(f"the storage options hold the credential {found!r}, which no flow run's parameters may show")
         parameters["storage_options"] = dict(options)
-    database = _given("database")
-    # A password is for the environment of whoever runs the deployment.
-    if isinstance(database, str) and (references.is_reference(database) or urlsplit(database).password is None):
+    if (database := _database(session)) is not None:
         parameters["database"] = database
     if not session.new_trials:
         parameters["new_trials"] = False
     return parameters
+
+
+def _database(session: Session) -> str | None:
+    """Return how the next flow run is told the database that this one uses; None when it finds that by itself."""
+    database, environment = session.opened.database, settings().database_url
+    if references.is_reference(known := references.name_of_database(database.label)):
+        return known
+    if database.label == database.address:  # no password in it
+        is_default = database.address == str(default_database(parent_of(session.opened.folder.location)))
+        is_named = session.spec.database or _given("database") or environment
+        return database.address if is_named or not is_default else None
+    with suppress(SpecError):
+        if environment and not references.is_reference(environment) and parse_url(environment) == parse_url(database.address):
+            return None
+    raise EngineError(
+        f"the database {database.label} is given with its password, which no flow run's parameters may show; save it in a "
+        "block HoldfastDatabase and name it as block:NAME, or leave it to HOLDFAST_DATABASE_URL where searches run"
+    )
 
 
 def _given(name: str) -> Any:

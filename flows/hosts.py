@@ -67,7 +67,7 @@ def check_pool(spec: ExperimentSpec, stored: Mapping[str, Any] | None = None) ->
     from holdfast.flows.runners.workpool import check_deployment, reached
 
     with reached():
-        check_deployment(spec.execution.deployment, told)
+        check_deployment(spec.execution.deployment, told, spec.execution.job_variables)
 
 
 def check_installed(runner: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,10 @@ from holdfast.storage.database.reads import Reader
 from holdfast.storage.root import absolute, is_url, parent_of
 from holdfast.tasks.place import Place, own_references
 
+_SECRETS = ("HOLDFAST_STORAGE_OPTIONS", "PREFECT_API_AUTH_STRING", "PREFECT_API_KEY")
+"""Variables that are secret whatever stands in them."""
+_PASSWORD = re.compile(r"://[^/?#\s]*:[^/?#\s]*@|[?&](ssl)?password=")
+"""What a URL with a password in it has, wherever it stands in a text."""
 _BLOCK = "save it in Prefect in a block {kind} and name it as block:NAME"
 
 
@@ -63,13 +68,11 @@ def check_public(spec: ExperimentSpec, stored: Mapping[str, Any] | None = None) 
             "execution.runner is workpool, and Prefect's settings name no API: nobody polls the private server that a search "
             "starts for itself; set PREFECT_API_URL to your server's, log in to Prefect Cloud, or start `holdfast up`"
         )
-    environment = spec.execution.job_variables.get("env")
-    for name, value in environment.items() if isinstance(environment, Mapping) else ():
-        if secret_in({name: value}) is not None and not str(value).lstrip().startswith("{{"):
-            raise SpecError(
-                f"execution.job_variables.env holds {name}, which Prefect would keep and show; write "
-                '"{{ prefect.blocks.secret.NAME }}" for its value, or set it where the jobs run'
-            )
+    if (where := _open_secret(spec.execution.job_variables, "execution.job_variables")) is not None:
+        raise SpecError(
+            f"{where[0]} holds {where[1]}, which Prefect would keep and show; write "
+            '"{{ prefect.blocks.secret.NAME }}" for its value, or set it where the jobs run'
+        )
     _check_references(spec, stored)
     url = database_url(parent_of(experiment_path(spec)), spec.database)
     text = url if isinstance(url, str) else url.render_as_string(hide_password=False)
@@ -95,6 +98,34 @@ def _check_references(spec: ExperimentSpec, stored: Mapping[str, Any] | None) ->
             f"references cannot be told to a trial's flow run, since Prefect keeps JSON ({error}); give strings, finite "
             "numbers, true, false, null, and lists and mappings of them"
         ) from None
+
+
+def _open_secret(value: object, where: str, *, is_env: bool = False) -> tuple[str, str] | None:
+    """Return where in job variables a credential stands, and its name; None when there are references to blocks alone."""
+    if isinstance(value, str):
+        return (where, "a URL with a password") if _PASSWORD.search(value) and not _is_template(value) else None
+    if isinstance(value, Mapping):
+        variables = [*value.items()] if is_env else []
+        if isinstance(value.get("name"), str) and "value" in value:  # as Kubernetes and ECS write a variable
+            variables = [(value["name"], value["value"])]
+        for name, each in variables:
+            if not _is_template(each) and _is_secret(str(name), each):
+                return where, str(name)
+        inner = [(each, f"{where}.{key}", key in ("env", "environment")) for key, each in value.items()]
+    else:
+        inner = [(each, where, False) for each in value] if isinstance(value, (list, tuple)) else []
+    return next((found for each, at, env in inner if (found := _open_secret(each, at, is_env=env)) is not None), None)
+
+
+def _is_template(value: object) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("{{")
+
+
+def _is_secret(name: str, value: object) -> bool:
+    """Tell whether an environment variable is one that nobody may see."""
+    if name == "HOLDFAST_DATABASE_URL":
+        return isinstance(value, str) and not references.is_reference(value) and shown(value) != value
+    return secret_in({name: value}) is not None or (name in _SECRETS and bool(value))
 
 
 def told_of(location: str, options: Mapping[str, Any], database: str) -> Told:

@@ -296,7 +296,7 @@ def _prepare_restore(request: RestoreRequest, observer: Observer) -> Restored:
         raise TrainableError(f"{error}; if it is elsewhere now, say where: --trainable FILE.py:FUNCTION") from error
     pool = kept_pool(spec, pool)
     try:
-        packed = packed_of(spec, opened.record.workdir)
+        packed = packed_of(placed_spec, opened.record.workdir)
         session = _take_over(opened, pool, request, changes, observer, followed)
     except BaseException:
         if pool is not None:

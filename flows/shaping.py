@@ -62,7 +62,7 @@ _DESCRIPTIONS = {
     "address": "Of a running cluster: tcp://host:8786 with dask, ray://host:10001 or auto with ray; empty: one for the run.",
     "ship": "Files and folders below the working directory that workers need; the trainable's own file always travels.",
     "deployment": "With workpool: what runs a trial, FLOW/DEPLOYMENT.",
-    "job_variables": 'With workpool: of each trial\'s flow run, such as {"image": "me/train:1", "cpu": 4}.',
+    "job_variables": 'With workpool: of each trial\'s flow run, such as {"image": "me/train:1"}.',
     "trials_per_run": "The search goes on in a new flow run after so many trials have begun in one; empty: 10,000.",
     "custom": 'With dask and ray: what their workers were started with, by their names for it, such as {"licence": 1}.',
     "isolation": "process: in a process of its own; inline: for trainables that use Prefect.",

@@ -6,10 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
+from holdfast import references
 from holdfast.core.spec import ExperimentSpec
 from holdfast.flows.session import Session
+from holdfast.locate import database_url
 from holdfast.report.observer import Observer
 from holdfast.storage.code import SHIPPED, Packed, keep, pack
+from holdfast.storage.database.engine import connect
+from holdfast.storage.root import absolute
 
 
 class Shipped(TypedDict):
@@ -23,7 +27,13 @@ class Shipped(TypedDict):
 def packed_of(spec: ExperimentSpec, workdir: str) -> Packed | None:
     """Return the code that travels to the spec's workers, None where trials run on this machine; SpecError when it cannot."""
     execution = spec.execution
-    return pack(Path(workdir), execution.ship, spec.trainable) if execution.is_remote else None
+    if not execution.is_remote:
+        return None
+    location, _ = references.place(spec.storage, spec.storage_options)
+    database = connect(database_url(absolute(str(location)), spec.database))
+    files = [] if database.file is None else [database.file]
+    database.close()
+    return pack(Path(workdir), execution.ship, spec.trainable, without=files)
 
 
 def ship(session: Session, observer: Observer) -> None:

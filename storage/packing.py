@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from holdfast.core.errors import SpecError
+from holdfast.storage.folder import IDENTITY
 
 LARGEST = 256 << 20
 """Bytes of all files together, unpacked."""
@@ -69,16 +70,17 @@ class Digest:
         return self._hashed.hexdigest()[:32]
 
 
-def pack(workdir: Path, paths: Sequence[str], trainable: str) -> Packed:
+def pack(workdir: Path, paths: Sequence[str], trainable: str, *, without: Sequence[Path] = ()) -> Packed:
     """Return the trainable's own file, where it names one, and ``paths`` below ``workdir`` as one archive.
 
-    Symbolic links become what they point to. Nothing is written. SpecError for what is missing, lies elsewhere, is no file or
-    folder, cannot be read, goes on changing, or is more than 256 MiB.
+    Symbolic links become what they point to. What searches write stays behind: folders of experiments below ``paths``, and
+    files whose names begin as one of ``without``. Nothing is written. SpecError for what is missing, lies elsewhere, is no
+    file or folder, cannot be read, goes on changing, or is more than 256 MiB.
     """
     root = Path(os.path.realpath(workdir))
     found: dict[str, _Source | None] = {}  # None: a folder
     for path in paths:
-        found.update(_below(root, path))
+        found.update(_below(root, path, tuple(os.path.realpath(prefix) for prefix in without)))
     target, _, function = trainable.rpartition(":")
     if target.endswith(".py") and not target.startswith("pickle:"):
         name, source = _own_file(root, Path(os.path.abspath(workdir)), target)
@@ -109,17 +111,19 @@ def _own_file(root: Path, workdir: Path, target: str) -> tuple[str, _Source]:
     return _spelled(name), _file(given, "the trainable's file")
 
 
-def _below(root: Path, path: str) -> Iterator[tuple[str, _Source | None]]:
+def _below(root: Path, path: str, without: tuple[str, ...]) -> Iterator[tuple[str, _Source | None]]:
     """Yield what ``path`` stands for, by its name in the archive."""
     parts = PurePosixPath(path).parts
     name, what = "/".join(parts), f"execution.ship: {path}"
     place = root / name
     if any(_is_left_out(part) for part in parts):
         raise SpecError(f"{what} is never shipped, as __pycache__, .git, .venv and *.pyc are not; drop it")
-    yield from _walk(root, place, name, what, ())
+    yield from _walk(root, place, name, what, (), without)
 
 
-def _walk(root: Path, place: Path, name: str, what: str, above: tuple[Path, ...]) -> Iterator[tuple[str, _Source | None]]:
+def _walk(
+    root: Path, place: Path, name: str, what: str, above: tuple[Path, ...], without: tuple[str, ...]
+) -> Iterator[tuple[str, _Source | None]]:
     """Yield a file, or a folder with all that is in it."""
     real = Path(os.path.realpath(place))
     if not real.is_relative_to(root):
@@ -136,8 +140,10 @@ def _walk(root: Path, place: Path, name: str, what: str, above: tuple[Path, ...]
     except OSError as error:
         raise _unreadable(place, what, error) from error
     for entry in entries:
-        if not _is_left_out(entry):
-            yield from _walk(root, place / entry, f"{name}/{entry}" if name else entry, what, (*above, real))
+        inner = os.path.join(real, entry)
+        is_written = inner.startswith(without) or os.path.isfile(os.path.join(inner, IDENTITY))  # by a search, maybe this one
+        if not (is_written or _is_left_out(entry)):
+            yield from _walk(root, place / entry, f"{name}/{entry}" if name else entry, what, (*above, real), without)
 
 
 def _is_left_out(name: str) -> bool:

@@ -125,8 +125,8 @@ class RayRunner:
         refuse_unfit(said)
 
     def _fitting(self) -> list[dict[str, Any]] | None:
-        nodes = self._nodes()
-        return None if lacking(self._needed, (node["Resources"] for node in nodes)) else nodes
+        """Return the nodes that may be given a trial, None while there is none; others need not be able to run one."""
+        return [node for node in self._nodes() if not lacking(self._needed, [node["Resources"]])] or None
 
     def _nobody(self) -> str:
         words = ", ".join(f"{amount:g} {name}" for name, amount in self._needed.items())

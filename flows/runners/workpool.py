@@ -6,7 +6,7 @@ import contextvars
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -83,14 +83,15 @@ def reached() -> Iterator[None]:
         yield
 
 
-def check_deployment(name: str, told: Told) -> Deployed:
+def check_deployment(name: str, told: Told, variables: Iterable[str] = ()) -> Deployed:
     """Return the deployment that is to run trials of what lies there; nothing is written.
 
-    SpecError when there is none that could, EngineError when Prefect's API cannot be asked.
+    SpecError when there is none that could, or when its work pool does not know one of the job ``variables``, which it would
+    pass over in silence; EngineError when Prefect's API cannot be asked.
     """
     try:
         with impatient_client() as client:
-            return _checked(client, name, told)
+            return _checked(client, name, told, variables)
     except AWAY as error:
         raise EngineError(
             f"Prefect's API cannot be asked for the deployment {name!r} ({type(error).__name__}: {error}); look after the "
@@ -98,7 +99,7 @@ def check_deployment(name: str, told: Told) -> Deployed:
         ) from error
 
 
-def _checked(client: SyncPrefectClient, name: str, told: Told) -> Deployed:
+def _checked(client: SyncPrefectClient, name: str, told: Told, variables: Iterable[str]) -> Deployed:
     mend = "make it with `holdfast deploy` (--pool NAME for a pool of yours), or name another as execution.deployment"
     try:
         found = client.read_deployment_by_name(name)
@@ -121,6 +122,12 @@ def _checked(client: SyncPrefectClient, name: str, told: Told) -> Deployed:
         raise SpecError(
             f"trials run on the work pool {pool.name!r} of type {pool.type}, where no file of this machine is: "
             + ", and ".join(local)
+        )
+    known = pool.base_job_template.get("variables", {}).get("properties", {})
+    if known and (strange := [variable for variable in variables if variable not in known]):  # an empty template says nothing
+        raise SpecError(
+            f"execution.job_variables holds {', '.join(strange)}, which the base job template of the work pool {pool.name!r} "
+            f"does not have; it has {', '.join(known)}"
         )
     return Deployed(id=found.id, name=name, pool=pool.name, kind=pool.type)
 

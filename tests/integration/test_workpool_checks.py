@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ def environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
             {"execution": {**POOLED, "job_variables": {"env": {"AWS_SECRET_ACCESS_KEY": CANARY}}}},
             r"env holds AWS_SECRET_ACCESS_KEY.*prefect\.blocks\.secret",
         ),
+        *(
+            ({"execution": {**POOLED, "job_variables": {"image": "i", **variables}}}, rf"{words}.*prefect\.blocks\.secret")
+            for variables, words in (
+                ({"env": {"HOLDFAST_DATABASE_URL": f"postgresql://me:{CANARY}@h/x"}}, "env holds HOLDFAST_DATABASE_URL"),
+                ({"env": {"HOLDFAST_DATABASE_URL": f"postgresql://me@h/x?password={CANARY}"}}, "holds HOLDFAST_DATABASE_URL"),
+                ({"env": {"HOLDFAST_STORAGE_OPTIONS": f'{{"key": "{CANARY}"}}'}}, "env holds HOLDFAST_STORAGE_OPTIONS"),
+                ({"env": {"PREFECT_API_AUTH_STRING": CANARY}}, "env holds PREFECT_API_AUTH_STRING"),
+                ({"env": [{"name": "PREFECT_API_KEY", "value": CANARY}]}, "env holds PREFECT_API_KEY"),
+                ({"env": [{"name": "A", "value": "b"}, {"name": "PGPASSWORD", "value": CANARY}]}, "env holds PGPASSWORD"),
+                ({"env": {"HTTPS_PROXY": f"http://me:{CANARY}@proxy:3128"}}, "env.HTTPS_PROXY holds a URL with a password"),
+                ({"command": f"run --to redis://:{CANARY}@h"}, "job_variables.command holds a URL with a password"),
+                ({"kwargs": {"environment": {"DB_PASSWORD": CANARY}}}, "kwargs.environment holds DB_PASSWORD"),
+            )
+        ),
     ],
 )
 def test_a_secret_in_the_open_is_refused(api: SyncPrefectClient, changes: dict[str, Any], words: str) -> None:
@@ -134,7 +149,17 @@ def test_what_jobs_find_by_themselves_is_not_told(api: SyncPrefectClient, monkey
     options = {"endpoint_url": "http://h:2", "secret": CANARY}
     environment(monkeypatch, HOLDFAST_DATABASE_URL=secret, HOLDFAST_STORAGE_OPTIONS=json.dumps(options))
     blocks = sample_spec(execution=POOLED, storage="block:pooled-lab", database="block:pooled-main")
-    template = {"env": {"API_TOKEN": "{{ prefect.blocks.secret.token }}", "OMP_NUM_THREADS": "4"}}
+    template = {
+        "env": {
+            "API_TOKEN": "{{ prefect.blocks.secret.token }}",
+            "HOLDFAST_DATABASE_URL": "block:pooled-main",
+            "HOLDFAST_STORAGE_OPTIONS": "{{ prefect.blocks.secret.options }}",
+            "OMP_NUM_THREADS": "4",
+            "HTTPS_PROXY": "http://proxy:3128",
+        },
+        "secret_name": "holdfast",
+        "volumes": [{"name": "x", "secret": {"secretName": "holdfast"}}],
+    }
     by_environment = sample_spec(execution={**POOLED, "job_variables": template}, storage="s3://other/runs")
     found = [check_public(locate.placed(spec)) for spec in (blocks, by_environment)]
     more = check_public(sample_spec(execution=POOLED, **{**REMOTE, "storage_options": {**options, "anon": True}}))
@@ -187,6 +212,12 @@ def test_a_deployment_that_would_begin_no_trial_is_refused(api: SyncPrefectClien
             check_deployment(name, told)
     assert check_deployment(good, local).kind == "process"
     assert check_deployment(elsewhere, told).pool == "refused-elsewhere"
+    template = json.loads((resources.files("holdfast.deployments.templates") / "kubernetes.json").read_text())
+    api.create_work_pool(WorkPoolCreate(name="refused-cluster", type="kubernetes", base_job_template=template))
+    cluster = deployment(api, "refused-cluster", "refused-cluster")
+    assert check_deployment(cluster, told, ["image", "cpu_request"]).kind == "kubernetes"
+    with pytest.raises(SpecError, match=r"job_variables holds cpu, which .* 'refused-cluster' .*cpu_request, cpu_limit"):
+        check_deployment(cluster, told, ["image", "cpu"])
     with pytest.raises(SpecError, match=r"of type docker.*storage: s3://.*and the database .*database: postgresql"):
         check_deployment(elsewhere, local)
     with pytest.raises(SpecError, match="`holdfast deploy`"):  # as a search asks, before anything is written

@@ -126,3 +126,21 @@ def test_memory_is_shared_with_no_other_process() -> None:
 def test_an_engine_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "EXTRAS", {"dask": "prefect_dask_that_nobody_has"})
     refused("pip install 'holdfast[dask]'", execution={"runner": "dask"})
+
+
+@pytest.mark.parametrize(
+    ("runner", "address"),
+    [
+        ("dask", "tls://me:secret@scheduler.example:8786"),
+        ("dask", "ws://scheduler.example:8786?token=secret"),
+        ("dask", "me:secret@scheduler.example:8786"),
+        ("dask", "tcp://scheduler.example:8786#secret"),
+        ("ray", "ray://secret@head.example:10001"),
+        ("ray", "head.example:6379?token=secret"),
+    ],
+)
+def test_an_address_holds_no_credentials(runner: str, address: str) -> None:
+    """It is shown, and stored in rows."""
+    with pytest.raises(SpecError, match=r"execution.*reached by host and port.*configuration of the engine") as caught:
+        spec({"runner": runner, "address": address})
+    assert "secret" not in str(caught.value)

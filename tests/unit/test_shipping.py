@@ -200,3 +200,22 @@ def test_a_callable_needs_no_archive(work: Path, tmp_path: Path) -> None:
         assert (told["code"], told["trainable"]) == (None, "pickle:trainable.pkl:train")
         assert drive(opened.folder.path, work)[1] == []
         assert not (opened.folder.path / "code").exists()
+
+
+def test_what_searches_write_below_the_working_directory_stays_behind(work: Path, tmp_path: Path) -> None:
+    """``ship: [.]`` with the storage in it: else each restore would ship all that the ones before shipped."""
+    with closing(create(work / "runs", **changes_of(work, ship=["."]))) as opened:
+        path = opened.folder.path
+        (work / "runs" / "notes.txt").write_text("mine")
+        told, _ = drive(path, work)
+        assert drive(path, work) == (told, [])
+        files = unpack(opened.folder, told["code"], tmp_path / "cache")
+    assert set(content(files)) == {"train.py", "lib", "lib/net.py", "runs", "runs/notes.txt"}
+    release(files)
+    elsewhere = sample_spec(
+        storage=str(tmp_path / "far"), database=f"sqlite:///{work}/lib/rows.db", **changes_of(work, ship=["."])
+    )
+    before = packed_of(elsewhere, str(work))
+    for name in ("rows.db", "rows.db-wal"):
+        (work / "lib" / name).write_text("rows")
+    assert packed_of(elsewhere, str(work)) == before

@@ -51,7 +51,7 @@ class ExecutionSection(Section):
     )
     deployment: str = Field(default="trial/trial", description="what runs a trial with workpool: FLOW/DEPLOYMENT")
     job_variables: dict[str, Any] = Field(
-        default_factory=dict, description="of each trial's flow run with workpool, such as {image: ..., cpu: 4}"
+        default_factory=dict, description="of each trial's flow run with workpool, as its pool has them, such as {image: ...}"
     )
     resources: Resources = Resources()
     ship: tuple[str, ...] = Field(
@@ -96,6 +96,12 @@ class ExecutionSection(Section):
             raise ValueError(f"execution.address is for dask and ray; drop it with runner: {self.runner}, or name one of them")
         if self.runner == "ray" and address == "auto":
             return
+        if not {"@", "?", "#"}.isdisjoint(address):  # it is shown and stored, so what stands there is not repeated here
+            raise ValueError(
+                "execution.address holds user info or a query; clusters are reached by host and port: write "
+                f"{'tcp://host:8786' if self.runner == 'dask' else 'ray://host:10001'}, and leave credentials to the "
+                "configuration of the engine itself"
+            )
         scheme = address.partition("://")[0] if "://" in address else ""
         if scheme not in _SCHEMES[self.runner] or not address.partition("://")[2 if scheme else 0]:
             form = "tcp://host:8786 (or tls://)" if self.runner == "dask" else "ray://host:10001, host:6379 or auto"
