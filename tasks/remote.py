@@ -93,7 +93,7 @@ class RemoteRuntime(Runtime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._stored = StoredJudge(self.experiment, self._rules)
+        self._stored = StoredJudge(self.database, self.experiment, self._rules)
         self._devices = variable(DEVICES)
         self.held = self._hold
 
