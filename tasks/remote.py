@@ -149,6 +149,11 @@ class RemoteRuntime(Runtime):
         with self._state:
             self._running[writer.attempt] = self._beats
 
+    def let_go(self, writer: AttemptWriter) -> None:
+        with self._state:
+            self._running.pop(writer.attempt, None)
+            self._closed.discard(writer.attempt)
+
     def start(self) -> None:
         """Begin to beat; the first answer is waited for, and raises what it says against this worker."""
         self._beat()
@@ -284,9 +289,6 @@ class RemoteRuntime(Runtime):
         with self._state:
             self._users -= 1
             self._used = time.monotonic()
-            if not self._users:
-                self._running.clear()
-                self._closed.clear()
             self._state.notify_all()
 
 

@@ -205,6 +205,27 @@ def test_an_attempt_that_somebody_else_closed(drive: Drive) -> None:
     assert runtime.over is None
 
 
+def test_attempts_that_have_ended_are_forgotten_while_others_run(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that ends while a beat is under way, which still tells of it."""
+    monkeypatch.setattr(remote, "terms", Terms(duration=600, renewal=100))
+    with using(drive.place(), "dask") as runtime:
+        staying, ended, ending = (drive.claim(runtime) for _ in range(3))
+        for writer in (ended, ending):
+            drive.driver.end(writer.attempt, Ending(outcome=Outcome.LOST))
+        beat = workers.beat
+
+        def slow(*arguments: Any) -> workers.Beat:
+            told = beat(*arguments)
+            runtime.let_go(ending)
+            return told
+
+        monkeypatch.setattr(workers, "beat", slow)
+        runtime._beat()
+        assert runtime._closed == {ended.attempt}
+        runtime.let_go(ended)
+        assert ({*runtime._running}, runtime._closed) == ({staying.attempt}, set())
+
+
 def test_an_attempt_that_was_claimed_after_the_beat_was_sent_is_open(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "terms", Terms(duration=600, renewal=100))
     runtime = reach(drive.place(), "dask")
