@@ -207,9 +207,7 @@ def test_only_what_changed_is_read_again(database: Database, tmp_path: Path, mon
         made.check()
 
 
-def test_the_first_look_does_not_hold_up_others(
-    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_look_does_not_hold_up_others(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is stored, a new worker reads no more of it within its first report's transaction."""
     spec = sample_spec(stopping={"rule": "median"})
     run = Transaction.run
