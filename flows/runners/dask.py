@@ -141,7 +141,7 @@ class DaskRunner:
     def _answer(self, address: str, question: Any) -> tuple[str, list[str]]:
         try:
             name, reasons = question.result(timeout=_RESULT_SECONDS)
-        except (Exception, CancelledError) as error:  # noqa: BLE001  # whatever kept a worker from even beginning to answer
+        except Exception as error:  # noqa: BLE001  # whatever kept a worker from even beginning to answer
             return address, [f"it did not answer: {type(error).__name__}: {error}"]
         return f"{name} ({address})", reasons
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import distributed
 import pytest
 from prefect.logging import disable_run_logger
-from store_kit import until
 from support import Lab
 from support_runners import goes_through_everything
 from support_workers import Drive
@@ -29,6 +29,13 @@ def test_a_search_goes_through_everything(lab: Lab) -> None:
     goes_through_everything(lab, "dask")
 
 
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 class Heard(Observer):
     """Remembers what was said."""
 
@@ -39,26 +46,33 @@ class Heard(Observer):
         self.said.append(text)
 
 
+FREE = threading.Event()
+
+
+def _occupied() -> None:
+    FREE.wait()
+
+
 class Cluster:
     """Three workers of one thread each within this process: the first two have a device, the third has none."""
 
     def __init__(self, stack: ExitStack) -> None:
         scheduler: Any = {"cls": distributed.Scheduler, "options": {"dashboard": False, "protocol": "inproc://"}}
         workers = {
-            name: {"cls": distributed.Worker, "options": {"nthreads": 1, "resources": resources, "dashboard": False}}
+            name: {"cls": distributed.Worker, "options": {"nthreads": 1, "resources": resources, "memory_limit": 0}}
             for name, resources in (("a", {"GPU": 1}), ("b", {"GPU": 1}), ("c", {}))
         }
         made: Any = distributed.SpecCluster
         self.cluster = stack.enter_context(made(scheduler=scheduler, workers=workers, silence_logs=50))
         self.client = stack.enter_context(dask._make_client(self.cluster))
         self.address = {str(name): str(worker.address) for name, worker in self.cluster.workers.items()}
-        self.free = threading.Event()
-        stack.callback(self.free.set)
+        FREE.clear()
+        stack.callback(FREE.set)
         self.runner = stack.enter_context(DaskRunner(self.cluster.scheduler_address, Resources(gpu=1), 2))
 
     def occupy(self, *names: str) -> None:
         """Let somebody else's tasks take all threads of workers."""
-        self.tasks = [self.client.submit(self.free.wait, workers=[self.address[name]], pure=False) for name in names]
+        self.tasks = [self.client.submit(_occupied, workers=[self.address[name]], pure=False) for name in names]
         until(lambda: all(self.client.processing().get(self.address[name]) for name in names))
 
     def pause(self, name: str) -> None:
