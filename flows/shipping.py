@@ -39,10 +39,11 @@ def packed_of(spec: ExperimentSpec, workdir: str) -> Packed | None:
 def ship(session: Session, observer: Observer) -> None:
     """Have the session's code in the path, and note it in the audit; say so when it is not what the drive before had.
 
-    Nothing is done for trials on this machine. The lease is held; the journal tells of it before a task is submitted.
+    Nothing is done for trials on this machine, nor when the drive goes on in another flow run: its code was kept, and is not
+    in memory any more. The lease is held; the journal tells of it before a task is submitted.
     """
     packed = session.packed
-    if packed is None:
+    if packed is None or session.runs > 0:
         return
     before = next((row.detail["digest"] for row in reversed(session.reader.audit()) if row.action == SHIPPED), packed.digest)
     keep(session.opened.folder, packed)

@@ -76,14 +76,24 @@ def file_name(digest: str) -> str:
 
 
 def keep(folder: Folder, packed: Packed) -> None:
-    """Have the code in the experiment's path, durably; an intact archive that is there stays as it is."""
+    """Have the code in the experiment's path, durably; an intact archive that is there stays as it is.
+
+    Corrupt, and nothing is written, when the archive in hand is not what its digest says.
+    """
     if packed.digest is None:
         return
     name = file_name(packed.digest)
-    if name.partition("/")[2] in folder.root.names(CODE):
+    is_there = name.partition("/")[2] in folder.root.names(CODE)
+    if is_there:
         with suppress(Corrupt):
             if _digest(_content(folder.root, name)) == packed.digest:
                 return
+    if _digest(packed.body) != packed.digest:
+        raise Corrupt(
+            f"code to be kept at {join(folder.location, name)} is not what its digest says ({len(packed.body)} bytes); "
+            "nothing was written; restore the search where its code is: it ships it anew"
+        )
+    if is_there:
         log.warning("%s is damaged; it is written anew", join(folder.location, name))
     if isinstance(folder.root, ObjectRoot):
         with tempfile.NamedTemporaryFile(prefix="holdfast-") as file:

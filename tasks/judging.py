@@ -11,7 +11,8 @@ from holdfast.core.history import History
 from holdfast.core.stopping import Rules
 from holdfast.core.values import Metrics
 from holdfast.storage.database import measures
-from holdfast.storage.database.engine import Transaction
+from holdfast.storage.database.engine import Database, Transaction
+from holdfast.storage.database.losses import repeatable
 from holdfast.tasks.runtime import Judge
 
 _GAP = 8
@@ -22,10 +23,11 @@ class StoredJudge:
     """What the rules look at, as this process knows it, and brought up to date within each report's transaction.
 
     The fence has locked the experiment's row by then, so every report that counts is there to be read. Only trials that
-    changed since the last look are read again.
+    changed since the last look are read again. The first look, at everything, comes before the fence: others write meanwhile.
     """
 
-    def __init__(self, experiment: int, rules: Rules) -> None:
+    def __init__(self, database: Database, experiment: int, rules: Rules) -> None:
+        self._database = database
         self._experiment = experiment
         self._rules = rules
         self._history = History(rules.metrics)
@@ -38,6 +40,8 @@ class StoredJudge:
         """Give what decides about a report; as ``Runtime.judged``, but it looks when it is called, again if it is repeated."""
         with self._lock:
             added = False
+            if self._seq < 0:
+                self._catch_up()
 
             def judge(tx: Transaction) -> str | None:
                 nonlocal added
@@ -57,21 +61,25 @@ class StoredJudge:
             if added:
                 self._seq += 1  # the transaction's own
 
+    @repeatable
+    def _catch_up(self) -> None:
+        with self._database.snapshot() as state:
+            self._look(state)
+
     def _look(self, tx: Transaction) -> None:
-        since, self._seq = self._seq, -1  # what is cut off here begins anew
+        since = self._seq
         seq, changed = measures.changed(tx, self._experiment, since)
+        ranges = list(_ranges(sorted(changed))) if since >= 0 else [(0, measures.ALL)]
+        found = [measures.measured(tx, self._experiment, self._rules.metrics, first, last) for first, last in ranges]
+        self._seq = -1  # what is cut off here begins anew
         if since < 0:
             self._history = History(self._rules.metrics)
-            self._read(tx, 0, measures.ALL)
-        for first, last in _ranges(sorted(changed)) if since >= 0 else ():
-            for number in range(first, last + 1):
+        for (first, last), by_metric in zip(ranges, found, strict=True):
+            for number in range(first, last + 1) if since >= 0 else ():
                 self._history.forget(number)
-            self._read(tx, first, last)
+            for metric, rows in by_metric.items():
+                self._history.load(metric, rows)
         self._seq = seq
-
-    def _read(self, tx: Transaction, first: int, last: int) -> None:
-        for metric, rows in measures.measured(tx, self._experiment, self._rules.metrics, first, last).items():
-            self._history.load(metric, rows)
 
 
 def _ranges(numbers: list[int]) -> Iterator[tuple[int, int]]:

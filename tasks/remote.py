@@ -84,6 +84,9 @@ class RemoteRuntime(Runtime):
     """attempts that somebody else closed"""
     _users: int = 0
     _used: float = field(default_factory=time.monotonic)
+    _doubtful: bool = False
+    """whether an attempt here failed for what is no fault of its own, and nobody has looked again since"""
+    _looking: threading.Lock = field(default_factory=threading.Lock)
     _devices: str | None = None
     """the environment's devices that the children were given"""
     _state: threading.Condition = field(default_factory=threading.Condition)
@@ -93,7 +96,7 @@ class RemoteRuntime(Runtime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._stored = StoredJudge(self.experiment, self._rules)
+        self._stored = StoredJudge(self.database, self.experiment, self._rules)
         self._devices = variable(DEVICES)
         self.held = self._hold
 
@@ -121,7 +124,25 @@ class RemoteRuntime(Runtime):
         """Do nothing: the first report reads what there is."""
 
     def fail(self, error: HoldfastError) -> None:
-        """Do nothing more: the error goes to the driver with the task, and other trials here may do without what failed."""
+        """Look again before the next trial; those that run may do without what failed, and the driver gets the error."""
+        self._doubtful = True
+
+    def look_again(self) -> None:
+        """Raise Unfit when an attempt failed here for what is no fault of its own, and this process still cannot run trials."""
+        key = self.uuid, self.epoch
+        with self._looking:
+            if not self._doubtful:
+                return
+            _raise_known(key)
+            self._doubtful = False  # what fails while this looks is doubted anew
+            try:
+                reasons = [*probe(self.place), *self.work.lacks()]
+            except BaseException:
+                self._doubtful = True
+                raise
+            if reasons:
+                self._doubtful = True
+                raise _remembered(key, Unfit(*reasons))
 
     def journaled(self) -> int:
         return -1 if self._told is None else self._told.journaled
@@ -148,6 +169,11 @@ class RemoteRuntime(Runtime):
     def claimed(self, writer: AttemptWriter) -> None:
         with self._state:
             self._running[writer.attempt] = self._beats
+
+    def let_go(self, writer: AttemptWriter) -> None:
+        with self._state:
+            self._running.pop(writer.attempt, None)
+            self._closed.discard(writer.attempt)
 
     def start(self) -> None:
         """Begin to beat; the first answer is waited for, and raises what it says against this worker."""
@@ -284,9 +310,6 @@ class RemoteRuntime(Runtime):
         with self._state:
             self._users -= 1
             self._used = time.monotonic()
-            if not self._users:
-                self._running.clear()
-                self._closed.clear()
             self._state.notify_all()
 
 
@@ -309,9 +332,7 @@ def reach(place: Place, engine: str) -> RemoteRuntime:
     with _lock:
         if (found := _reached.get(key)) is not None:
             return found
-        until, unfit = _unfit.get(key, (0.0, None))
-        if unfit is not None and time.monotonic() < until:
-            raise Unfit(*unfit.args)
+        _raise_known(key)
         opening, mine = _opening.get(key), False
         if opening is None:
             opening, mine = _opening.setdefault(key, Future()), True
@@ -324,7 +345,7 @@ def reach(place: Place, engine: str) -> RemoteRuntime:
         with _lock:
             del _opening[key]
             if isinstance(error, Unfit):
-                _unfit[key] = time.monotonic() + UNFIT_SECONDS, error
+                _remembered(key, error)
         opening.set_exception(error)
         raise
     with _lock:
@@ -336,11 +357,24 @@ def reach(place: Place, engine: str) -> RemoteRuntime:
     return made
 
 
+def _raise_known(key: Key) -> None:
+    """Raise what was found a moment ago: many trials may come at once."""
+    until, unfit = _unfit.get(key, (0.0, None))
+    if unfit is not None and time.monotonic() < until:
+        raise Unfit(*unfit.args)
+
+
+def _remembered(key: Key, unfit: Unfit) -> Unfit:
+    _unfit[key] = time.monotonic() + UNFIT_SECONDS, unfit
+    return unfit
+
+
 @contextmanager
 def using(place: Place, engine: str) -> Iterator[RemoteRuntime]:
     """Use this process's runtime of an experiment; raises as :func:`reach`. While it is used it is not idle."""
     while True:
         runtime = reach(place, engine)
+        runtime.look_again()
         try:
             if runtime.enter():
                 break

@@ -126,6 +126,9 @@ class Runtime:
     def claimed(self, writer: AttemptWriter) -> None:
         """Take note of an attempt that runs here from now on."""
 
+    def let_go(self, writer: AttemptWriter) -> None:
+        """Take note that nothing is done here for an attempt any more."""
+
 
 def _goes_on(_: Transaction) -> None:
     """End no trial."""

@@ -129,6 +129,11 @@ class Supervisor:
         except (OSError, Infrastructure) as error:
             self.logger.warning("the trial's log stays on this host: %s", error)
 
+    def let_go(self) -> None:
+        """Tell the runtime that the attempt is supervised no more."""
+        if self._writer is not None:
+            self.runtime.let_go(self._writer)
+
     def _is_current(self) -> bool:
         return Leases(self.runtime.database, self.runtime.experiment).look().epoch == self.runtime.epoch
 

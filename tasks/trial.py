@@ -93,7 +93,10 @@ def _supervised(runtime: Runtime, trial: int, attempt: int, config: str, row: in
     except TrialFailure as failure:
         _commit_failure(runtime, supervisor, failure)
     finally:
-        supervisor.tidy()
+        try:
+            supervisor.tidy()
+        finally:
+            supervisor.let_go()
 
 
 def _claim(runtime: Runtime, row: int, token: str, flow: str | None, run: str | None, **found: Any) -> AttemptWriter:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from holdfast.storage.checkpoints.cache import NO_LOCKS
 
 _OWNER = ".worker"
 """The file in such a folder that its process holds locked; a lock ends with its process, whatever ends that."""
+
+_PROBE = ".probe"
+_ROOM = 1 << 16
+"""Bytes that are written to see whether there is room."""
 
 
 class WorkFolder:
@@ -39,6 +44,18 @@ class WorkFolder:
                 if error.errno in NO_LOCKS:
                     return  # nobody can lock it: it is never swept
             self.close()  # a sweep came between the two
+
+    def lacks(self) -> list[str]:
+        """Return why nothing can be written here, or nothing."""
+        file = self.path / _PROBE
+        try:
+            file.write_bytes(bytes(_ROOM))
+            file.unlink()
+        except OSError as error:
+            with suppress(OSError):
+                file.unlink()
+            return [f"{self.path} cannot be written on {socket.gethostname()}: {error.strerror}; make room there"]
+        return []
 
     def close(self) -> None:
         """Remove the folder with all that is in it. Idempotent."""

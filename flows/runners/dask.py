@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing.spawn
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -17,13 +18,15 @@ from distributed.scheduler import KilledWorker
 from prefect.client.schemas import State
 from prefect.exceptions import Pause
 from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
 from prefect.tasks import Task
 from prefect_dask.task_runners import PrefectDaskFuture
 
 from holdfast.core.errors import Infrastructure
 from holdfast.core.execution_section import Resources
-from holdfast.flows.runners.asking import first_workers, lacking, refuse_unfit
+from holdfast.flows.runners.asking import ANSWER_SECONDS, first_workers, lacking, refuse_unfit
 from holdfast.flows.runners.port import End, How
+from holdfast.report.observer import watching
 from holdfast.settings import visible_gpus
 from holdfast.tasks.executing import ask, execute, flush, pack_task
 from holdfast.tasks.place import Place
@@ -31,6 +34,10 @@ from holdfast.tasks.place import Place
 _RESULT_SECONDS = 5.0
 """How long the state of a task that has ended is waited for; else rows tell what became of it."""
 _CONNECT_SECONDS = 30
+_LOOK_SECONDS = 1.0
+"""How long answers are waited for before another look at who is busy."""
+_FIRST = 1000
+"""The priority of a question: before trials that wait for a thread."""
 
 
 class DaskRunner:
@@ -97,25 +104,58 @@ class DaskRunner:
             yield cluster
 
     def check(self, place: Place) -> None:
-        first_workers(self._fitting, self._nobody)
-        answers: dict[str, Any] = self._client.run(ask, place, on_error="return")
-        said = []
-        for worker, answer in answers.items():
-            if isinstance(answer, BaseException):
-                said.append((worker, [f"it did not answer: {type(answer).__name__}: {answer}"]))
-            else:
-                said.append((f"{answer[0]} ({worker})", answer[1]))
-        refuse_unfit(said)
+        fitting = first_workers(self._fitting, self._nobody)
+        asked = {
+            address: self._client.submit(
+                ask, place, workers=[address], allow_other_workers=False, pure=False, retries=0, priority=_FIRST
+            )
+            for address in fitting
+        }
+        late = self._late(asked, {address: int(worker["nthreads"]) for address, worker in fitting.items()})
+        said = [self._answer(address, question) for address, question in asked.items() if address not in late]
+        self._client.cancel([asked[address] for address in late], reason="late", msg="nobody waits for it any more")
+        passed = [address for address, is_excused in late.items() if is_excused and said]
+        if passed:
+            _say(f"Dask: not asked, since they are busy with other work, or have left: {', '.join(passed)}")
+        words = f"no answer in {ANSWER_SECONDS:g} s; see whether it is busy, suspended or cut off, or end it"
+        refuse_unfit([*said, *((address, [words]) for address in late if address not in passed)])
+
+    def _late(self, asked: dict[str, Any], threads: dict[str, int]) -> dict[str, bool]:
+        """Wait for answers; return whose are missing, and whether that is excused: others' tasks keep it busy, or it has left.
+
+        It may be so for hours: once somebody has answered, such are not waited for.
+        """
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while True:
+            waiting = {address: question for address, question in asked.items() if not question.done()}
+            late = {}
+            if waiting:
+                tasks = self._client.processing()
+                for address, question in waiting.items():
+                    late[address] = address not in tasks or len({*tasks[address]} - {question.key}) >= threads[address]
+            if time.monotonic() > deadline or (all(late.values()) and len(late) < len(asked)):
+                return late
+            with suppress(TimeoutError, CancelledError), self._client.as_current():
+                _wait(list(waiting.values()), timeout=_LOOK_SECONDS)
+
+    def _answer(self, address: str, question: Any) -> tuple[str, list[str]]:
+        try:
+            name, reasons = question.result(timeout=_RESULT_SECONDS)
+        except Exception as error:  # noqa: BLE001  # whatever kept a worker from even beginning to answer
+            return address, [f"it did not answer: {type(error).__name__}: {error}"]
+        return f"{name} ({address})", reasons
 
     def _workers(self) -> dict[str, Any]:
         found: dict[str, Any] = self._client.scheduler_info()["workers"]
         return found
 
     def _fitting(self) -> dict[str, Any] | None:
-        workers = self._workers()
-        if not workers or lacking(self._needed, (worker.get("resources") or {} for worker in workers.values())):
-            return None
-        return workers
+        """Return the workers that a trial may be sent to, None when there is none."""
+        return {
+            address: worker
+            for address, worker in self._workers().items()
+            if not lacking(self._needed, [worker.get("resources") or {}])
+        } or None
 
     def _nobody(self) -> str:
         scheduler, workers = self._where, self._workers()
@@ -169,7 +209,16 @@ class DaskRunner:
             raise Infrastructure(f"the Dask scheduler at {self._where} is gone; see to it, then restore the search")
 
 
-_make_cluster: Any = distributed.LocalCluster  # Dask's classes have no types
+def _say(text: str) -> None:
+    caller = watching.get()
+    get_run_logger().warning("%s", text)
+    if caller is not None:
+        with suppress(OSError):  # the terminal may be gone
+            caller.say(text)
+
+
+_make_cluster: Any = distributed.LocalCluster  # Dask has no types there
+_wait: Any = distributed.wait
 
 
 def _make_client(target: Any) -> Any:

@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,20 @@ def test_code_is_kept_once_and_unpacked(folder: Folder, tmp_path: Path, monkeypa
     folder.root.delete(file_name(digest))
     assert unpack(folder, digest, tmp_path / "cache") == files  # it is here: nothing is fetched
     release(files)
+
+
+def test_an_archive_that_is_not_what_its_digest_says_is_not_kept(folder: Folder, tmp_path: Path) -> None:
+    packed, other = packed_of(tmp_path), packed_of(tmp_path, "raise SystemExit\n")
+    for there in (None, b"damaged"):
+        if there is not None:
+            folder.root.write(file_name(packed.digest or ""), there)
+        for body in (b"", packed.body[:-1], other.body):
+            with pytest.raises(Corrupt, match="not what its digest says"):
+                keep(folder, replace(packed, body=body))
+        assert folder.root.read(file_name(packed.digest or "")) == there
+    keep(folder, packed)
+    keep(folder, replace(packed, body=b""))  # it is there
+    assert folder.root.read(file_name(packed.digest or "")) == packed.body
 
 
 def test_a_damaged_archive_is_named_and_written_anew(folder: Folder, tmp_path: Path) -> None:

@@ -57,8 +57,10 @@ def files():
     return [path for path in (remote.settings().cache_folder / "work").rglob("*") if path.is_file()]
 
 said = executions()
+runtime = remote.known(place.uuid, place.epoch)
+known = [*runtime._running, *runtime._closed]
 remote.close_all()
-print("\\n" + json.dumps({"said": said, "work": work[0], "left": [str(path) for path in files()]}))
+print("\\n" + json.dumps({"said": said, "work": work[0], "known": known, "left": [str(path) for path in files()]}))
 """
 
 
@@ -106,7 +108,7 @@ def test_one_record_and_no_trace_of_a_second_execution(drive: Drive, lab: Lab, s
     assert second[2][0] == "AlreadyClaimed"
     assert third[:2] == ["Cached", True]
     assert [Path(name).name for name in told["work"] if not name.endswith((".worker", "log-a1.txt"))] == told_by_first(told)
-    assert told["left"] == []
+    assert (told["known"], told["left"]) == ([], [])
     folder = drive.opened.folder
     names = sorted(folder.root.names(f"trials/{number:06d}"))
     assert names == ["checkpoints", "log-a1.txt", "result-a1.json"]

@@ -16,7 +16,7 @@ import pytest
 from store_kit import sample_spec, until
 from support_workers import Drive, children, descriptors, in_threads
 
-from holdfast.core.errors import Conflict, Fenced, HoldfastError, Infrastructure, Unfit
+from holdfast.core.errors import Conflict, Fenced, HoldfastError, Infrastructure, StorageError, Unfit
 from holdfast.core.trial import Outcome
 from holdfast.storage.database import requests, workers
 from holdfast.storage.database.driver import Ending
@@ -205,6 +205,27 @@ def test_an_attempt_that_somebody_else_closed(drive: Drive) -> None:
     assert runtime.over is None
 
 
+def test_attempts_that_have_ended_are_forgotten_while_others_run(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that ends while a beat is under way, which still tells of it."""
+    monkeypatch.setattr(remote, "terms", Terms(duration=600, renewal=100))
+    with using(drive.place(), "dask") as runtime:
+        staying, ended, ending = (drive.claim(runtime) for _ in range(3))
+        for writer in (ended, ending):
+            drive.driver.end(writer.attempt, Ending(outcome=Outcome.LOST))
+        beat = workers.beat
+
+        def slow(*arguments: Any) -> workers.Beat:
+            told = beat(*arguments)
+            runtime.let_go(ending)
+            return told
+
+        monkeypatch.setattr(workers, "beat", slow)
+        runtime._beat()
+        assert runtime._closed == {ended.attempt}
+        runtime.let_go(ended)
+        assert ({*runtime._running}, runtime._closed) == ({staying.attempt}, set())
+
+
 def test_an_attempt_that_was_claimed_after_the_beat_was_sent_is_open(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "terms", Terms(duration=600, renewal=100))
     runtime = reach(drive.place(), "dask")
@@ -280,6 +301,44 @@ class TestUnfit:
             reach(place, "dask")
         monkeypatch.setattr(remote, "_unfit", {})
         assert reach(place, "dask").over is None
+
+    @pytest.mark.parametrize("what", ["path", "work"])
+    def test_it_looks_again_after_an_attempt_that_could_not_write(
+        self, drive: Drive, monkeypatch: pytest.MonkeyPatch, what: str
+    ) -> None:
+        """No further trial begins while that is so; those that run go on."""
+        looks, look = [], remote.probe
+
+        def counted(place: Place) -> list[str]:
+            looks.append(place)
+            return look(place)
+
+        monkeypatch.setattr(remote, "probe", counted)
+        with using(drive.place(), "dask") as runtime:
+            writer = drive.claim(runtime)
+            place = runtime.work.path if what == "work" else Path(drive.place().location)
+            looks.clear()
+            with using(drive.place(), "dask"):
+                assert looks == []
+            runtime.fail(StorageError("no space left on device"))
+            moved = place.rename(place.with_name("away"))
+            words = "no experiment" if what == "path" else "make room"
+            for _ in range(3):
+                with pytest.raises(Unfit, match=words), using(drive.place(), "dask"):
+                    pytest.fail("it is unfit")
+            assert len(looks) == 1  # a moment ago
+            monkeypatch.setattr(remote, "_unfit", {})
+            with pytest.raises(Unfit), using(drive.place(), "dask"):
+                pytest.fail("it is still unfit")
+            moved.rename(place)
+            runtime.held()
+            assert runtime.decision(0, writer.attempt) is Decision.CONTINUE
+            monkeypatch.setattr(remote, "_unfit", {})
+            looks.clear()
+            for _ in range(2):
+                with using(drive.place(), "dask") as other:
+                    assert other is runtime
+            assert len(looks) == 1
 
     def test_too_few_devices(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")

@@ -170,6 +170,11 @@ def test_a_search_and_its_restore_pack_before_they_begin(work: Path, tmp_path: P
     path, told = session.opened.folder.path, told_by(session)
     assert code_of(path) == [told["code"]]
     assert session.packed.body == b""
+    (path / "code" / f"{told['code']}.zip").unlink()
+    session.continued = "continued: 1 trial has begun in this flow run"
+    assert session.next_run()
+    ship(session, Observer())
+    assert (code_of(path), told_by(session)) == ([], told)  # there is nothing in hand to write
     session.keeper.release("interrupted by a test")
     session.close()
     (work / "lib").rename(work / "gone")

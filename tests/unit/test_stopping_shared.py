@@ -195,9 +195,9 @@ def test_only_what_changed_is_read_again(database: Database, tmp_path: Path, mon
             made.supervise(other)
         read.clear()
         made.report(0, 0, save=False)
-        assert read == [(0, measures.ALL)]
+        assert read == [(0, measures.ALL), (number, number)]  # before the fence, and the newest change once more within it
         made.report(0, 1, save=False)
-        assert read == [(0, measures.ALL)]  # its own, which it knows
+        assert read == [(0, measures.ALL), (number, number)]  # its own, which it knows
         on_other = 1
         made.supervise(on_other)
         made.report(on_other, 0, save=False)
@@ -205,6 +205,41 @@ def test_only_what_changed_is_read_again(database: Database, tmp_path: Path, mon
         made.report(0, 2, save=False)
         assert read == [(on_other, on_other)]
         made.check()
+
+
+def test_the_first_look_does_not_hold_up_others(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is stored, a new worker reads no more of it within its first report's transaction."""
+    spec = sample_spec(stopping={"rule": "median"})
+    run = Transaction.run
+
+    def first_report(steps: int) -> tuple[int, int]:
+        """Return how many rows were read before the fence and within it."""
+        with closing(Shared(Lab.new(database, f"first of {steps}"), tmp_path, spec)) as made:
+            for _ in range(3):
+                made.lab.driver.propose({"x": 0.5})
+            for number in range(2):
+                made.supervise(number)
+                for step in range(steps):
+                    made.report(number, step, save=False)
+            made.supervise(2)
+            new, read = made.runtime, [0, 0]
+            assert isinstance(new, RemoteRuntime)
+            assert new._stored._seq == -1
+
+            def counting(tx: Transaction, statement: Any, **values: object) -> list[tuple[Any, ...]]:
+                rows = run(tx, statement, **values)
+                read[new.database._writing] += len(rows)
+                return rows
+
+            monkeypatch.setattr(Transaction, "run", counting)
+            made.report(2, 0, save=False)
+            monkeypatch.setattr(Transaction, "run", run)
+            made.check()
+        return read[0], read[1]
+
+    few, many = first_report(2), first_report(40)
+    assert many[0] >= few[0] + 2 * 38
+    assert many[1] == few[1]
 
 
 @pytest.mark.parametrize("error", [RolledBack("undone"), DatabaseError("away")])
