@@ -20,6 +20,8 @@ from holdfast.storage.database import workers
 from holdfast.tasks.results import WorkerResults
 from holdfast.tasks.trial import run_trial
 
+pytestmark = pytest.mark.timeout(900)  # it waits for several processes, each with patience
+
 WORKER = """
 import json, pickle, sys, threading, time
 from pathlib import Path

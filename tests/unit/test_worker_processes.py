@@ -19,6 +19,8 @@ from holdfast.storage.database import workers
 from holdfast.tasks.workers.processes import is_alive
 from holdfast.tasks.working import WorkFolder, sweep
 
+pytestmark = pytest.mark.timeout(900)  # it waits for several processes, each with patience
+
 WORKER = """
 import logging, pickle, sys
 from functools import partial
