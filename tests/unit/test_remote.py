@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gc
 import sqlite3
@@ -24,6 +25,7 @@ from holdfast.storage.database import requests, workers
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.leases import Terms
 from holdfast.tasks import joining, remote
+from holdfast.tasks.executing import end
 from holdfast.tasks.place import Place
 from holdfast.tasks.remote import close_all, reach, using
 from holdfast.tasks.workers.messages import Decision
@@ -100,6 +102,16 @@ def test_nothing_is_left(drive: Drive) -> None:
     assert not runtime.work.path.exists()
     assert left(drive) == ["its process ends"] * 2
     close_all()
+
+
+def test_an_engine_ends_it_from_its_event_loop(drive: Drive) -> None:
+    async def engine() -> None:
+        end()
+
+    runtime = reach(drive.place(), "dask")
+    asyncio.run(engine())
+    assert left(drive) == ["its process ends"]
+    assert not runtime.work.path.exists()
 
 
 def test_idle_ones_close_and_used_ones_stay(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
