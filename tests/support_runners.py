@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import closing
 from typing import Any
 
-from support import Lab
+from support import PATIENCE, Lab
 from support_prefect import View
 
 SEARCH = {"num_trials": 4, "max_concurrent": 2, "seed": 7}
@@ -61,7 +61,7 @@ def goes_through_everything(lab: Lab, runner: str, **execution: Any) -> None:
     lab.run("cancel", lab.path(), "--trial", 1)
     lab.until(lambda: lab.statuses()[1] == "CANCELLED", search)
     search.signal(signal.SIGTERM)
-    assert search.wait().code == 128 + signal.SIGTERM, search.output
+    assert search.wait(2 * PATIENCE).code == 128 + signal.SIGTERM, search.output
     assert "RUNNING" not in lab.statuses(), search.output
     left = rows(lab, "SELECT count(*) FROM attempt a WHERE a.claimed_by IS NOT NULL AND a.outcome IS NULL")
     assert left == [(0,)]
@@ -69,7 +69,8 @@ def goes_through_everything(lab: Lab, runner: str, **execution: Any) -> None:
 
     for order in held:
         order.unlink()
-    lab.run("restore", lab.path())
+    ended = lab.start("restore", lab.path()).wait(2 * PATIENCE)
+    assert ended.code == 0, ended.output
     expected, found = lab.outcome("threads"), lab.outcome()
     assert found.pop(1)[:2] == ("CANCELLED", expected.pop(1)[1])
     assert found == expected

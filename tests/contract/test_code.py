@@ -21,6 +21,8 @@ from holdfast.storage.code import file_name, keep, pack, release, unnamed, unpac
 from holdfast.storage.folder import Folder
 from holdfast.storage.packing import Digest, Entry, Packed
 
+pytestmark = pytest.mark.timeout(900)  # some wait for several processes, each with patience
+
 Place = tuple[str, Mapping[str, Any]]
 
 

@@ -162,9 +162,9 @@ class RunnerContract:
         until_logged(runs, run, "preempt", STEP_OF_PREEMPTION)
         until_ended(place, run, *(act for act in ACTS if act not in ("preempt", "hang")))
         run.signal(signal.SIGTERM)
-        preempted = run.wait()
+        preempted = run.wait(2 * PATIENCE)
         more = (f"search.num_trials={len(ACTS)}", f"failure.trial_timeout={TIMEOUT}")
-        restored = runs.start("restore", place.location, *(word for one in more for word in ("--set", one))).wait()
+        restored = runs.start("restore", place.location, *(word for one in more for word in ("--set", one))).wait(2 * PATIENCE)
         seen = place.look()
         assert seen is not None, f"{preempted.output}\n{restored.output}"
         return Ran(runs, place, preempted, restored, seen, read(folder))
