@@ -22,6 +22,8 @@ from holdfast.core.errors import HoldfastError
 from holdfast.tasks.place import Place
 
 FLUSH_SECONDS = 5.0
+END_SECONDS = 20.0
+"""How long a worker process may take to end what it has of searches."""
 
 
 def pack_task(task: Task[..., Any]) -> bytes:
@@ -61,6 +63,24 @@ def flush() -> None:
     for service in (APILogWorker, EventsWorker):
         with suppress(Exception):  # an API that is away stops nothing
             service.drain_all(timeout=FLUSH_SECONDS)
+
+
+def end() -> None:
+    """End this process's runtimes, so that their rows say that they left, and :func:`flush`; within END_SECONDS.
+
+    In a thread of its own: an engine may call this in its event loop, where Prefect does not wait for what it sends.
+    """
+    thread = threading.Thread(target=_end, name="holdfast-end", daemon=True)
+    thread.start()
+    thread.join(END_SECONDS)
+
+
+def _end() -> None:
+    from holdfast.tasks.remote import close_all
+
+    with suppress(Exception):  # whoever drives sees to what could not be told
+        close_all()
+    flush()
 
 
 def ask(place: Place) -> tuple[str, list[str]]:

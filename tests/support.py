@@ -237,8 +237,8 @@ class Lab:
         """Every process that was started, for those that are started in other ways to be added."""
         return self._runs.all
 
-    def python(self, code: str, *arguments: object) -> Ended:
-        """Run Python code in the environment of the laboratory."""
+    def python(self, code: str, *arguments: object, timeout: float = PATIENCE) -> Ended:
+        """Run Python code in the environment of the laboratory, for so many seconds at most."""
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],
             cwd=self.folder,
@@ -247,7 +247,7 @@ class Lab:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=PATIENCE,
+            timeout=timeout,
         )
         return Ended(done.returncode, done.stdout)
 

@@ -28,7 +28,7 @@ from holdfast.flows.runners.asking import ANSWER_SECONDS, first_workers, lacking
 from holdfast.flows.runners.port import End, How
 from holdfast.report.observer import watching
 from holdfast.settings import visible_gpus
-from holdfast.tasks.executing import ask, execute, flush, pack_task
+from holdfast.tasks.executing import END_SECONDS, ask, end, execute, pack_task
 from holdfast.tasks.place import Place
 
 _RESULT_SECONDS = 5.0
@@ -70,8 +70,9 @@ class DaskRunner:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
         if self._address is None and self._client.status == "running":
-            with suppress(Exception):  # their last words; the workers end with the cluster
-                self._client.run(flush, on_error="ignore")
+            # The cluster kills a worker that does not end within a few seconds, which is too short for its last words.
+            with suppress(Exception):
+                self._client.run(end, on_error="ignore", callback_timeout=END_SECONDS + _RESULT_SECONDS)
         self._stack.close()
 
     @contextmanager

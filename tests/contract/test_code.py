@@ -22,6 +22,8 @@ from holdfast.storage.code import file_name, keep, pack, release, unnamed, unpac
 from holdfast.storage.folder import Folder
 from holdfast.storage.packing import Digest, Entry, Packed
 
+pytestmark = pytest.mark.timeout(900)  # some wait for several processes, each with patience
+
 Place = tuple[str, Mapping[str, Any]]
 
 
@@ -278,6 +280,15 @@ def test_the_least_recently_used_copies_make_room(tmp_path: Path) -> None:
     roomy = Folder(tmp_path / "experiment", cache_bytes=1 << 30)
     release(unpack(roomy, digests[0], cache))
     assert names_in(cache) == sorted([digests[0], digests[1], digests[3], "foreign"])
+    oldest, middle, newest = sorted([digests[0], digests[1], digests[3]], reverse=True)  # not the order of names
+    for second, digest in enumerate((oldest, middle, newest)):
+        os.utime(cache / "code" / digest, (second, second))
+    size = code.size_on_disk(cache / "code" / newest)
+    assert code._evict(cache / "code", 2 * size + size // 2)
+    assert names_in(cache) == sorted([middle, newest, "foreign"])
+    release(unpack(roomy, middle, cache))  # what is used becomes the last to go
+    assert code._evict(cache / "code", size + size // 2)
+    assert names_in(cache) == sorted([middle, "foreign"])
     assert code._evict(cache / "code", 1)
     assert names_in(cache) == ["foreign"]
 

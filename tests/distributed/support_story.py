@@ -17,7 +17,7 @@ import yaml
 from psycopg import sql
 from s3_server import S3
 from support import HOLDFAST, holdfast_environment
-from support_hosts import Network, Process, network, until
+from support_hosts import PATIENCE, Network, Process, network, until
 from support_postgres import Postgres
 
 from holdfast.core.spec import ExperimentSpec
@@ -188,7 +188,7 @@ def told(story: Story, *, revive: Callable[[], object]) -> None:
     for host in WORKERS:
         story.open("first", host)
         story.open("second", host)
-    assert restored.wait() == 0, restored.output
+    assert restored.wait(2 * PATIENCE) == 0, restored.output
     _check(story, placed)
 
 

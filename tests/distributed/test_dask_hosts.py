@@ -13,7 +13,7 @@ from support_postgres import Postgres
 from support_story import WORKERS, story_of, told
 
 pytestmark = [
-    pytest.mark.timeout(600),  # it waits for leases to run out, twice
+    pytest.mark.timeout(1800),  # it waits for many things, and for leases to run out twice
     pytest.mark.xdist_group("dask-hosts"),
     pytest.mark.skipif(find_spec("distributed") is None, reason="the package distributed is missing"),
 ]

@@ -8,8 +8,11 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 from support import holdfast_environment
 from support_hosts import PATIENCE, REPOSITORY, network, until, wanted
+
+pytestmark = pytest.mark.timeout(900)  # it waits for several processes, each with patience
 
 WHO = "from holdfast.tasks.workers.processes import same_host; import os; print(same_host(), os.listdir('/tmp/work'))"
 CONNECT = """

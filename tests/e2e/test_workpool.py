@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import DIED, Lab, MakeLab, executed
+from support import DIED, PATIENCE, Lab, MakeLab, executed
 from support_prefect import ENDLESS, View, Worker
 
 from holdfast.core.trial import Outcome
 from holdfast.storage.database import workers
 
-pytestmark = pytest.mark.xdist_group("workpool")
+pytestmark = [pytest.mark.xdist_group("workpool"), pytest.mark.timeout(1800)]  # it waits for many things, one after another
 
 POOL = "trials"
 DEPLOYMENT = "trial/pooled"
@@ -129,12 +129,17 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
     assert first.outcome is Outcome.LOST
 
     # The search is killed; a restore runs what is left, once.
+    until(lambda: statuses()[3] == "COMPLETED", search)
     until(lambda: any(entry.trial == 2 and entry.attempt == 2 and entry.event == "step" for entry in lab.log()), search)
     search.kill()
     assert search.wait().code == DIED
+    restored = lab.start("restore", lab.path())
+    # The attempt that ran is fenced by now: had it been let go before, it might have come to its end, and run once more.
+    until(lambda: any(entry.event == "start" and entry.trial == 2 and entry.attempt > 2 for entry in lab.log()), restored)
     for file in slow:
         file.unlink()
-    lab.run("restore", lab.path())
+    ended = restored.wait(2 * PATIENCE)
+    assert ended.code == 0, ended.output
     assert statuses() == ["COMPLETED", "CANCELLED", *["COMPLETED"] * 2]
     for number in (0, 3):
         assert executed(lab.log(), number)[-STEPS:] == list(range(STEPS))

@@ -6,9 +6,12 @@ import json
 import signal
 from typing import Any
 
-from support import Lab
+import pytest
+from support import PATIENCE, Lab
 
 import holdfast
+
+pytestmark = pytest.mark.timeout(900)  # it waits for several processes, each with patience
 
 SEARCHES = """
 import json, os, signal, sys
@@ -108,7 +111,7 @@ def found_in(output: str) -> dict[str, Any]:
 
 
 def test_a_search_in_several_flow_runs_is_the_same_search(lab: Lab) -> None:
-    ended = lab.python(ALIKE)
+    ended = lab.python(ALIKE, timeout=4 * PATIENCE)  # eight searches
     found = found_in(ended.output)
     assert ended.code == 0, ended.output
     for kind, parts in (("tpe", 2), ("asha", 1), ("population", 2)):
@@ -126,7 +129,7 @@ def test_a_search_in_several_flow_runs_is_the_same_search(lab: Lab) -> None:
 
 
 def test_a_signal_between_two_flow_runs_ends_the_search(lab: Lab) -> None:
-    ended = lab.python(SIGNALLED)
+    ended = lab.python(SIGNALLED, timeout=2 * PATIENCE)
     assert ended.code in (-signal.SIGTERM, 128 + signal.SIGTERM), ended.output
     assert "SIGINT interrupted interrupted: SIGINT 4" in ended.output, ended.output
     with holdfast.open(lab.path("signalled")) as experiment:
@@ -174,7 +177,7 @@ def test_a_deployments_search_goes_on_in_runs_of_the_deployment_restore(lab: Lab
     execution = {"isolation": "inline", "trials_per_run": 2}
     spec = lab.spec(search={"engine": "tpe", "num_trials": 5}, execution=execution)
     arguments = (lab.path(), json.dumps({"spec": str(spec)}))
-    died = lab.python(DEPLOYED, *arguments, "search.continued:1")
+    died = lab.python(DEPLOYED, *arguments, "search.continued:1", timeout=2 * PATIENCE)
     assert died.code == -signal.SIGKILL, died.output
     # Nobody drives it, nothing failed, and no flow run goes on: it is told, and looked after, as what was cut off.
     shown = lab.run("show", lab.path()).output
@@ -188,7 +191,7 @@ def test_a_deployments_search_goes_on_in_runs_of_the_deployment_restore(lab: Lab
     assert lab.statuses() == ["COMPLETED"] * 5
 
     other = lab.spec(name="other", search={"engine": "tpe", "num_trials": 5}, execution=execution)
-    ended = lab.python(DEPLOYED, lab.path("other"), json.dumps({"spec": str(other)}), "")
+    ended = lab.python(DEPLOYED, lab.path("other"), json.dumps({"spec": str(other)}), "", timeout=2 * PATIENCE)
     assert ended.code == 0, ended.output
     states = [line for line in ended.output.splitlines() if line.startswith("STATE ")]
     continued = "STATE COMPLETED Continued interrupted continued: 2 trials have begun in this flow run None"

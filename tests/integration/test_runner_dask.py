@@ -22,7 +22,7 @@ from holdfast.flows.runners import dask
 from holdfast.flows.runners.dask import DaskRunner
 from holdfast.report.observer import Observer, watching
 
-pytestmark = [pytest.mark.xdist_group("dask"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("dask"), pytest.mark.timeout(1800)]
 
 
 def test_a_search_goes_through_everything(lab: Lab) -> None:

@@ -6,7 +6,7 @@ import pytest
 from support import Lab
 from support_runners import goes_through_everything
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(1800)]
 
 
 def test_a_search_goes_through_everything(lab: Lab) -> None:

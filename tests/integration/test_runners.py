@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import pytest
 from support import warm_of
 
-from holdfast.testing.running import Ran, RunnerContract
+from holdfast.testing.running import TIMEOUT, Ran, RunnerContract
 from holdfast.testing.runs import Runs
 
 
+@pytest.mark.timeout(900)  # its fixture waits for several processes, each with patience
 class OneMachine(RunnerContract):
     @pytest.fixture(scope="class")
     @classmethod
@@ -59,7 +60,7 @@ TABLE = [
     ("preempt", "COMPLETED", 2),
     ("hang", "TIMED_OUT", 1),
 ]
-ERRORS = {2: "no luck in fail", 4: "SIGSEGV", 5: "exited with code 3", 8: "of 4 s"}
+ERRORS = {2: "no luck in fail", 4: "SIGSEGV", 5: "exited with code 3", 8: f"of {TIMEOUT:g} s"}
 
 
 def _same_table(ran: Ran) -> None:

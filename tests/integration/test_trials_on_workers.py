@@ -12,13 +12,15 @@ from typing import Any
 import cloudpickle
 import pytest
 from s3_server import S3
-from support import Lab
+from support import PATIENCE, Lab
 from support_workers import Drive
 
 from holdfast.core.values import dumps
 from holdfast.storage.database import workers
 from holdfast.tasks.results import WorkerResults
 from holdfast.tasks.trial import run_trial
+
+pytestmark = pytest.mark.timeout(900)  # it waits for several processes, each with patience
 
 WORKER = """
 import json, pickle, sys, threading, time
@@ -99,7 +101,7 @@ def test_one_record_and_no_trace_of_a_second_execution(drive: Drive, lab: Lab, s
     files = [lab.folder / name for name in ("task", "parameters")]
     files[0].write_bytes(body)
     files[1].write_bytes(pickle.dumps(parameters))
-    ended = lab.python(WORKER, *files)
+    ended = lab.python(WORKER, *files, timeout=2 * PATIENCE)
     assert ended.code == 0, ended.output
     told: dict[str, Any] = json.loads(ended.output.splitlines()[-1])
     first, second, third = told["said"]

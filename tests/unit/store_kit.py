@@ -78,7 +78,7 @@ def creation(storage: str, name: str) -> Callable[[], str]:
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for what another thread is about to do."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.005)

@@ -19,6 +19,8 @@ from holdfast.storage.database import workers
 from holdfast.tasks.workers.processes import is_alive
 from holdfast.tasks.working import WorkFolder, sweep
 
+pytestmark = pytest.mark.timeout(900)  # it waits for several processes, each with patience
+
 WORKER = """
 import logging, pickle, sys
 from functools import partial
@@ -89,7 +91,7 @@ def test_one_that_is_killed(drive: Drive, tmp_path: Path) -> None:
 
 def test_one_that_is_suspended_for_longer_than_its_terms(drive: Drive, tmp_path: Path) -> None:
     """Its child reports meanwhile; on waking it ends itself, and nothing was written."""
-    script, attempt = begin(drive, tmp_path, duration=4.4)
+    script, attempt = begin(drive, tmp_path, duration=8.4)  # it gives up after 8 s
     with script:
         os.kill(script.pid, signal.SIGSTOP)
         (tmp_path / "go").touch()
@@ -98,7 +100,7 @@ def test_one_that_is_suspended_for_longer_than_its_terms(drive: Drive, tmp_path:
         def silent() -> float:
             return workers.every(drive.opened.database, drive.opened.record.id)[0].silent
 
-        until(lambda: silent() > 5.0)
+        until(lambda: silent() > 9.0)
         os.kill(script.pid, signal.SIGCONT)
         said, _ = script.communicate()
     assert "Fenced" in said

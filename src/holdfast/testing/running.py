@@ -59,7 +59,7 @@ def train(trial):
         value = 1000.0 if act == "prune" and step == 1 else w
         trial.report({"loss": value}, step=step, state={"w": w})
         while act == "cancel" or (act == "preempt" and trial.attempt == 1 and step >= 1):
-            time.sleep(0.02)
+            time.sleep(0.1)
             step += 1
             trial.report({"loss": w}, step=step, state={"w": w})
     return {"said": act}
@@ -103,8 +103,8 @@ SPEC: Mapping[str, Any] = {
     "stopping": {"rule": "threshold", "upper": 100.0},
     "failure": {"max_failures": 1, "retry_on": ["NoLuck", "crashed"]},
 }
-TIMEOUT = 4.0
-"""Seconds of each attempt after the restore: the last trial hangs."""
+TIMEOUT = 15.0
+"""Seconds of each attempt after the restore: the last trial hangs, and a child of another one may take long to start."""
 
 
 @dataclass
@@ -160,10 +160,11 @@ class RunnerContract:
         until_logged(runs, run, "cancel", 1)
         cancel(place, ACTS.index("cancel"))
         until_logged(runs, run, "preempt", STEP_OF_PREEMPTION)
+        until_ended(place, run, *(act for act in ACTS if act not in ("preempt", "hang")))
         run.signal(signal.SIGTERM)
-        preempted = run.wait()
+        preempted = run.wait(2 * PATIENCE)
         more = (f"search.num_trials={len(ACTS)}", f"failure.trial_timeout={TIMEOUT}")
-        restored = runs.start("restore", place.location, *(word for one in more for word in ("--set", one))).wait()
+        restored = runs.start("restore", place.location, *(word for one in more for word in ("--set", one))).wait(2 * PATIENCE)
         seen = place.look()
         assert seen is not None, f"{preempted.output}\n{restored.output}"
         return Ran(runs, place, preempted, restored, seen, read(folder))
@@ -256,6 +257,20 @@ STEP_OF_PREEMPTION = 2
 def until_logged(runs: Runs, run: Running, act: str, step: int) -> None:
     """Wait until a trial has reported a step."""
     _until(lambda: any((e.event, e.trial, e.step) == ("reported", ACTS.index(act), step) for e in read(runs.folder)), run)
+
+
+def until_ended(place: Place, run: Running, *acts: str) -> None:
+    """Wait until all attempts of trials have ended, and their trials with them: none of them runs, or waits to run again."""
+    with closing(experiments.open_database(place.database, readonly=True)) as database:
+        [record] = experiments.every(database)
+        reader = Reader(database, record.id)
+
+        def ended(act: str) -> bool:
+            trial = reader.trial(ACTS.index(act))
+            own = reader.attempts().get(ACTS.index(act), {})
+            return trial is not None and trial.status.value == STATUSES[act] and len(own) == len(OUTCOMES[act])
+
+        _until(lambda: all(map(ended, acts)), run)
 
 
 def _until(condition: Callable[[], bool], run: Running) -> None:
