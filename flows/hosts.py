@@ -64,7 +64,7 @@ def check_pool(spec: ExperimentSpec, stored: Mapping[str, Any] | None = None) ->
     from holdfast.flows.pooled import check_public
 
     told = check_public(spec, stored)
-    from holdfast.flows.runners.workpool import check_deployment, reached
+    from holdfast.flows.runners.deployed import check_deployment, reached
 
     with reached():
         check_deployment(spec.execution.deployment, told, spec.execution.job_variables)

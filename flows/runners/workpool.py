@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextvars
+import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +21,6 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.futures import PrefectConcurrentFuture, PrefectFuture
 from prefect.logging import get_run_logger
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Crashed, Failed, Pending, Scheduled
 from prefect.tasks import Task
 
@@ -37,11 +37,10 @@ from holdfast.core.errors import (
 from holdfast.core.spec import ExperimentSpec
 from holdfast.core.trial import TrialStatus
 from holdfast.flows.naming import STALE, TAG, experiment_tag, trial_tag
-from holdfast.flows.pooled import Told, parameters, told_of
+from holdfast.flows.pooled import parameters, told_of
 from holdfast.flows.prefect_runs import AWAY, LAST_SECONDS, PAGE, close_open_tasks, impatient_client, this_run
+from holdfast.flows.runners.deployed import Deployed, check_deployment, checked
 from holdfast.flows.runners.port import End, How
-from holdfast.flows.serving import left_running
-from holdfast.flows.watched_runs import has_api
 from holdfast.report.observer import watching
 from holdfast.storage.database.engine import connect
 from holdfast.storage.database.reads import Reader
@@ -49,87 +48,18 @@ from holdfast.tasks.place import Place
 from holdfast.tasks.trial import PREEMPTED
 
 POLL_SECONDS = 2.0
+AGAIN_SECONDS = 0.5
+"""Before the last round is tried again."""
 """How often Prefect is asked about all runs that have not ended."""
 LATE_SECONDS = 60.0
 """How long a run may wait for a worker, or for its job to begin, before somebody is told."""
 STUCK_SECONDS = 900.0
 """How long a run that a worker took may go without its attempt being claimed: then it is given up, and handed out again."""
-LOCAL_POOLS = ("process",)
-"""Types of pools whose jobs may run on the search's own machine."""
-ENTRYPOINTS = ("holdfast.flows.trial.trial", "flows/trial.py:trial")
-
 _ANSWERS = (ObjectNotFound, PrefectHTTPStatusError)
 """What Prefect's API says of one run, while it is there for the others."""
 _DELETED = "its flow run was deleted in Prefect"
 _ERRORS: tuple[type[HoldfastError], ...] = (Unfit, SpecError, StorageError, DatabaseError, Corrupt)
 """What ends a run before its attempt begins, as the name of its state says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deployed:
-    """A deployment that runs trials, and its work pool."""
-
-    id: uuid.UUID
-    name: str
-    pool: str
-    kind: str
-
-
-@contextmanager
-def reached() -> Iterator[None]:
-    """Let the body ask the API that Prefect's settings name, else the server that `holdfast up` left running."""
-    found = None if has_api() else left_running()
-    with nullcontext() if found is None else temporary_settings({PREFECT_API_URL: found.url}):
-        yield
-
-
-def check_deployment(name: str, told: Told, variables: Iterable[str] = ()) -> Deployed:
-    """Return the deployment that is to run trials of what lies there; nothing is written.
-
-    SpecError when there is none that could, or when its work pool does not know one of the job ``variables``, which it would
-    pass over in silence; EngineError when Prefect's API cannot be asked.
-    """
-    try:
-        with impatient_client() as client:
-            return _checked(client, name, told, variables)
-    except AWAY as error:
-        raise EngineError(
-            f"Prefect's API cannot be asked for the deployment {name!r} ({type(error).__name__}: {error}); look after the "
-            "server, then try again"
-        ) from error
-
-
-def _checked(client: SyncPrefectClient, name: str, told: Told, variables: Iterable[str]) -> Deployed:
-    mend = "make it with `holdfast deploy` (--pool NAME for a pool of yours), or name another as execution.deployment"
-    try:
-        found = client.read_deployment_by_name(name)
-    except (ObjectNotFound, ValueError):
-        raise SpecError(f"there is no deployment {name!r} to run trials; {mend}") from None
-    entrypoint = found.entrypoint or ""
-    if not entrypoint.endswith(ENTRYPOINTS):
-        raise SpecError(f"the deployment {name!r} runs {entrypoint or 'nothing'}, not {ENTRYPOINTS[0]}; {mend}")
-    if found.work_pool_name is None:
-        raise SpecError(f"the deployment {name!r} has no work pool, so no worker begins its runs; {mend}")
-    try:
-        pool = client.read_work_pool(found.work_pool_name)
-    except ObjectNotFound:
-        raise SpecError(f"the work pool {found.work_pool_name!r} of the deployment {name!r} is gone; {mend}") from None
-    if pool.is_paused or found.paused:
-        what = f"work pool {pool.name!r}" if pool.is_paused else f"deployment {name!r}"
-        resume = f"`prefect work-pool resume {pool.name}`" if pool.is_paused else "resume it in Prefect"
-        raise SpecError(f"the {what} is paused, so no trial would begin; {resume}")
-    if pool.type not in LOCAL_POOLS and (local := told.local()):
-        raise SpecError(
-            f"trials run on the work pool {pool.name!r} of type {pool.type}, where no file of this machine is: "
-            + ", and ".join(local)
-        )
-    known = pool.base_job_template.get("variables", {}).get("properties", {})
-    if known and (strange := [variable for variable in variables if variable not in known]):  # an empty template says nothing
-        raise SpecError(
-            f"execution.job_variables holds {', '.join(strange)}, which the base job template of the work pool {pool.name!r} "
-            f"does not have; it has {', '.join(known)}"
-        )
-    return Deployed(id=found.id, name=name, pool=pool.name, kind=pool.type)
 
 
 class RunFuture(PrefectConcurrentFuture[Any]):
@@ -193,6 +123,8 @@ class WorkPoolRunner:
         self._submitted: dict[int, int] = {}
         """how often each attempt's row was handed over: a run that ended without having begun it has used up its key"""
         self._wake, self._ended = threading.Event(), threading.Event()
+        self._until = math.inf
+        """until when the last round is tried again, by the monotonic clock"""
         self._is_late = self._is_slow = False
         self._former: uuid.UUID | None = None
         """the id of the deployment that is looked up again"""
@@ -221,6 +153,7 @@ class WorkPoolRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> bool | None:
+        self._until = time.monotonic() + LAST_SECONDS
         self._ended.set()
         self._wake.set()
         if self._thread is not None:
@@ -283,17 +216,19 @@ class WorkPoolRunner:
     def _go_round(self, client: SyncPrefectClient) -> None:
         looked = time.monotonic()
         while True:
-            self._wake.wait(max(looked + POLL_SECONDS - time.monotonic(), 0.0))
+            self._wake.wait(AGAIN_SECONDS if self._ended.is_set() else max(looked + POLL_SECONDS - time.monotonic(), 0.0))
             self._wake.clear()
             is_last = self._ended.is_set()
             steps = [*([self._withdraw_all] if is_last else []), self._make, self._cancel]
             if time.monotonic() - looked >= POLL_SECONDS or is_last:
                 looked = time.monotonic()
                 steps += [self._look, self._give_up]
+            is_clean = True
             for step in steps:
-                if not self._is_done(step, client) and is_last:
-                    return
-            if is_last:
+                is_clean = self._is_done(step, client) and is_clean
+                if is_last and not is_clean:
+                    break
+            if is_last and (is_clean or time.monotonic() > self._until):
                 return
             self._tell()
 
@@ -357,7 +292,7 @@ class WorkPoolRunner:
         """Return the deployment, looked up when it is not known; None, said once, when no run of it would begin."""
         if self._deployed is None:
             try:
-                self._deployed = _checked(client, self._spec.execution.deployment, self._told)
+                self._deployed = checked(client, self._spec.execution.deployment, self._told)
             except SpecError as error:
                 self._once(f"no further trial begins until this is mended, the search waits: {error}")
                 return None

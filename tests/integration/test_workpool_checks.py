@@ -31,8 +31,9 @@ from holdfast.flows.naming import STALE
 from holdfast.flows.pooled import Told, check_public, parameters
 from holdfast.flows.prepare import prepare_restore
 from holdfast.flows.runners import workpool
+from holdfast.flows.runners.deployed import check_deployment
 from holdfast.flows.runners.port import How
-from holdfast.flows.runners.workpool import WorkPoolRunner, check_deployment
+from holdfast.flows.runners.workpool import WorkPoolRunner
 from holdfast.flows.trial import trial
 from holdfast.report.observer import Observer
 from holdfast.settings import settings
