@@ -48,9 +48,9 @@ from holdfast.tasks.place import Place
 from holdfast.tasks.trial import PREEMPTED
 
 POLL_SECONDS = 2.0
+"""How often Prefect is asked about all runs that have not ended."""
 AGAIN_SECONDS = 0.5
 """Before the last round is tried again."""
-"""How often Prefect is asked about all runs that have not ended."""
 LATE_SECONDS = 60.0
 """How long a run may wait for a worker, or for its job to begin, before somebody is told."""
 STUCK_SECONDS = 900.0

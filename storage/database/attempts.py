@@ -76,14 +76,14 @@ class AttemptWriter:
     ) -> Self:
         """Claim a waiting attempt and set its trial RUNNING; of two claimers one wins, the other gets AlreadyClaimed.
 
-        ``worker`` is the row id of the worker that claims it: Fenced once that has left or was given up.
+        ``worker`` is the row id of the worker that claims it: Fenced once that has left, was given up, or is told to end.
         ``rejected`` are checkpoints (row ids, with reasons) that turned out bad when ``process`` loaded them: they are marked,
         and the attempt's parent becomes ``resumed``, what it really continues from.
         """
         with database.write() as tx:
             seq = fence(tx, experiment, epoch)
             if worker is not None and not tx.run(sql.WORKS, experiment=experiment, epoch=epoch, worker=worker):
-                raise Fenced(f"worker {worker} has left or was given up; nothing was written, stop here")
+                raise Fenced(f"worker {worker} has left, was given up, or is told to end; nothing was written, stop here")
             rows = tx.run(
                 sql.CLAIM,
                 experiment=experiment,

@@ -210,7 +210,11 @@ ADD_STATE = _sql("INSERT INTO proposer_state (experiment_id, number, body, seq) 
 TELL = _sql("UPDATE experiment SET told = :told WHERE id = :experiment")
 
 # To be asked under the fence: who gives a worker up holds it, too.
-WORKS = _sql('SELECT id FROM worker WHERE id = :worker AND experiment_id = :experiment AND epoch = :epoch AND "left" IS NULL')
+# Once the driver lets what runs end, it takes back what nobody has begun, and counts on that.
+WORKS = _sql(
+    "SELECT w.id FROM worker w JOIN experiment e ON e.id = w.experiment_id"
+    " WHERE w.id = :worker AND e.id = :experiment AND w.epoch = :epoch AND w.\"left\" IS NULL AND e.told = 'continue'"
+)
 
 # A trial's attempts beside its current one are closed, so these are current ones.
 OPEN_OF_WORKER = _sql(

@@ -326,6 +326,18 @@ class WorkersContract:
             result = beside(lambda: workers.beat(lab.database, lab.id, worker))
         assert result().left == "silent for 31 s"
 
+    def test_nothing_is_begun_any_more_once_what_runs_is_told_to_end(self, lab: Lab) -> None:
+        """The driver takes back what nobody has begun, and waits for it no longer."""
+        worker, number = join(lab), lab.driver.propose({"x": 0.5})
+        for order in ("preempt", "kill"):
+            lab.driver.tell(order)
+            before = dump(lab.database)
+            with pytest.raises(Fenced):
+                claim(lab, number, worker)
+            assert dump(lab.database) == before
+        lab.driver.tell("continue")
+        assert claim(lab, number, worker).number == 1
+
     def test_a_claim_and_the_loss_of_its_worker_leave_nothing_open(self, lab: Lab, other: Database) -> None:
         """Whichever comes first: a claim that lost is refused, one that won is closed."""
         for place in range(6):
