@@ -11,6 +11,7 @@ import fcntl
 import ipaddress
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -244,7 +245,7 @@ class Network:
             networks = [ipaddress.ip_network(dst, strict=False) for dst in taken if dst != "default"]
             ranges = (ipaddress.ip_network(f"10.{212 + place // 256}.{place % 256}.0/24") for place in range(1024))
             free = next(chosen for chosen in ranges if not any(chosen.overlaps(other) for other in networks))
-            name, address = f"hf{os.getpid()}", str(free[1])
+            name, address = f"hf{secrets.token_hex(5)}", str(free[1])  # one that was left goes away only after a while
             _run("ip", "link", "add", name, "type", "veth", "peer", "name", "uplink", "netns", self.switch.pid)
             _run("ip", "address", "add", f"{address}/24", "dev", name)
             _run("ip", "link", "set", name, "up")

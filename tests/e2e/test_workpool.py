@@ -91,7 +91,8 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
         try:
             lab.until(condition, process)
         except AssertionError as error:
-            said = {name: run["state"] for name, run in trials.every().items()}
+            said = {name: run["state_type"] for name, run in trials.every().items()}
+            said |= {run["name"]: (run["state_type"], run["state_name"], run["flow_run_id"]) for run in trials.tasks()}
             raise AssertionError(f"{error}\n{said}\n{worker.log.read_text()[-5000:]}") from None
 
     until(lambda: POOL in [pool["name"] for pool in view.ask("POST", "/work_pools/filter", {})])

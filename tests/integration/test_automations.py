@@ -70,6 +70,10 @@ def test_silence_makes_our_runs_crashed_and_a_crash_is_looked_after(server: Own)
     server.send("holdfast.flow-run.left", runs["left"], [TAG])
     for name in ("foreign", "untagged", "ours"):
         server.send("prefect.flow-run.heartbeat", runs[name], tags.get(name, [TAG]))
+    # That a beat is known does not say that the automation has looked at it: a state that came too early for it comes once more.
+    server.set_state(runs["suspended"], "PAUSED", name="Suspended")
+    server.set_state(runs["finished"], "COMPLETED")
+    server.send("holdfast.flow-run.left", runs["left"], [TAG])
     server.until(lambda: server.type_of(runs["ours"]) == "CRASHED")
     server.until(lambda: len(server.runs_of(WATCH)) == 1)
     (looking,) = server.runs_of(WATCH)
