@@ -375,6 +375,14 @@ class Closing:
                 client.set_flow_run_state(run.id, state, force=True)
             close_open_tasks(client, [run.id for run in page], self.dead.message)
             if len(page) < PAGE:
+                break
+        # Those that ended before may have begun a task that the server heard of only after that.
+        wanted.state = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED]))
+        count = 0
+        while page := client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=count):
+            close_open_tasks(client, [run.id for run in page], self.dead.message)
+            count += len(page)
+            if len(page) < PAGE:
                 return
 
     def _close_tasks(self, client: SyncPrefectClient, tasks: dict[uuid.UUID, Attempt]) -> None:

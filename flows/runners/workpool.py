@@ -128,6 +128,8 @@ class WorkPoolRunner:
         self._is_late = self._is_slow = False
         self._former: uuid.UUID | None = None
         """the id of the deployment that is looked up again"""
+        self._crashed: list[uuid.UUID] = []
+        """flow runs whose process died"""
         self._said: set[str] = set()
         """what was said of the deployment since a run of it could be made"""
         self._error: Exception | None = None
@@ -219,7 +221,7 @@ class WorkPoolRunner:
             self._wake.wait(AGAIN_SECONDS if self._ended.is_set() else max(looked + POLL_SECONDS - time.monotonic(), 0.0))
             self._wake.clear()
             is_last = self._ended.is_set()
-            steps = [*([self._withdraw_all] if is_last else []), self._make, self._cancel]
+            steps = [*([self._withdraw_all, self._close_late] if is_last else []), self._make, self._cancel]
             if time.monotonic() - looked >= POLL_SECONDS or is_last:
                 looked = time.monotonic()
                 steps += [self._look, self._give_up]
@@ -325,6 +327,11 @@ class WorkPoolRunner:
             job_variables=dict(self._spec.execution.job_variables) or None,
         )
 
+    def _close_late(self, client: SyncPrefectClient) -> None:
+        """Close what crashed runs had begun once more: Prefect may have heard of it only after they had ended."""
+        for page in _pages(self._crashed):
+            close_open_tasks(client, page, "its process is gone")
+
     def _withdraw_all(self, client: SyncPrefectClient) -> None:
         """Withdraw what has not begun; what was given up though it had begun is not to run for ever in Prefect."""
         for run in self._open():
@@ -364,6 +371,7 @@ class WorkPoolRunner:
         if one is not None and state.is_crashed():
             # Its process died without a word: what it had begun in Prefect would run for ever there.
             close_open_tasks(client, [one.id], f"its process is gone: {state.message}")
+            self._crashed.append(one.id)
             self._say(f"trial {run.trial}: its flow run {one.name} crashed in Prefect: {state.message}")
         run.end(_with_error(state))
 

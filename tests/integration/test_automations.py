@@ -70,7 +70,7 @@ def test_silence_makes_our_runs_crashed_and_a_crash_is_looked_after(server: Own)
     server.send("holdfast.flow-run.left", runs["left"], [TAG])
     for name in ("foreign", "untagged", "ours"):
         server.send("prefect.flow-run.heartbeat", runs[name], tags.get(name, [TAG]))
-    # That a beat is known does not say that the automation has looked at it: a state that came too early for it comes once more.
+    # That a beat is known does not say that the automation has looked at it: what came too early for that comes once more.
     server.set_state(runs["suspended"], "PAUSED", name="Suspended")
     server.set_state(runs["finished"], "COMPLETED")
     server.send("holdfast.flow-run.left", runs["left"], [TAG])
