@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ from holdfast.settings import hush_ray, visible_gpus
 from holdfast.tasks.executing import ask, execute_alone, pack_task
 from holdfast.tasks.place import Place
 
+_CONNECT_SECONDS = 30.0
+"""How long a cluster that refuses is asked again: its head may have just begun, or have no time to start a process for us."""
+_PAUSE_SECONDS = 1.0
 _RESULT_SECONDS = 5.0
 """How long the state of a task that has ended is waited for; else rows tell what became of it."""
 _STORE_BYTES = 100 << 20
@@ -75,27 +79,36 @@ class RayRunner:
         return self
 
     def _start(self) -> None:
+        deadline = time.monotonic() + (_CONNECT_SECONDS if self._address else 0.0)
+        while True:
+            try:
+                self._init()
+            except (ConnectionError, OSError, RuntimeError, ValueError, errors.RayError) as error:
+                if not isinstance(error, ValueError) and time.monotonic() < deadline:
+                    time.sleep(_PAUSE_SECONDS)
+                    continue
+                where = self._address or "this machine"
+                raise Infrastructure(
+                    f"no Ray cluster answers at {where} ({type(error).__name__}: {error}); start one (`ray start --head`), or "
+                    "mend execution.address"
+                ) from error
+            return
+
+    def _init(self) -> None:
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "holdfast"}
-        try:
-            if self._address is not None:
-                ray.init(address=self._address, **quiet)
-                return
-            most = self._max_concurrent
-            ray.init(
-                address="local",
-                num_cpus=most * self._resources.cpu,
-                num_gpus=len(visible_gpus(needed=most * self._resources.gpu)) if self._resources.gpu else 0,
-                resources={name: amount * most for name, amount in self._resources.custom.items()} or None,
-                include_dashboard=False,
-                object_store_memory=_STORE_BYTES,
-                **quiet,
-            )
-        except (ConnectionError, OSError, RuntimeError, ValueError, errors.RayError) as error:
-            where = self._address or "this machine"
-            raise Infrastructure(
-                f"no Ray cluster answers at {where} ({type(error).__name__}: {error}); start one (`ray start --head`), or mend "
-                "execution.address"
-            ) from error
+        if self._address is not None:
+            ray.init(address=self._address, **quiet)
+            return
+        most = self._max_concurrent
+        ray.init(
+            address="local",
+            num_cpus=most * self._resources.cpu,
+            num_gpus=len(visible_gpus(needed=most * self._resources.gpu)) if self._resources.gpu else 0,
+            resources={name: amount * most for name, amount in self._resources.custom.items()} or None,
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            **quiet,
+        )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
         if self._own:

@@ -41,10 +41,21 @@ _ATTEMPTS = _sql(
 # looks at every trial.
 _LIVE = "t.experiment_id = :experiment AND (t.seq > :since OR t.status = 'RUNNING')"
 
+_AT_ONCE = 64
+"""Trials that one statement asks for: with hundreds that run, one for each would be most of what a batch costs."""
+_NOBODY = -(2**62)
+"""The number of no trial."""
+_PLACES = ", ".join(f":n{place}" for place in range(_AT_ONCE))
+# The same where it is known which trials these are.
+_THESE = f"t.experiment_id = :experiment AND t.number IN ({_PLACES})"
+
 _REPORT = "t.number, a.number, r.step, r.seq, r.reported, r.decision, r.id, m.name, m.kind, m.number, m.text"
-_REPORTS = _sql(
-    f"SELECT {_REPORT} FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN report r ON r.attempt_id = a.id"
-    f" LEFT JOIN metric m ON m.report_id = r.id WHERE {_LIVE} AND r.seq > :since ORDER BY r.id, m.name"
+_REPORTS, _REPORTS_OF = (
+    _sql(
+        f"SELECT {_REPORT} FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN report r ON r.attempt_id = a.id"
+        f" LEFT JOIN metric m ON m.report_id = r.id WHERE {whose} AND r.seq > :since ORDER BY r.id, m.name"
+    )
+    for whose in (_LIVE, _THESE)
 )
 
 # The same where the last row that was read is known: a look at the newest rows alone, however long the attempts are.
@@ -56,9 +67,12 @@ _NEW_REPORTS = _sql(
 )
 
 _TELEMETRY = "t.number, a.number, e.ts, e.name, e.kind, e.number, e.text, e.seq, e.id"
-_ALL_TELEMETRY = _sql(
-    f"SELECT {_TELEMETRY} FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN telemetry e ON e.attempt_id = a.id"
-    f" WHERE {_LIVE} AND e.seq > :since ORDER BY e.id"
+_ALL_TELEMETRY, _TELEMETRY_OF = (
+    _sql(
+        f"SELECT {_TELEMETRY} FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN telemetry e ON e.attempt_id = a.id"
+        f" WHERE {whose} AND e.seq > :since ORDER BY e.id"
+    )
+    for whose in (_LIVE, _THESE)
 )
 _NEW_TELEMETRY = _sql(
     f"SELECT {_TELEMETRY} FROM telemetry e CROSS JOIN attempt a CROSS JOIN trial t"
@@ -66,21 +80,13 @@ _NEW_TELEMETRY = _sql(
     " ORDER BY e.id"
 )
 
-_CHECKPOINTS = _sql(
-    "SELECT t.number, a.number, c.step, c.seq, c.path, c.digest, c.bytes, c.created, c.status, c.reason, c.pinned"
-    " FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN checkpoint c ON c.attempt_id = a.id"
-    f" WHERE {_LIVE} AND c.seq > :since ORDER BY t.number, a.number, c.step"
-)
-
-_AT_ONCE = 64
-"""Trials whose checkpoints one statement asks for: with hundreds that run, one for each would be most of what a batch costs."""
-_NOBODY = -(2**62)
-"""The number of no trial."""
-_PLACES = ", ".join(f":n{place}" for place in range(_AT_ONCE))
-_CHECKPOINTS_OF = _sql(
-    "SELECT t.number, a.number, c.step, c.seq, c.path, c.digest, c.bytes, c.created, c.status, c.reason, c.pinned"
-    " FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN checkpoint c ON c.attempt_id = a.id"
-    f" WHERE t.experiment_id = :experiment AND t.number IN ({_PLACES}) AND c.seq > :since ORDER BY t.number, a.number, c.step"
+_CHECKPOINTS, _CHECKPOINTS_OF = (
+    _sql(
+        "SELECT t.number, a.number, c.step, c.seq, c.path, c.digest, c.bytes, c.created, c.status, c.reason, c.pinned"
+        " FROM trial t JOIN attempt a ON a.trial_id = t.id JOIN checkpoint c ON c.attempt_id = a.id"
+        f" WHERE {whose} AND c.seq > :since ORDER BY t.number, a.number, c.step"
+    )
+    for whose in (_LIVE, _THESE)
 )
 
 _RUNNING = _sql("SELECT number FROM trial WHERE experiment_id = :experiment AND status = 'RUNNING'")
@@ -138,8 +144,8 @@ class Outbox:
         rows: Rows = {
             "trial": trials,
             "attempt": [_attempt(row) for row in state.run(_ATTEMPTS, **scope)],
-            "report": self._reports(state, since),
-            "telemetry": self._telemetry(state, since),
+            "report": self._reports(state, since, changed),
+            "telemetry": self._telemetry(state, since, changed),
             "checkpoint": self._checkpoints(state, since, changed),
             "proposer_state": [
                 [number, base64.b64encode(bytes(body)).decode(), seq] for number, body, seq in state.run(_STATES, **scope)
@@ -153,23 +159,28 @@ class Outbox:
         self._reached, self._spec = end, spec
         return Batch(start=since, end=end, rows=rows, experiment=experiment)
 
-    def _checkpoints(self, state: Transaction, since: int, changed: set[int]) -> list[Row]:
+    def _of_live(
+        self, state: Transaction, since: int, changed: set[int], every: Statement, these: Statement
+    ) -> list[tuple[Any, ...]]:
+        """Return the rows of trials that run or have changed: with one look at all trials, or by their numbers where known."""
         scope = {"experiment": self._experiment, "since": since}
         if since != self._reached:
-            return _lists(state.run(_CHECKPOINTS, **scope))
+            return state.run(every, **scope)
         numbers = sorted(self._running | changed)
-        found: list[Row] = []
+        found: list[tuple[Any, ...]] = []
         for first in range(0, len(numbers), _AT_ONCE):
             some = [*numbers[first : first + _AT_ONCE], *[_NOBODY] * _AT_ONCE]
-            found += _lists(state.run(_CHECKPOINTS_OF, **scope, **{f"n{place}": some[place] for place in range(_AT_ONCE)}))
+            found += state.run(these, **scope, **{f"n{place}": some[place] for place in range(_AT_ONCE)})
         return found
 
-    def _reports(self, state: Transaction, since: int) -> list[Row]:
-        scope = {"experiment": self._experiment, "since": since}
+    def _checkpoints(self, state: Transaction, since: int, changed: set[int]) -> list[Row]:
+        return _lists(self._of_live(state, since, changed, _CHECKPOINTS, _CHECKPOINTS_OF))
+
+    def _reports(self, state: Transaction, since: int, changed: set[int]) -> list[Row]:
         if since == self._reached and self._last_report:
-            found = state.run(_NEW_REPORTS, **scope, last=self._last_report)
+            found = state.run(_NEW_REPORTS, experiment=self._experiment, since=since, last=self._last_report)
         else:
-            found = state.run(_REPORTS, **scope)
+            found = self._of_live(state, since, changed, _REPORTS, _REPORTS_OF)
         rows: dict[int, Row] = {}
         for *report, identity, name, kind, number, value in found:
             row = rows.setdefault(identity, [*report, []])
@@ -178,12 +189,11 @@ class Outbox:
         self._last_report = max(rows, default=self._last_report)
         return list(rows.values())
 
-    def _telemetry(self, state: Transaction, since: int) -> list[Row]:
-        scope = {"experiment": self._experiment, "since": since}
+    def _telemetry(self, state: Transaction, since: int, changed: set[int]) -> list[Row]:
         if since == self._reached and self._last_telemetry:
-            found = state.run(_NEW_TELEMETRY, **scope, last=self._last_telemetry)
+            found = state.run(_NEW_TELEMETRY, experiment=self._experiment, since=since, last=self._last_telemetry)
         else:
-            found = state.run(_ALL_TELEMETRY, **scope)
+            found = self._of_live(state, since, changed, _ALL_TELEMETRY, _TELEMETRY_OF)
         self._last_telemetry = max((row[-1] for row in found), default=self._last_telemetry)
         return [list(row[:-1]) for row in found]
 

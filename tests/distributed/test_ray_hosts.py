@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,10 +42,20 @@ def cluster(net: Network) -> str:
 
 def test_a_search_on_ray_survives_its_hosts(tmp_path: Path, postgres: Postgres, s3: S3, prefect_url: str) -> None:
     wanted()
+    begun = time.time()
     with story_of("ray", tmp_path, postgres, s3, prefect_url, cluster) as story:
 
         def revive() -> None:
             """Start a node anew: Ray gives a host up that it does not hear, and its processes end when they learn of it."""
             start(story.net, "right", f"--address={story.net['head'].address}:6379", "--num-cpus=2").until(STARTED)
 
-        told(story, revive=revive)
+        try:
+            told(story, revive=revive)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{clients_said(begun)}") from None
+
+
+def clients_said(since: float) -> str:
+    """Return what the processes wrote that Ray's head starts for clients: it tells them only the names of its files."""
+    files = [file for file in Path("/tmp/ray").glob("session_2*/logs/ray_client_server*") if file.stat().st_mtime > since]
+    return "\n".join(f"{file}:\n{file.read_text(errors='replace')[-2000:]}" for file in sorted(files))
