@@ -16,7 +16,7 @@ from prefect.futures import PrefectFuture
 
 from holdfast.core import faults
 from holdfast.core.budget import Budget
-from holdfast.core.errors import Conflict, Contention, EngineError, Exhausted, HoldfastError
+from holdfast.core.errors import Conflict, Contention, EngineError, Exhausted, HoldfastError, Infrastructure
 from holdfast.core.loop import Done, Evolve, Ledger, Propose, Submit, Wait, actions, is_continued
 from holdfast.core.population import Population
 from holdfast.core.ports import Proposer, as_proposal
@@ -57,6 +57,9 @@ def run_of(future: PrefectFuture[Any]) -> Any:
 
 class Unwanted(BaseException):
     """A person ended the flow run in Prefect."""
+
+
+STOPPED = "stopped on request"
 
 
 class Drive:
@@ -245,8 +248,10 @@ class Drive:
             return  # its attempt was closed meanwhile: what its task still says counts no more
         try:
             end = self._runner.ended(future)
-        except BaseException:
+        except BaseException as error:
             self._inflight[run_of(future)] = flight
+            if isinstance(error, Infrastructure):
+                self._remote.unseen(str(error))
             raise
         if end.is_suspended:
             self._wishes.suspended()
@@ -356,7 +361,7 @@ class Drive:
             raise self._runtime.lost
         self.ledger.active_seconds = keeper.active_seconds_now()
         if (keeper.stop_requested or self._session.reader.stop_requested()) and self.ledger.halt is None:
-            self.ledger.halt = "stopped on request"
+            self.ledger.halt = STOPPED
         self._refresh()
         self._heed()
         self._cancel()

@@ -108,6 +108,7 @@ class Remote:
             case Verdict.AGAIN if self._ending:
                 self._let_wait(flight.number)
             case Verdict.AGAIN:
+                self._ledger.begun -= 1  # it was not
                 self._ledger.submitted(flight.number)  # until it is due again
                 self.refusals.add(flight.number, why, running=self._runs_some())
             case Verdict.LOSE if isinstance(error, Infrastructure):
@@ -123,6 +124,10 @@ class Remote:
     def _let_wait(self, number: int) -> None:
         """Let a trial wait, unclaimed, which was handed out or was to be."""
         self.refusals.forget(number)
+        self._hand_out(number)
+
+    def _hand_out(self, number: int) -> None:
+        """Let the loop submit a trial again, if nobody has begun it."""
         if self._trials[number].status is TrialStatus.PENDING:
             self._ledger.update(self._trials[number])
 
@@ -185,9 +190,13 @@ class Remote:
         try:
             self._runner.look()
         except HoldfastError as error:
-            for flight in self._inflight.values():
-                flight.why = flight.why or str(error)
+            self.unseen(str(error))
             raise
+
+    def unseen(self, why: str) -> None:
+        """Note that the engine is gone: whatever it ran, no task of it ends any more, and only rows tell of the attempts."""
+        for flight in self._inflight.values():
+            flight.why = flight.why or why
 
     def look(self) -> None:
         """Give up workers that are gone, take in what watched attempts came to, hand out what nobody began."""
@@ -224,7 +233,7 @@ class Remote:
         self._look_at_ended()
         if not self._ending:
             for number in self.refusals.due():
-                self._let_wait(number)
+                self._hand_out(number)
 
     def _say_lost(self, words: str, lost: list[tuple[int, int]], endings: Mapping[int, Ending], *, worth_saying: bool) -> None:
         parts = [words] if worth_saying else []

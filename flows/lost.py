@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from holdfast.storage.database.workers import WorkerRow
 SILENT_SECONDS = 30.0
 """A worker that has said nothing for so long is lost."""
 MOST_REFUSALS = 10
-"""So many times in a row that tasks ended without a trial having begun interrupt a search in which nothing runs."""
+"""So many times that no worker began a trial, while no other one began either, interrupt a search in which nothing runs."""
 MOST_LOSSES = 5
 """So many workers in a row that were lost with the same trial, which came no further: it is what ends them."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
@@ -124,9 +123,8 @@ class Refusals:
         self._due: dict[int, float] = {}
         self._pauses: dict[int, float] = {}
         self._said: set[str] = set()
-        self._in_a_row = 0
-        self._counted = -math.inf
-        """when a refusal was counted: those of one moment have one cause"""
+        self._counts: dict[int, int] = {}
+        """how often each trial was not begun since any trial was"""
 
     @property
     def waiting(self) -> set[int]:
@@ -136,18 +134,17 @@ class Refusals:
     def add(self, number: int, why: str, *, running: bool = False) -> None:
         """Note that trial ``number`` was not begun. A reason is said once.
 
-        Infrastructure after too many moments of it in a row, unless other trials are ``running``: workers can run some then.
+        Infrastructure when it was handed out too often, unless other trials are ``running``: workers can run some then. What
+        passes within a minute interrupts nothing, however many workers say it.
         """
-        if self._clock() - self._counted >= _FIRST_PAUSE:
-            self._in_a_row += 1
-            self._counted = self._clock()
+        count = self._counts[number] = self._counts.get(number, 0) + 1
         if why not in self._said:
             self._said.add(why)
             self._say(f"trial {number} was not begun, and is handed out again: {why}")
-        if self._in_a_row >= MOST_REFUSALS and not running:
+        if count >= MOST_REFUSALS and not running:
             raise Infrastructure(
-                f"{self._in_a_row} times in a row no worker began a trial; the search is interrupted, mend this, then restore: "
-                f"{why}"
+                f"{count} times in a row no worker began trial {number}, nor any other; the search is interrupted, mend this, "
+                f"then restore: {why}"
             )
         pause = self._pauses[number] = min(2 * self._pauses.get(number, _FIRST_PAUSE / 2), _LONGEST_PAUSE)
         self._due[number] = self._clock() + pause
@@ -158,7 +155,7 @@ class Refusals:
 
     def begun(self, number: int) -> None:
         """Note that a trial began: workers can run some."""
-        self._in_a_row = 0
+        self._counts.clear()
         self.forget(number)
 
     def forget(self, number: int) -> None:

@@ -151,6 +151,7 @@ class Wishes:
         self.is_away = False
         """whether the last question was not answered"""
         self._run = this_run()
+        self._above: list[uuid.UUID] | None = None
         self._inflight: Callable[[], Collection[uuid.UUID]] = tuple
         self._wake, self._ended = threading.Event(), threading.Event()
         self._looks = threading.Condition()
@@ -208,13 +209,27 @@ class Wishes:
             state = TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.CANCELLED, StateType.CANCELLING]))
             wanted = TaskRunFilter(id=TaskRunFilterId(any_=tasks[start : start + PAGE]), state=state)
             found += client.read_task_runs(task_run_filter=wanted, **_TASKS)
-        now = client.read_flow_run(self._run).state
-        if now is not None and (now.is_cancelling() or now.is_cancelled()):
-            self.state, self.stop = now, CANCELLED
+        if self._above is None:
+            self._above = _runs_above(client, self._run)
+        now, above = client.read_flow_run(self._run).state, [client.read_flow_run(run).state for run in self._above]
+        if ended := [state for state in (now, *above) if state is not None and (state.is_cancelling() or state.is_cancelled())]:
+            self.state, self.stop = ended[0], CANCELLED
         elif now is not None and now.is_paused() and now.name == SUSPENDED_STATE:
             self.state, self.stop = now, SUSPENDED
         else:  # what a stopped attempt's own task says of itself is nobody's wish
             self.cancelled |= {run.id for run in found if run.state_name not in OWN_STATES}
+
+
+def _runs_above(client: SyncPrefectClient, run: uuid.UUID) -> list[uuid.UUID]:
+    """Return the flow runs that one is a part of, in one process: who cancels one of them cancels all that it consists of."""
+    found: list[uuid.UUID] = []
+    with suppress(ObjectNotFound):
+        while (below := client.read_flow_run(run)).deployment_id is None and below.parent_task_run_id is not None:
+            above = client.read_task_run(below.parent_task_run_id).flow_run_id
+            if above is None or above in found:
+                break
+            found.append(run := above)
+    return found
 
 
 def wish_behind(error: BaseException, wishes: Wishes | None = None) -> str | None:

@@ -20,7 +20,7 @@ from holdfast.core.errors import Contention, Fenced, HoldfastError, Infrastructu
 from holdfast.core.trial import ERRORED
 from holdfast.flows import forms
 from holdfast.flows.continuing import carried_on, continued_here, go_on, is_continued, moves_on
-from holdfast.flows.driver import Drive
+from holdfast.flows.driver import STOPPED, Drive
 from holdfast.flows.leaving import ending_of, exit_code, hurry, leave
 from holdfast.flows.prefect_runs import (
     CANCELLED,
@@ -36,7 +36,7 @@ from holdfast.flows.prefect_runs import (
 from holdfast.flows.prepare import Restored, checked_spec, prepare_search
 from holdfast.flows.session import Session, prepared, prepared_session
 from holdfast.flows.shipping import ship
-from holdfast.flows.signals import deferred, explained, raised, why
+from holdfast.flows.signals import deferred, explained, raised, undisturbed, why
 from holdfast.flows.telling import Teller, plain_tasks, tag_run, teller_of
 from holdfast.locate import dated
 from holdfast.references import PREFIX
@@ -112,7 +112,7 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
                 ship(session, watcher)
                 if session.is_seen:
                     teller.begin()
-                reason = Drive(session, watcher, wishes, signals).run()
+                reason = _still_wanted(session, wishes, Drive(session, watcher, wishes, signals).run())
                 session.journal.flush()
                 leaves = moves_on(session, reason)
                 if leaves or not is_continued(reason):
@@ -123,7 +123,8 @@ def drive(session: Session, watcher: Observer) -> State[Any]:
                 hurry(exit_code(error))
             session.error = cause_of(error, session.opened.database, session.opened.record.id, session.runtime.epoch)
             try:
-                _interrupted(session, session.error, watcher, teller)
+                with undisturbed():
+                    _interrupted(session, session.error, watcher, teller)
                 hasten(wishes)
             finally:
                 if session.stuck:
@@ -174,6 +175,16 @@ def cause_of(error: BaseException, database: Database, experiment: int, epoch: i
             if now != epoch:
                 return Fenced(f"epoch {epoch} is over: epoch {now} took the experiment over; this process stops")
     return error
+
+
+def _still_wanted(session: Session, wishes: Wishes, reason: str) -> str:
+    """Return why a drive ended; one that goes on in another flow run was not stopped just before."""
+    if not is_continued(reason):
+        return reason
+    wishes.ask()
+    if wishes.stop is not None:
+        return wishes.stop
+    return STOPPED if session.reader.stop_requested() else reason
 
 
 def _last_words(session: Session) -> None:

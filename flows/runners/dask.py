@@ -22,7 +22,7 @@ from prefect.logging import get_run_logger
 from prefect.tasks import Task
 from prefect_dask.task_runners import PrefectDaskFuture
 
-from holdfast.core.errors import Infrastructure
+from holdfast.core.errors import HoldfastError, Infrastructure
 from holdfast.core.execution_section import Resources
 from holdfast.flows.runners.asking import ANSWER_SECONDS, first_workers, lacking, refuse_unfit
 from holdfast.flows.runners.port import End, How
@@ -105,6 +105,23 @@ class DaskRunner:
             yield cluster
 
     def check(self, place: Place) -> None:
+        with self._reached():
+            self._ask(place)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Raise Infrastructure for whatever a client raises in the body that has lost its scheduler, or loses it just then."""
+        try:
+            yield
+        except HoldfastError:
+            raise
+        except Exception as error:
+            raise Infrastructure(
+                f"the Dask scheduler at {self._where} does not answer ({type(error).__name__}: {error}); see to it, then "
+                "restore the search"
+            ) from error
+
+    def _ask(self, place: Place) -> None:
         fitting = first_workers(self._fitting, self._nobody)
         asked = {
             address: self._client.submit(
@@ -172,22 +189,24 @@ class DaskRunner:
         if self._packet is None or self._packet[0] != id(task):
             self._packet = id(task), pack_task(task)
         run = uuid.uuid4()
-        future = self._client.submit(
-            execute,
-            self._packet[1],
-            run,
-            parameters,
-            key=f"trial-{parameters['trial']}-{parameters['attempt']}-{run}",
-            pure=False,
-            retries=0,
-            resources=self._needed or None,
-        )
+        with self._reached():
+            future = self._client.submit(
+                execute,
+                self._packet[1],
+                run,
+                parameters,
+                key=f"trial-{parameters['trial']}-{parameters['attempt']}-{run}",
+                pure=False,
+                retries=0,
+                resources=self._needed or None,
+            )
         return PrefectDaskFuture(task_run_id=run, wrapped_future=future)
 
     def withdraw(self, future: PrefectFuture[Any]) -> None:
         assert isinstance(future, PrefectDaskFuture)
         if self._client.status == "running":
-            self._client.cancel([future.wrapped_future], reason="withdrawn", msg="the search takes it back")
+            with self._reached():
+                self._client.cancel([future.wrapped_future], reason="withdrawn", msg="the search takes it back")
 
     def ended(self, future: PrefectFuture[Any]) -> End:
         assert isinstance(future, PrefectDaskFuture)

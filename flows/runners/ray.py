@@ -19,9 +19,12 @@ from prefect.futures import PrefectFuture
 from prefect.tasks import Task
 from prefect_ray.task_runners import PrefectRayFuture  # type: ignore[import-untyped]  # it ships no types
 from ray import exceptions as errors
+from ray._private import auto_init_hook
+from ray._private.authentication import authentication_token_setup
+from ray.util.client import common as client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from holdfast.core.errors import Infrastructure
+from holdfast.core.errors import HoldfastError, Infrastructure
 from holdfast.core.execution_section import Resources
 from holdfast.flows.runners.asking import ANSWER_SECONDS, first_workers, lacking, refuse_unfit
 from holdfast.flows.runners.port import End, How
@@ -32,6 +35,7 @@ from holdfast.tasks.place import Place
 _CONNECT_SECONDS = 30.0
 """How long a cluster that refuses is asked again: its head may have just begun, or have no time to start a process for us."""
 _PAUSE_SECONDS = 1.0
+_SILENT_MS = 30_000
 _RESULT_SECONDS = 5.0
 """How long the state of a task that has ended is waited for; else rows tell what became of it."""
 _STORE_BYTES = 100 << 20
@@ -54,9 +58,12 @@ class RayRunner:
         self._address = address
         self._resources = resources
         self._max_concurrent = max_concurrent
-        self._own = False
+        self._own = self._connects = False
         self._packet: tuple[int, Any] | None = None
         self._remote: Any = None
+        self._lost: str | None = None
+        """why nothing can be asked of the cluster any more: where a new head took its place, Ray's client does not know"""
+        self._cause: Exception | None = None
 
     @property
     def _needed(self) -> dict[str, float]:
@@ -67,8 +74,14 @@ class RayRunner:
         hush_ray()
         if not ray.is_initialized():
             with _same_signals():
-                self._start()
+                try:
+                    self._start()
+                except BaseException:
+                    ray.shutdown()  # a half-made connection would be the next search's
+                    raise
             self._own = True
+        # Whoever asks for anything once the cluster is gone would wait for another one, named by a file of this machine.
+        self._connects, auto_init_hook.enable_auto_connect = auto_init_hook.enable_auto_connect, False
         # One function for all trials: Ray would export it anew for each task otherwise.
         self._remote = ray.remote(
             max_retries=0,
@@ -89,14 +102,16 @@ class RayRunner:
                     continue
                 where = self._address or "this machine"
                 raise Infrastructure(
-                    f"no Ray cluster answers at {where} ({type(error).__name__}: {error}); start one (`ray start --head`), or "
-                    "mend execution.address"
+                    f"no Ray cluster answers at {where} ({type(error).__name__}: {error}); start one (`ray start --head`), "
+                    "mend execution.address, or let RAY_AUTH_TOKEN have the token of one that wants it"
                 ) from error
             return
 
     def _init(self) -> None:
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "holdfast"}
         if self._address is not None:
+            _notice_silence()
+            _show_token()
             ray.init(address=self._address, **quiet)
             return
         most = self._max_concurrent
@@ -111,6 +126,7 @@ class RayRunner:
         )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
+        auto_init_hook.enable_auto_connect = self._connects
         if self._own:
             with _same_signals():
                 ray.shutdown()
@@ -120,6 +136,10 @@ class RayRunner:
         return [node for node in nodes() if node.get("Alive") or node.get("alive")]
 
     def check(self, place: Place) -> None:
+        with self._reached():
+            self._ask(place)
+
+    def _ask(self, place: Place) -> None:
         nodes = first_workers(self._fitting, self._nobody)
         asked = ray.remote(max_retries=0, num_cpus=0)(ask)
         packet = ray.put(place)
@@ -153,12 +173,15 @@ class RayRunner:
             self._packet = id(task), pack_task(task)
         run = uuid.uuid4()
         name = f"trial-{parameters['trial']}#{parameters['attempt']}"
-        reference = self._remote.options(name=name).remote(self._packet[1], run, parameters)
+        with self._reached():
+            reference = self._remote.options(name=name).remote(self._packet[1], run, parameters)
+            reference.hex()  # a client waits here for the head's answer, not where it is asked for a callback
         return PrefectRayFuture(task_run_id=run, wrapped_future=reference)
 
     def withdraw(self, future: PrefectFuture[Any]) -> None:
         assert isinstance(future, PrefectRayFuture)
-        ray.cancel(future.wrapped_future, force=False, recursive=False)
+        with self._reached():
+            ray.cancel(future.wrapped_future, force=False, recursive=False)
 
     def ended(self, future: PrefectFuture[Any]) -> End:
         assert isinstance(future, PrefectRayFuture)
@@ -176,15 +199,50 @@ class RayRunner:
         return End(how=How.UNCLEAR, why=f"Ray returned {type(found).__name__}")
 
     def look(self) -> None:
-        if not ray.is_initialized():
+        if self._lost is None and not ray.is_initialized():
+            self._lost = "Ray's client has given it up"
+        if self._lost is not None:
             raise Infrastructure(
-                f"the Ray cluster at {self._address or 'this machine'} is gone; see to it, then restore the search"
-            )
+                f"the Ray cluster at {self._address or 'this machine'} is gone ({self._lost}); see to it, then restore the "
+                "search"
+            ) from self._cause
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Raise Infrastructure for whatever Ray's client raises in the body: it has many words for a head that is gone."""
+        self.look()
+        try:
+            yield
+        except HoldfastError:
+            raise
+        except Exception as error:  # noqa: BLE001  # and many kinds of exceptions
+            self._lost, self._cause = f"{type(error).__name__}: {_last_line(error)}", error
+            self.look()
 
 
 def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0] if isinstance(error, _GONE) else lines[-1]
+
+
+def _notice_silence() -> None:
+    """Let Ray's client give up a head that does not answer after half a minute: by itself it waits for ten.
+
+    So long a submission could take, and meanwhile the search would not look after anything else.
+    """
+    options: list[tuple[str, Any]] = client.GRPC_OPTIONS  # shared by reference: it is changed in its place
+    options[:] = [(name, _SILENT_MS if name == "grpc.keepalive_timeout_ms" else value) for name, value in options]
+
+
+def _show_token() -> None:
+    """Let Ray's client show the token that this user has: other drivers do so by themselves, and heads want it then."""
+    log = logging.getLogger(authentication_token_setup.__name__)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    finally:
+        log.setLevel(before)
 
 
 @contextmanager
@@ -194,9 +252,12 @@ def _same_signals() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    utils: Any = ray._private.utils
+    theirs, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
     try:
         yield
     finally:
+        utils.set_sigterm_handler = theirs
         for number, handler in before.items():
             if handler is not None:
                 signal.signal(number, handler)

@@ -12,16 +12,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, create_engine, make_url
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
-from sqlalchemy.pool import NullPool, QueuePool
 from sqlalchemy.sql.base import Executable
 
 from holdfast.core.errors import ConnectionLost, DatabaseError, InvalidInput, SpecError
 from holdfast.storage.database import losses
 from holdfast.storage.database.explain import explained
-from holdfast.storage.database.losses import BUSY_SECONDS, Patience, Sitting, Ticket, repeatable
+from holdfast.storage.database.losses import Patience, Sitting, Ticket, repeatable
+from holdfast.storage.database.sqlite import sqlite_engine
 
 Location = URL | str
 """Where a database is: a SQLAlchemy URL. It may hold a password, and is stored nowhere."""
@@ -459,40 +459,6 @@ def connect(url: Location, *, readonly: bool = False, create: bool = False) -> D
     """
     parsed = parse_url(url) if isinstance(url, str) else url
     if parsed.get_backend_name() == "sqlite":
-        return Database(_sqlite(parsed, readonly=readonly, create=create))
+        return Database(sqlite_engine(parsed, readonly=readonly, create=create))
     given = {name: value for name, value in losses.CONNECTING.items() if name not in parsed.query}
     return Database(create_engine(parsed, connect_args=given))
-
-
-def _sqlite(url: URL, *, readonly: bool, create: bool) -> Engine:
-    file = Path(os.path.abspath(url.database or ""))
-    writable = create or (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK))
-    # What only looks keeps no connection to a file that it may not lock: the file may get a writer later.
-    pool: dict[str, Any] = {"poolclass": QueuePool, "pool_size": 8, "max_overflow": 64} if writable else {"poolclass": NullPool}
-
-    def creator() -> sqlite3.Connection:
-        # A connection that may write takes its -wal and -shm files along when it closes; one that may not leaves them.
-        mode = "rwc" if create else "rw" if writable else "ro"
-        if not writable and not Path(f"{file}-wal").exists():
-            mode += "&immutable=1"  # nobody writes, and the -shm file that readers share cannot be made
-        name = f"{file.as_uri()}?mode={mode}"
-        connection = sqlite3.connect(name, uri=True, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
-        try:
-            if readonly or not writable:
-                connection.execute("PRAGMA query_only=ON")
-            else:
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("PRAGMA foreign_keys=ON")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    engine = create_engine(url.set(database=str(file)), creator=creator, paramstyle="named", **pool)
-
-    @event.listens_for(engine, "begin")
-    def _snapshot(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN")  # the driver is in autocommit mode; a migration is one transaction
-
-    return engine

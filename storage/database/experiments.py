@@ -256,8 +256,7 @@ def _is_empty(file: Path) -> bool:
     """Tell whether a SQLite file is empty; Corrupt when it is shorter than its header says, which SQLite finds out late."""
     try:
         pages = _pages(file)
-        log = Path(f"{file}-wal")
-        in_log = log.exists() and log.stat().st_size > 0  # then pages may be there still
+        in_log = _size(Path(f"{file}-wal")) > 0  # then pages may be there still
         size = file.stat().st_size
         if pages is None and not in_log:
             pages = _pages(file)  # a log may have been written into the file meanwhile
@@ -266,6 +265,14 @@ def _is_empty(file: Path) -> bool:
     if not in_log and (pages is None or size < pages):
         raise Corrupt(f"database {file} is {'malformed or ' if pages is None else ''}truncated; restore it from a backup")
     return size == 0
+
+
+def _size(file: Path) -> int:
+    """Return how many bytes a file has, 0 when it is not there: who closes a database last removes its log."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _pages(file: Path) -> int | None:

@@ -102,6 +102,9 @@ _AUDIT = _sql(
 _FIXED = ("uuid", "name", "seed", "created", "copied_from", "spec_source", "git_commit")
 
 
+_UNKNOWN = -2
+
+
 class Outbox:
     """Reads an experiment's changes, batch after batch."""
 
@@ -110,7 +113,8 @@ class Outbox:
         self._experiment = experiment
         self._epoch = epoch
         """the holder's, who is told when it is over; None for others"""
-        self._reached = -2
+        self._reached = _UNKNOWN
+        """the end of the last batch, when the next one begins there: what is known of trials and rows is of that moment"""
         self._last_report = 0
         self._last_telemetry = 0
         self._running: set[int] = set()
@@ -139,32 +143,31 @@ class Outbox:
         if since == -1 or spec != self._spec:
             experiment |= {"spec": spec, "workdir": workdir, "code_digest": code}
         scope = {"experiment": self._experiment, "since": since}
+        known, self._reached = since == self._reached, _UNKNOWN  # what is cut off here begins anew, with a look at all trials
         trials = _lists(state.run(_TRIALS, **scope))
         changed = {row[0] for row in trials}
         rows: Rows = {
             "trial": trials,
             "attempt": [_attempt(row) for row in state.run(_ATTEMPTS, **scope)],
-            "report": self._reports(state, since, changed),
-            "telemetry": self._telemetry(state, since, changed),
-            "checkpoint": self._checkpoints(state, since, changed),
+            "report": self._reports(state, since, changed if known else None),
+            "telemetry": self._telemetry(state, since, changed if known else None),
+            "checkpoint": self._checkpoints(state, since, changed if known else None),
             "proposer_state": [
                 [number, base64.b64encode(bytes(body)).decode(), seq] for number, body, seq in state.run(_STATES, **scope)
             ],
             "audit": _lists(state.run(_AUDIT, **scope)),
         }
-        before = (
-            self._running if since == self._reached else {row[0] for row in state.run(_RUNNING, experiment=self._experiment)}
-        )
+        before = self._running if known else {row[0] for row in state.run(_RUNNING, experiment=self._experiment)}
         self._running = before.difference(changed) | {row[0] for row in trials if row[1] == "RUNNING"}
         self._reached, self._spec = end, spec
         return Batch(start=since, end=end, rows=rows, experiment=experiment)
 
     def _of_live(
-        self, state: Transaction, since: int, changed: set[int], every: Statement, these: Statement
+        self, state: Transaction, since: int, changed: set[int] | None, every: Statement, these: Statement
     ) -> list[tuple[Any, ...]]:
-        """Return the rows of trials that run or have changed: with one look at all trials, or by their numbers where known."""
+        """Return the rows of trials that run or have ``changed``: with one look at all trials where that is not known."""
         scope = {"experiment": self._experiment, "since": since}
-        if since != self._reached:
+        if changed is None:
             return state.run(every, **scope)
         numbers = sorted(self._running | changed)
         found: list[tuple[Any, ...]] = []
@@ -173,11 +176,11 @@ class Outbox:
             found += state.run(these, **scope, **{f"n{place}": some[place] for place in range(_AT_ONCE)})
         return found
 
-    def _checkpoints(self, state: Transaction, since: int, changed: set[int]) -> list[Row]:
+    def _checkpoints(self, state: Transaction, since: int, changed: set[int] | None) -> list[Row]:
         return _lists(self._of_live(state, since, changed, _CHECKPOINTS, _CHECKPOINTS_OF))
 
-    def _reports(self, state: Transaction, since: int, changed: set[int]) -> list[Row]:
-        if since == self._reached and self._last_report:
+    def _reports(self, state: Transaction, since: int, changed: set[int] | None) -> list[Row]:
+        if changed is not None and self._last_report:
             found = state.run(_NEW_REPORTS, experiment=self._experiment, since=since, last=self._last_report)
         else:
             found = self._of_live(state, since, changed, _REPORTS, _REPORTS_OF)
@@ -189,8 +192,8 @@ class Outbox:
         self._last_report = max(rows, default=self._last_report)
         return list(rows.values())
 
-    def _telemetry(self, state: Transaction, since: int, changed: set[int]) -> list[Row]:
-        if since == self._reached and self._last_telemetry:
+    def _telemetry(self, state: Transaction, since: int, changed: set[int] | None) -> list[Row]:
+        if changed is not None and self._last_telemetry:
             found = state.run(_NEW_TELEMETRY, experiment=self._experiment, since=since, last=self._last_telemetry)
         else:
             found = self._of_live(state, since, changed, _ALL_TELEMETRY, _TELEMETRY_OF)

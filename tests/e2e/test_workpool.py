@@ -16,6 +16,8 @@ from holdfast.storage.database import workers
 
 pytestmark = [pytest.mark.xdist_group("workpool"), pytest.mark.timeout(1800)]  # it waits for many things, one after another
 
+NAME = "pooled-story"
+"""Of the experiment: no other test has it."""
 POOL = "trials"
 DEPLOYMENT = "trial/pooled"
 STEPS = 5
@@ -69,7 +71,7 @@ def deploy(view: View, lab: Lab) -> None:
 
 def supervisor_of(lab: Lab, trial: int) -> int | None:
     """Return the process in which the flow run of a trial's current attempt runs."""
-    with lab.open() as experiment:
+    with lab.open(NAME) as experiment:
         database = experiment._opened.database
         attempt = experiment.trials[trial].attempt
         found = workers.of_attempt(database, attempt.id)
@@ -84,7 +86,7 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
     (lab.folder / "train.py").write_text(f"import itertools\n{text}")
     lab.order("fail", 0, 1)
     slow = [lab.order("slow", number, 0) for number in (1, 2)]
-    view = View(lab, "exp")
+    view = View(lab, NAME)
     trials = Trials(view)
 
     def until(condition: Any, process: Any = None) -> None:
@@ -98,6 +100,7 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
     until(lambda: POOL in [pool["name"] for pool in view.ask("POST", "/work_pools/filter", {})])
     deploy(view, lab)
     spec = lab.spec(
+        name=NAME,
         search={"num_trials": 4, "max_concurrent": 2},
         failure={"max_failures": 1},
         checkpoints={"save_period": 1},
@@ -106,7 +109,7 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
     search = lab.start("run", spec)
 
     def statuses() -> list[str]:
-        return lab.statuses()
+        return lab.statuses(NAME)
 
     # A trial that fails is retried, in a flow run of its own, beside one that is slow.
     until(lambda: any(entry.trial == 1 and entry.step >= 10 for entry in lab.log()), search)
@@ -125,7 +128,7 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     until(lambda: any((entry.event, entry.trial, entry.attempt) == ("start", 2, 2) for entry in lab.log()), search)
-    with lab.open() as experiment:
+    with lab.open(NAME) as experiment:
         first = next(attempt for attempt in experiment.attempts(2) if attempt.number == 1)
     assert first.outcome is Outcome.LOST
 
@@ -134,7 +137,7 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
     until(lambda: any(entry.trial == 2 and entry.attempt == 2 and entry.event == "step" for entry in lab.log()), search)
     search.kill()
     assert search.wait().code == DIED
-    restored = lab.start("restore", lab.path())
+    restored = lab.start("restore", lab.path(NAME))
     # The attempt that ran is fenced by now: had it been let go before, it might have come to its end, and run once more.
     until(lambda: any(entry.event == "start" and entry.trial == 2 and entry.attempt > 2 for entry in lab.log()), restored)
     for file in slow:
@@ -158,5 +161,5 @@ def test_a_search_whose_trials_are_flow_runs_survives_everything(make_lab: MakeL
         "trial-1#1": "CANCELLED",
         "trial-2#1": "CRASHED",
     }
-    assert all({"holdfast", "experiment:exp"} <= set(run["tags"]) for run in runs.values())
+    assert all({"holdfast", f"experiment:{NAME}"} <= set(run["tags"]) for run in runs.values())
     assert all(run["parent_task_run_id"] for run in runs.values())

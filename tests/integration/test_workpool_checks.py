@@ -433,7 +433,7 @@ def test_a_run_whose_worker_died_before_it_began_is_given_up(
             for state in states:
                 api.set_flow_run_state(run, state)
         until(lambda: "taken by a worker" in said.get(timeout=60))
-        assert not any(future.wrapped_future.done() for future in futures)
+        assert not any(future.wrapped_future.done() for future in futures[:3])  # Prefect itself may end a cancelled one
         monkeypatch.setattr(workpool, "STUCK_SECONDS", 0.0)
         for future in futures[1:]:
             future.wrapped_future.result(60)

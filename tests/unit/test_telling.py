@@ -132,11 +132,13 @@ def api() -> Iterator[Api]:
 @pytest.fixture(autouse=True)
 def events() -> Iterator[list[Any]]:
     """Where the events that Prefect's own queue was given come, once it is drained."""
+    EventsWorker.drain_all()  # a queue that a test before left open has a client of its own
     AssertingEventsClient.reset()
     EventsWorker.set_client_override(AssertingEventsClient)
     found: list[Any] = []
     yield found
     EventsWorker.set_client_override(None)
+    EventsWorker.drain_all()
     AssertingEventsClient.reset()
 
 

@@ -14,6 +14,7 @@ from holdfast.core.budget import Budget
 from holdfast.core.objective import score
 from holdfast.core.population import Population
 from holdfast.core.trial import ACTIVE, ERRORED, SCORED, Trial, TrialStatus
+from holdfast.core.waitlist import Waitlist
 
 CONTINUED = "continued"
 """How the reason begins for which a flow run ended that another one goes on from."""
@@ -79,8 +80,7 @@ class Ledger:
     active_seconds: float = 0.0
     best: float | None = None
     statuses: dict[int, TrialStatus] = field(default_factory=dict)
-    waiting: dict[int, datetime | None] = field(default_factory=dict)
-    """when each waiting trial is due"""
+    waiting: Waitlist = field(default_factory=Waitlist)
     retries: dict[int, tuple[int, float]] = field(default_factory=dict)
     """waiting trials that have failed: the attempt that waits, and when it is due by ``clock`` at the latest"""
     running: set[int] = field(default_factory=set)
@@ -122,7 +122,7 @@ class Ledger:
         self.counts[trial.status] += 1
         self.highest = max(self.highest, trial.number)
         self.running.discard(trial.number)
-        self.waiting.pop(trial.number, None)
+        self.waiting.discard(trial.number)
         retry = self.retries.pop(trial.number, None)
         if self.values.pop(trial.number, None) is not None:
             self._flat = None
@@ -141,7 +141,7 @@ class Ledger:
 
     def submitted(self, number: int) -> None:
         """Note that a waiting trial was handed to a runner; its claim follows."""
-        self.waiting.pop(number, None)
+        self.waiting.discard(number)
         self.retries.pop(number, None)
         self.running.add(number)
 
@@ -149,21 +149,21 @@ class Ledger:
         """Note when a waiting trial is due; a retry that is ``known`` does not begin to wait anew when its row changes."""
         attempt = trial.attempt
         if attempt.reason != "retry" or attempt.created is None:
-            self.waiting[trial.number] = trial.ts_start
+            self.waiting.put(trial.number, trial.ts_start)
             return
         delay = min(self.delay(trial.failures), LONGEST_DELAY) if trial.failures else 0.0
-        self.waiting[trial.number] = attempt.created + timedelta(seconds=delay)
+        self.waiting.put(trial.number, attempt.created + timedelta(seconds=delay))
         latest = self.clock() + delay
         self.retries[trial.number] = known if known is not None and known[0] == attempt.number else (attempt.number, latest)
 
     def due(self, number: int, now: datetime) -> datetime | None:
-        """Return when a waiting trial is due, or None when it is.
+        """Return when a trial that waits for its time is due, or None when it is.
 
         A retry is due by the clock on the wall, but never later than its delay after it was first seen: that clock may have
         been set back.
         """
-        start = self.waiting[number]
-        if start is None or start <= now:
+        start = self.waiting.timed[number]
+        if start <= now:
             return None
         if number not in self.retries:
             return start
@@ -202,7 +202,7 @@ class Ledger:
         self.generation += 1
         for number in [number for number, step in self.held.items() if not self._ends(step)]:
             del self.held[number]
-            self.waiting[number] = None
+            self.waiting.put(number, None)
 
     def _score(self, trial: Trial) -> None:
         raw = score(trial.metrics, self.budget.objective)
@@ -263,8 +263,11 @@ def decide(ledger: Ledger, now: datetime) -> Action:
     out_of_time = out_of_time and ledger.active_seconds >= (ledger.budget.time_budget or 0.0)
     if len(ledger.running) >= ledger.max_concurrent:
         return Wait()
-    starts = {} if out_of_time else {number: ledger.due(number, now) for number in ledger.waiting}
+    first = None if out_of_time else ledger.waiting.first()
+    starts = {} if out_of_time else {number: ledger.due(number, now) for number in ledger.waiting.timed}
     due = [number for number, start in starts.items() if start is None]
+    if first is not None:
+        due.append(first)
     if due:
         return Done(continued(ledger.begun)) if ledger.is_spent else Submit(min(due))
     if closed is None and not ledger.exhausted:

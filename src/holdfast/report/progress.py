@@ -36,6 +36,7 @@ class Progress(Observer):
         self._console = console
         self._opened: Opened | None = None
         self._trials: dict[int, Trial] = {}
+        self._counts: Counter[TrialStatus] = Counter()
         self._started = time.monotonic()
         self._ended_here = 0
         self._live: Live | None = None
@@ -73,6 +74,9 @@ class Progress(Observer):
         before = self._trials.get(trial.number)
         with self._comparing:
             self._trials[trial.number] = trial
+            if before is not None:
+                self._counts[before.status] -= 1
+            self._counts[trial.status] += 1
             self._lead(trial, before)
         if self._live is not None and trial.error is None and not is_retry(trial):
             if trial.status not in ACTIVE and before is not None:
@@ -136,8 +140,8 @@ class Progress(Observer):
         return printable(f"{words}  {config_words(trial)}")
 
     def _render(self) -> Group:
-        counts = Counter(trial.status for trial in list(self._trials.values()))
-        numbers = "  ".join(f"{counts[status]} {status.value.lower()}" for status in TrialStatus if counts[status])
+        counted = [(self._counts[status], status.value.lower()) for status in TrialStatus]
+        numbers = "  ".join(f"{count} {status}" for count, status in counted if count)
         return Group(Text(numbers or "starting"), Text(self._pace()))
 
     def _pace(self) -> str:
@@ -148,7 +152,7 @@ class Progress(Observer):
             words.append(f"{rate * 60:.1f} trials/min" if rate < 1 else f"{rate:.1f} trials/s")
             total = self._opened.spec.search.num_trials
             if total is not None:
-                ended = sum(trial.status not in ACTIVE for trial in list(self._trials.values()))
+                ended = sum(self._counts[status] for status in TrialStatus if status not in ACTIVE)
                 words.append(f"about {max(total - ended, 0) / rate:.0f} s left")
         best = self._best()
         if best is not None:
