@@ -81,8 +81,8 @@ def _rows(model: type[BaseModel], given: BaseModel | None, prefix: str) -> Itera
 def variables() -> Iterator[str]:
     """Yield the environment variables that processes of ours read."""
     yield "# Environment variables\n\nWritten by `make docs` from the program itself.\n"
-    yield "What a spec or a command line says counts before them. Workers on other machines, and jobs of a work pool, read"
-    yield "their own.\n"
+    yield "What a spec or a command line says counts before them. Workers on other machines, and jobs of a work pool,"
+    yield "read their own.\n"
     yield "| variable | default | meaning |\n|---|---|---|"
     for name, field in Settings.model_fields.items():
         value = field.default

@@ -30,8 +30,8 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(
         default=10 << 30,
         ge=0,
-        description="what copies of checkpoints on object stores may take on a host, but for those in use; and as much again for "
-        "shipped code",
+        description="what copies of checkpoints on object stores may take on a host, but for those in use; and as much again "
+        "for shipped code",
     )
     data_folder: Path = Field(
         default_factory=lambda: Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "holdfast",
