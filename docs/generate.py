@@ -13,13 +13,20 @@ from sqlalchemy import UniqueConstraint
 from holdfast.cli import _parser
 from holdfast.core.faults import POINTS
 from holdfast.core.spec import ExperimentSpec
+from holdfast.settings import Settings
 from holdfast.storage.database.schema import VERSION, metadata
 
 HERE = Path(__file__).parent
 
+FOLDERS = {
+    "cache_folder": "`$XDG_CACHE_HOME/holdfast`, or `~/.cache/holdfast`",
+    "data_folder": "`$XDG_DATA_HOME/holdfast`, or `~/.local/share/holdfast`",
+}
+"""Defaults that are another one for each user."""
+
 
 def main() -> None:
-    """Write cli.md, spec.md and schema.md."""
+    """Write cli.md, spec.md, settings.md and schema.md."""
     for name, text in pages().items():
         (HERE / name).write_text(text)
 
@@ -27,7 +34,7 @@ def main() -> None:
 def pages() -> dict[str, str]:
     """Return the text of each page by file name."""
     os.environ["COLUMNS"] = "100"
-    written = {"cli.md": commands(), "spec.md": keys(), "schema.md": tables()}
+    written = {"cli.md": commands(), "spec.md": keys(), "settings.md": variables(), "schema.md": tables()}
     return {name: "\n".join(lines) + "\n" for name, lines in written.items()}
 
 
@@ -69,6 +76,20 @@ def _rows(model: type[BaseModel], given: BaseModel | None, prefix: str) -> Itera
             continue
         default = "required" if field.is_required() else f"`{value!r}`"
         yield f"| `{prefix}{name}` | {default} | {field.description or ''} |"
+
+
+def variables() -> Iterator[str]:
+    """Yield the environment variables that processes of ours read."""
+    yield "# Environment variables\n\nWritten by `make docs` from the program itself.\n"
+    yield "What a spec or a command line says counts before them. Workers on other machines, and jobs of a work pool,"
+    yield "read their own.\n"
+    yield "| variable | default | meaning |\n|---|---|---|"
+    for name, field in Settings.model_fields.items():
+        value = field.default
+        default = FOLDERS.get(name) or ("" if value is None else f"`{value:g}`" if isinstance(value, float) else f"`{value}`")
+        yield f"| `{Settings.model_config.get('env_prefix', '')}{name.upper()}` | {default} | {field.description} |"
+    yield "\n`HOLDFAST_FAULT` is for tests; [the crash points](cli.md#crash-points) are its values."
+    yield "Prefect's own variables ([deploying](deploying.md)) and those of [object stores](object-stores.md) hold as ever."
 
 
 def tables() -> Iterator[str]:

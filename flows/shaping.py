@@ -49,7 +49,8 @@ _DESCRIPTIONS = {
     "name": "Names the experiment's folder in the storage. {date} stands for the date that the run was scheduled for.",
     "trainable": "What is tuned: /path/train.py:function, package.module:function, or a class in either.",
     "storage": "Where experiments live: a folder, s3://bucket/prefix, or block:NAME of a saved HoldfastStorage.",
-    "database": "Empty: holdfast.db in the storage. Else block:NAME of a saved HoldfastDatabase, or a URL without a password.",
+    "database": "Empty: what HOLDFAST_DATABASE_URL says where it runs, else a SQLite file. Else block:NAME of a saved "
+    "HoldfastDatabase, or a URL without a password.",
     "storage_options": 'Of an object store, such as {"endpoint_url": "..."}; no credentials: save those in a HoldfastStorage.',
     "objectives": 'Metrics that count, each min or max, such as {"loss": "min"}; the first one decides what is best.',
     "space": 'Parameters by name, such as {"lr": {"type": "float", "low": 1e-5, "high": 0.1, "log": true}, '

@@ -17,22 +17,25 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="HOLDFAST_", extra="ignore")
 
-    database_url: str | None = Field(default=None, description="database of specs that name none")
+    database_url: str | None = Field(default=None, description="database of whatever names none: a URL, or block:NAME")
     storage_options: dict[str, Any] | None = Field(
         default=None, repr=False, description="options of object stores where none are given, as JSON"
     )
-    grace_seconds: float = Field(default=15.0, gt=0, description="what running trials get to save after SIGTERM or SIGINT")
+    grace_seconds: float = Field(default=15.0, gt=0, description="seconds that running trials get to save after a signal")
     fault: str | None = Field(default=None, description="NAME or NAME:N: die by SIGKILL at the N-th pass of a crash point")
     cache_folder: Path = Field(
         default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast",
-        description="what can be made again",
+        description="what can be made again: copies of checkpoints, what is being uploaded, shipped code",
     )
     cache_bytes: int = Field(
-        default=10 << 30, ge=0, description="what copies of checkpoints on object stores may take, but for those in use"
+        default=10 << 30,
+        ge=0,
+        description="what copies of checkpoints on object stores may take on a host, but for those in use; and as much again "
+        "for shipped code",
     )
     data_folder: Path = Field(
         default_factory=lambda: Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "holdfast",
-        description="databases of experiments on object stores that name none",
+        description="databases of experiments on object stores that name none; what `holdfast up` keeps",
     )
 
 

@@ -24,7 +24,7 @@ def pages() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["cli.md", "spec.md", "schema.md"])
+@pytest.mark.parametrize("name", ["cli.md", "spec.md", "settings.md", "schema.md"])
 def test_a_page_is_up_to_date(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "cli.md" and sys.version_info[:2] != (3, 11):
         pytest.skip("the page is written by Python 3.11: later versions lay out the help of commands otherwise")

@@ -141,6 +141,6 @@ def test_an_engine_that_is_not_installed_names_its_extra(monkeypatch: pytest.Mon
 )
 def test_an_address_holds_no_credentials(runner: str, address: str) -> None:
     """It is shown, and stored in rows."""
-    with pytest.raises(SpecError, match=r"execution.*reached by host and port.*configuration of the engine") as caught:
+    with pytest.raises(SpecError, match=r"execution.*reached by host and port.*configuration of the cluster") as caught:
         spec({"runner": runner, "address": address})
     assert "secret" not in str(caught.value)

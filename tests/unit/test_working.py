@@ -1,4 +1,4 @@
-"""What ``holdfast show`` and ``trials`` say of engines and workers, for people and for programs."""
+"""What ``holdfast show`` and ``trials`` say of runners and workers, for people and for programs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_workers_of_the_newest_drive_in_json(busy: Shop, capsys: pytest.Capt
     assert (shown["runner"], shown["address"]) == ("dask", "tls://scheduler:8786")
     for worker in shown["workers"]:
         assert worker.pop("silent") >= (100 if worker["name"] == "two" else 0)
-    rest = {"engine": "dask", "pid": 7}
+    rest = {"runner": "dask", "pid": 7}
     assert shown["workers"] == [
         {"name": "one", "hostname": "host-one", "run": 1, "running": 1, "beats": True, "left": None, **rest},
         {"name": "two", "hostname": "host-two", "run": 0, "running": 0, "beats": False, "left": None, **rest},
@@ -83,7 +83,7 @@ def test_the_workers_in_words(busy: Shop, capsys: pytest.CaptureFixture[str]) ->
     assert "still alive of its workers: one\n" in text
     lines = text.splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("worker "))
-    assert lines[start].split() == ["worker", "host", "engine", "run", "running", "last", "beat", "left"]
+    assert lines[start].split() == ["worker", "host", "runner", "run", "running", "last", "beat", "left"]
     assert lines[start + 1].split()[:5] == ["one", "host-one", "dask", "1", "1"]
     assert lines[start + 2].split()[:5] == ["two", "host-two", "dask", "0", "0"]
     assert r"w \x1b[31m[bold]ü" in text
@@ -91,7 +91,7 @@ def test_the_workers_in_words(busy: Shop, capsys: pytest.CaptureFixture[str]) ->
     attempt = said(capsys, "trials", "--trial", "2", busy.path)
     assert attempt.startswith("attempt 1 (first): completed")
     (found,) = json.loads(said(capsys, "trials", "--json", "--trial", "2", busy.path))
-    assert found["worker"] == {"name": EVIL, "engine": "dask", "hostname": f"host-{EVIL}", "pid": 7}
+    assert found["worker"] == {"name": EVIL, "runner": "dask", "hostname": f"host-{EVIL}", "pid": 7}
     (found,) = json.loads(said(capsys, "trials", "--json", "--trial", "3", busy.path))
     assert found["worker"] is None
 

@@ -19,7 +19,7 @@ def add_deploying(commands: Commands) -> None:
         commands,
         "deploy",
         _deploy,
-        "make or update the deployments search, restore, watch and collect, their work pool, blocks and automations",
+        "make or update the deployments search, restore, watch, collect and trial, their work pool, blocks and automations",
     )
     deploy.add_argument(
         "--storage",

@@ -26,7 +26,7 @@ from holdfast.core.trial import ERRORED
 
 def add_running(commands: Commands) -> None:
     run = command(commands, "run", _run, "run a search as a spec says")
-    run.add_argument("spec", metavar="SPEC", help="a YAML file")
+    run.add_argument("spec", metavar="SPEC", help="a YAML file, or block:NAME")
     run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change the spec, such as search.seed=1")
     storage_option(run)
     restore = command(commands, "restore", _restore, "go on with an experiment that was interrupted")
@@ -55,7 +55,7 @@ def add_running(commands: Commands) -> None:
     database_option(restore)
     storage_option(restore)
     validate = command(commands, "validate", _validate, "check a spec, and load its trainable")
-    validate.add_argument("spec", metavar="SPEC")
+    validate.add_argument("spec", metavar="SPEC", help="a YAML file, or block:NAME")
     validate.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
 
 

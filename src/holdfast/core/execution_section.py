@@ -100,7 +100,7 @@ class ExecutionSection(Section):
             raise ValueError(
                 "execution.address holds user info or a query; clusters are reached by host and port: write "
                 f"{'tcp://host:8786' if self.runner == 'dask' else 'ray://host:10001'}, and leave credentials to the "
-                "configuration of the engine itself"
+                "configuration of the cluster itself"
             )
         scheme = address.partition("://")[0] if "://" in address else ""
         if scheme not in _SCHEMES[self.runner] or not address.partition("://")[2 if scheme else 0]:

@@ -64,11 +64,19 @@ class ExperimentSpec(Section):
 
     name: str = Field(description="names the folder in the storage; may hold {date}")
     trainable: str = Field(description="file.py:function, package.module:function, or a class in either")
-    storage: str = Field(default="./runs", description="the folder that experiments live in, or s3://bucket/prefix")
+    storage: str = Field(
+        default="./runs",
+        description="the folder that experiments live in (relative: to the spec's file), or s3://bucket/prefix",
+    )
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="of an object store: what fsspec takes; stored nowhere"
     )
-    database: str | None = Field(default=None, repr=False, description="SQLAlchemy URL; null: holdfast.db in the storage")
+    database: str | None = Field(
+        default=None,
+        repr=False,
+        description="SQLAlchemy URL; null: HOLDFAST_DATABASE_URL; else holdfast.db in the storage, or for an object store a "
+        "SQLite file of this host",
+    )
     description: str = Field(default="", description="for people")
     if_exists: Literal["fail", "restore", "new"] = Field(
         default="fail", description="when the name is taken: refuse, go on with it, or take name-2, name-3 ..."

@@ -1,4 +1,4 @@
-"""On which engine trials run, and the processes that run them elsewhere: for people and, as JSON values, for programs."""
+"""By which runner trials run, and the processes that run them elsewhere: for people and, as JSON values, for programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plain_address(address: str | None) -> str | None:
 
 
 def execution_json(execution: ExecutionSection) -> dict[str, Any]:
-    """Return the engine as ``show --json`` prints it."""
+    """Return the runner as ``show --json`` prints it."""
     address = execution.deployment if execution.runner == "workpool" else plain_address(execution.address)
     return {"runner": execution.runner, "address": address}
 
@@ -57,7 +57,7 @@ def workers_json(experiment: Experiment) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": worker.name,
-                "engine": worker.engine,
+                "runner": worker.engine,
                 "hostname": worker.hostname,
                 "pid": worker.pid,
                 "run": run,
@@ -76,7 +76,7 @@ def workers_table(workers: Sequence[Mapping[str, Any]]) -> tuple[Table, int]:
     left = [worker for worker in workers if worker["left"] is not None]
     shown = [*there, *reversed(left)][:SHOWN]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("worker", "host", "engine"):
+    for name in ("worker", "host", "runner"):
         table.add_column(name, overflow="fold")
     for name in ("run", "running", "last beat"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -85,7 +85,7 @@ def workers_table(workers: Sequence[Mapping[str, Any]]) -> tuple[Table, int]:
         table.add_row(
             Text(printable(worker["name"])),
             Text(printable(worker["hostname"])),
-            worker["engine"],
+            worker["runner"],
             str(worker["run"]),
             str(worker["running"]),
             f"{worker['silent']:.0f} s ago",
@@ -98,4 +98,4 @@ def worker_json(worker: WorkerRow | None) -> dict[str, Any] | None:
     """Return the worker that ran an attempt as ``trials --json`` prints it; None: the search's own process, or nobody."""
     if worker is None:
         return None
-    return {"name": worker.name, "engine": worker.engine, "hostname": worker.hostname, "pid": worker.pid}
+    return {"name": worker.name, "runner": worker.engine, "hostname": worker.hostname, "pid": worker.pid}
