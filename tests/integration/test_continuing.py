@@ -206,3 +206,29 @@ def test_a_deployments_search_goes_on_in_runs_of_the_deployment_restore(lab: Lab
     assert "STATE COMPLETED" in late.output, late.output
     with holdfast.open(lab.path("other")) as experiment:
         assert experiment.lease.epoch == 3
+
+
+STOPPED = (
+    SEARCHES
+    + """
+class Stops(Told):
+    def trial(self, trial):
+        if trial.number == 2 and trial.status == "COMPLETED" and "asked" not in self.words:
+            self.words.append("asked")
+            with holdfast.open(HERE / "runs" / "stopped") as experiment:
+                experiment.stop()
+
+
+run("stopped", 3, Stops())
+"""
+)
+
+
+def test_a_search_that_is_stopped_just_before_it_goes_on_does_not(lab: Lab) -> None:
+    ended = lab.python(STOPPED, timeout=2 * PATIENCE)
+    assert ended.code == 0, ended.output
+    trials, told, reason, _ = found_in(ended.output)["stopped"]
+    assert [trial[0] for trial in trials] == [*["COMPLETED"] * 3, "PENDING"]  # the last one was proposed for the next flow run
+    assert (told, reason) == (["opened", "running", "asked", "stopped on request"], "stopped on request")
+    with holdfast.open(lab.path("stopped")) as experiment:
+        assert experiment.ended == "stopped on request"

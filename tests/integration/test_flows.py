@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 
-from support import Lab
+from support import Lab, begin
+from support_prefect import View, make_endless
 
 import holdfast
 
@@ -16,6 +18,20 @@ restore = load_flow_from_entrypoint("holdfast.flows.restore.restore")
 print("search:", search(sys.argv[1], ["search.num_trials=2"], return_state=True).message)
 print("again:", restore(sys.argv[2], return_state=True).message)
 print("errored:", restore(sys.argv[2], resume_errored=True, restart_errored=True, return_state=True).message)
+"""
+
+WITHIN = """
+import sys
+from prefect import flow
+from holdfast.flows.search import search
+
+
+@flow(name="of-mine", retries=0)
+def mine(spec):
+    return search(spec, return_state=True)
+
+
+print("ended:", mine(sys.argv[1], return_state=True).message)
 """
 
 OBJECTS = """
@@ -71,6 +87,21 @@ def test_the_flows_work_without_a_caller_that_prepares_for_them(lab: Lab) -> Non
     with holdfast.open(lab.path()) as experiment:
         assert experiment.spec_source == lab.spec().read_text()
         assert experiment.status == "completed"
+
+
+def test_who_cancels_a_flow_that_a_search_is_a_part_of_cancels_the_search(lab: Lab) -> None:
+    make_endless(lab)
+    slow, view = lab.order("slow", 0, 0), View(lab, "exp")
+    running = begin(lab, sys.executable, "-c", WITHIN, str(lab.spec()))
+    lab.until_logged("step", 0, 2, running)
+    [run] = view.ask("POST", "/flow_runs/filter", {"flows": {"name": {"any_": ["of-mine"]}}})
+    view.ask("POST", f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}, "force": False})
+    ended = running.wait()  # nobody sends it a signal
+    assert slow.exists()
+    assert "cancelled in Prefect" in ended.output, ended.output
+    with holdfast.open(lab.path()) as experiment:
+        assert experiment.ended == "stopped: cancelled in Prefect"
+        assert [trial.status for trial in experiment.trials] == ["PENDING"]
 
 
 def test_trainables_may_be_functions_and_classes_of_the_caller(lab: Lab) -> None:
