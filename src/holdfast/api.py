@@ -323,10 +323,11 @@ def _called(flow: Flow[..., Any], arguments: dict[str, Any], session: Session, w
     """Call a flow and return its final state; EngineError for what Prefect itself raises before the search has ended."""
     from prefect import tags
 
+    from holdfast.flows.prefect_runs import ended_at_once
     from holdfast.flows.telling import tags_of
 
     try:
-        with tags(*(tags_of(session.opened.record.name) if session.is_seen else ())):
+        with tags(*(tags_of(session.opened.record.name) if session.is_seen else ())), ended_at_once():
             return flow(**arguments, return_state=True)
     except Exception as error:
         if isinstance(number := getattr(session.error, "signal", None), int):  # Prefect's, which it could not finish with
