@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,10 +39,17 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def started(log: Path, *words: object) -> Iterator[subprocess.Popen[bytes]]:
+def started(log: Path, *words: object, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program of an engine; end it with all that it started."""
     with log.open("ab") as file:
-        process = subprocess.Popen([*map(str, words)], stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=log.parent)
+        process = subprocess.Popen(
+            [*map(str, words)],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            cwd=log.parent,
+            env={**os.environ, **environment},
+        )
     try:
         yield process
     finally:
@@ -84,7 +93,11 @@ def ray(lab: Lab) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     log = lab.folder / "head.txt"
     words = ("--head", f"--port={port}", f"--ray-client-server-port={clients}", "--node-ip-address=127.0.0.1", "--num-cpus=2")
     more = ("--include-dashboard=false", f"--object-store-memory={BYTES}", "--disable-usage-stats", "--block")
-    with started(log, BIN / "ray", "start", *words, *more) as head:
+    # A folder of its own: Ray notes there which cluster is the machine's. The paths of its sockets have to be short.
+    with (
+        tempfile.TemporaryDirectory(prefix="hf-ray-", ignore_cleanup_errors=True) as folder,
+        started(log, BIN / "ray", "start", *words, *more, RAY_TMPDIR=folder) as head,
+    ):
         lab.until(said(log, "Ray runtime started"))
         yield f"ray://127.0.0.1:{clients}", head
 
