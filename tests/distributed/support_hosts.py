@@ -29,7 +29,7 @@ import pytest
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
-PATIENCE = 150.0
+PATIENCE = 300.0
 """Seconds after which something that should happen counts as not happening."""
 HOME, WORK = "/tmp/home", "/tmp/work"
 """Folders that every host has for itself."""

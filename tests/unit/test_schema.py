@@ -282,7 +282,7 @@ def test_writing_to_a_file_without_a_name_is_refused(file: Path) -> None:
 
 
 def test_a_locked_database_is_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("holdfast.storage.database.engine.BUSY_SECONDS", 0.0)
+    monkeypatch.setattr("holdfast.storage.database.sqlite.BUSY_SECONDS", 0.0)
     with closing(open_database(sqlite_url(file))) as database, closing(sqlite3.connect(file)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(DatabaseError, match="locked"):
