@@ -28,7 +28,7 @@ from holdfast.settings import settings
 from holdfast.storage import journal
 from holdfast.storage.atomic import make_folder
 from holdfast.storage.database import experiments, merging
-from holdfast.storage.database.engine import Database, Location, connect, sqlite_url
+from holdfast.storage.database.engine import Database, Location, connect, shown, sqlite_url
 from holdfast.storage.database.experiments import Record, has_schema, open_database
 from holdfast.storage.database.rebuild import copied_at
 from holdfast.storage.folder import FORKING, TRAINABLE, Folder, Identity
@@ -172,14 +172,15 @@ def _together(
         raise standing.diverged(folder, identity, database)
     scratch = None
     if database is None or record is None or verdict is not standing.Verdict.CURRENT:
+        # Read first: what cannot be read leaves no database behind.
+        found = standing.told(folder, identity, shown(url) if database is None else database.label)
         target = database
         if readonly:
             target, scratch = standing.scratch()
         elif target is None:
-            standing.contents_of(folder, identity)  # what cannot be read leaves no database behind
             target = open_database(url, create_missing=True)
         try:
-            record, words = standing.bring(folder, identity, target, verdict)
+            record, words = standing.bring(folder, identity, target, verdict, found)
             notes.append(words if scratch is None else f"shown as the journal tells it: the database {_LACKS[verdict]}")
         except BaseException:
             if target is not database:

@@ -142,18 +142,33 @@ def contents_of(folder: Folder, identity: Identity) -> Contents | None:
     return contents
 
 
-def bring(folder: Folder, identity: Identity, database: Database, why: Verdict) -> tuple[Record, str]:
-    """Write what the path tells into the database, in place of what that has; return the record and words about it."""
+@dataclass(frozen=True)
+class Told:
+    """All that a path tells of its experiment."""
+
+    contents: Contents
+    journal: int
+    """the seq that the journal reached before it was read"""
+
+
+def told(folder: Folder, identity: Identity, database: str) -> Told:
+    """Read all that the path tells, for ``database`` (its label), which lacks it; Corrupt when rows are lost or damaged."""
     end = journal.end(folder.root)
     contents = contents_of(folder, identity)
     if contents is None:
         raise Corrupt(
-            f"database {database.label} does not know the experiment in {folder.location} ({identity.uuid}), which has no "
+            f"database {database} does not know the experiment in {folder.location} ({identity.uuid}), which has no "
             "journal to rebuild it from; name the database that it was made with by --database"
         )
+    return Told(contents, end)
+
+
+def bring(folder: Folder, identity: Identity, database: Database, why: Verdict, found: Told) -> tuple[Record, str]:
+    """Write what the path told into the database, in place of what that has; return the record and words about it."""
     lease = own_lease(folder, identity)
     here = replace(identity, location=folder.location)
-    detail = {"journal": end, "seq": contents.end, "because": why.value, "location": folder.location}
+    contents = found.contents
+    detail = {"journal": found.journal, "seq": contents.end, "because": why.value, "location": folder.location}
     rebuild.rebuild(database, here, contents, epoch=0 if lease is None else lease.epoch, detail=detail)
     record = by_uuid(database, identity.uuid)
     assert record is not None  # written above

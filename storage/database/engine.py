@@ -398,14 +398,14 @@ def translated(database: Database) -> Iterator[None]:
         raise
 
 
-def shown(url: str) -> str:
+def shown(url: Location) -> str:
     """Return a URL as it may be shown: without passwords, or ``***`` when it is none."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         return "***"
     secret = parsed.password is not None or not _SECRETS.isdisjoint(parsed.query)
-    return _shown(parsed) if secret else url
+    return url if isinstance(url, str) and not secret else _shown(parsed)
 
 
 def with_password(url: str, password: str) -> str:

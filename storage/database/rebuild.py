@@ -50,17 +50,21 @@ _NO_WORKERS = _sql("DELETE FROM worker WHERE experiment_id = :experiment")
 _OBJECTIVE = _sql(
     "INSERT INTO objective (experiment_id, position, name, direction) VALUES (:experiment, :position, :name, :direction)"
 )
+_CONFIG = _sql(
+    "INSERT INTO config (digest, body) VALUES (:digest, :body) ON CONFLICT (digest) DO UPDATE SET digest = excluded.digest"
+)
+_CONFIG_ID = "(SELECT id FROM config WHERE digest = :digest)"
 _TRIAL = _sql(
     "INSERT INTO trial (experiment_id, number, config_id, status, seq, ended_seq, current_attempt, seed, group_number, repeat,"
-    " created, ts_start, source, origin, metadata, cancel_requested) VALUES (:experiment, :number, :config_id, :status, :seq,"
-    " :ended_seq, :current_attempt, :seed, :group_number, :repeat, :created, :ts_start, :source, :origin, :metadata,"
-    " :cancel_requested)"
+    " created, ts_start, source, origin, metadata, cancel_requested) VALUES (:experiment, :number, "
+    f"{_CONFIG_ID}, :status, :seq, :ended_seq, :current_attempt, :seed, :group_number, :repeat, :created, :ts_start, :source,"
+    " :origin, :metadata, :cancel_requested)"
 )
 _TRIAL_IDS = _sql("SELECT number, id FROM trial WHERE experiment_id = :experiment")
 _ATTEMPT = _sql(
     "INSERT INTO attempt (trial_id, number, config_id, parent_step, reason, note, created, epoch, claimed_by, started, ended,"
     " outcome, error_kind, error, traceback, result, flow_run_id, task_run_id, host, pid, pid_started) VALUES (:trial_id,"
-    " :number, :config_id, :parent_step, :reason, :note, :created, :epoch, :claimed_by, :started, :ended, :outcome,"
+    f" :number, {_CONFIG_ID}, :parent_step, :reason, :note, :created, :epoch, :claimed_by, :started, :ended, :outcome,"
     " :error_kind, :error, :traceback, :result, :flow_run_id, :task_run_id, :host, :pid, :pid_started)"
 )
 _ATTEMPT_IDS = _sql(
@@ -220,7 +224,10 @@ def _named(spec: str, name: str) -> str:
 
 
 class _Tables:
-    """The rows of one experiment on their way into a database, natural keys becoming row ids."""
+    """The rows of one experiment on their way into a database, natural keys becoming row ids.
+
+    A statement takes of a row what it names: nothing is left out of the rows first, which costs as much as writing them.
+    """
 
     def __init__(self, tx: Transaction, experiment: int, contents: Contents) -> None:
         self._tx = tx
@@ -228,25 +235,15 @@ class _Tables:
         self._tables = {name: [rows[key] for key in sorted(rows, key=_order)] for name, rows in contents.tables.items()}
 
     def write(self) -> None:
-        tables, configs = self._tables, self._configs()
+        tables, digests = self._tables, self._configs()
         self._tx.many(
             _TRIAL,
-            [
-                {**_but(row, "config"), "config_id": configs[row["config"]], "experiment": self._experiment}
-                for row in tables["trial"]
-            ],
+            [{**row, "digest": digests[row["config"]], "experiment": self._experiment} for row in tables["trial"]],
         )
         trials = dict(self._run(_TRIAL_IDS))
         self._tx.many(
             _ATTEMPT,
-            [
-                {
-                    **_but(row, "config", "parent", "trial"),
-                    "config_id": configs[row["config"]],
-                    "trial_id": trials[row["trial"]],
-                }
-                for row in tables["attempt"]
-            ],
+            [{**row, "digest": digests[row["config"]], "trial_id": trials[row["trial"]]} for row in tables["attempt"]],
         )
         attempts = {(trial, number): identity for trial, number, identity in self._run(_ATTEMPT_IDS)}
         self._tx.many(
@@ -260,27 +257,21 @@ class _Tables:
         self._beside(attempts)
 
     def _beside(self, attempts: dict[tuple[int, int], int]) -> None:
-        def owned(row: dict[str, Any], *but: str) -> dict[str, object]:
-            return {**_but(row, "trial", "attempt", *but), "attempt_id": attempts[row["trial"], row["attempt"]]}
+        def owned(name: str) -> list[dict[str, object]]:
+            return [{**row, "attempt_id": attempts[row["trial"], row["attempt"]]} for row in tables[name]]
 
         tables = self._tables
         tables["report"].sort(key=lambda row: row["seq"])  # as they came
-        self._tx.many(_REPORT, [owned(row, "metrics") for row in tables["report"]])
+        self._tx.many(_REPORT, owned("report"))
         reports = {(attempt, step): identity for attempt, step, identity in self._run(_REPORT_IDS)}
-        metrics: list[dict[str, object]] = [
-            {
-                "report": reports[attempts[row["trial"], row["attempt"]], row["step"]],
-                "name": name,
-                "kind": kind,
-                "number": number,
-                "text": value,
-            }
-            for row in tables["report"]
-            for name, kind, number, value in row["metrics"]
-        ]
+        metrics: list[dict[str, object]] = []
+        for row in tables["report"]:
+            report = reports[attempts[row["trial"], row["attempt"]], row["step"]]
+            for name, kind, number, value in row["metrics"]:
+                metrics.append({"report": report, "name": name, "kind": kind, "number": number, "text": value})
         self._tx.many(sql.ADD_METRIC, metrics)
-        self._tx.many(_TELEMETRY, [owned(row) for row in tables["telemetry"]])
-        self._tx.many(_CHECKPOINT, [owned(row) for row in tables["checkpoint"]])
+        self._tx.many(_TELEMETRY, owned("telemetry"))
+        self._tx.many(_CHECKPOINT, owned("checkpoint"))
         self._tx.many(
             _STATE,
             [
@@ -294,20 +285,18 @@ class _Tables:
     def _run(self, statement: Statement) -> list[tuple[Any, ...]]:
         return self._tx.run(statement, experiment=self._experiment)
 
-    def _configs(self) -> dict[str, int]:
-        """Return the row id of each config by its text; equal ones are shared with what the database holds."""
+    def _configs(self) -> dict[str, str]:
+        """Write the configs, sharing equal ones with what the database holds; return the digest of each by its text."""
         bodies = {row["config"] for name in ("trial", "attempt") for row in self._tables[name]}
-        return {body: self._tx.run(sql.CONFIG, digest=digest(body), body=body)[0][0] for body in sorted(bodies)}
+        digests = {body: digest(body) for body in sorted(bodies)}
+        self._tx.many(_CONFIG, [{"digest": identity, "body": body} for body, identity in digests.items()])
+        return digests
 
 
 def parent_of(row: dict[str, Any]) -> tuple[int, int]:
     """Return (trial, attempt) of what an attempt's row continues: another trial's is a pair there."""
     parent = row["parent"]
     return (parent[0], parent[1]) if isinstance(parent, list) else (row["trial"], parent)
-
-
-def _but(row: dict[str, Any], *names: str) -> dict[str, object]:
-    return {name: value for name, value in row.items() if name not in names}
 
 
 def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
