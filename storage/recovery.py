@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from holdfast.core.checkpoint import Checkpoint, eligible
@@ -22,6 +23,9 @@ TOKEN = "recovered"
 RECOVERED = "recovered"
 """The decision on a report that only its own checkpoint's manifest tells of, which was made before the decision."""
 
+AT_ONCE = 16
+"""Requests to an object store: of each finished trial with checkpoints the pins are looked for."""
+
 Told = Sequence[Json]
 """A report that the journal may lack: step, microseconds since 1970 UTC, decision, metrics."""
 
@@ -34,15 +38,17 @@ def complete(contents: Contents, identity: Identity, folder: Folder, checkpoints
     """
     recovery = _Recovery(contents, folder)
     uuids = {identity.uuid, *identity.ancestors}
+    over: list[int] = []
     for (number,), trial in list(contents.tables["trial"].items()):
         if trial["status"] in ACTIVE and number >= 0:
             found = [item for item in checkpoints.scan(number) if item[1].experiment in uuids]
             recovery.published(number, found)
             recovery.result(number, trial)
-            recovery.pinned(number)
+            recovery.pinned([number])
             recovery.pruned(number, {path for path, _, _ in found}, checkpoints.present(number))
         else:
-            recovery.pinned(number)
+            over.append(number)
+    recovery.pinned(over)
     if recovery.added:
         contents.end += 1
     return recovery.added
@@ -90,13 +96,26 @@ class _Recovery:
             self._reports(number, manifest.attempt, manifest.beside.get("reports", []))
             self._report(number, manifest.attempt, (manifest.step, created, RECOVERED, manifest.metrics))
 
-    def pinned(self, number: int) -> None:
-        """Take in the pins that are in the path: who pins while nobody drives cannot write the journal."""
-        rows = [row for row in self._checkpoints.get(number, []) if row["status"] != "deleted" and not row["pinned"] & 1]
-        marked = pins.pinned(self._folder.root, number) if rows else set()
-        for row in rows:
-            if row["path"] in marked:
-                self._change(number, row, pinned=row["pinned"] | 1)
+    def pinned(self, numbers: Sequence[int]) -> None:
+        """Take in the pins of trials that are in the path: who pins while nobody drives cannot write the journal."""
+        rows = {number: self._unpinned(number) for number in numbers}
+        asked = [number for number in numbers if rows[number]]
+        for number, marked in zip(asked, self._marked(asked), strict=True):
+            for row in rows[number]:
+                if row["path"] in marked:
+                    self._change(number, row, pinned=row["pinned"] | 1)
+
+    def _unpinned(self, number: int) -> list[dict[str, Any]]:
+        return [row for row in self._checkpoints.get(number, []) if row["status"] != "deleted" and not row["pinned"] & 1]
+
+    def _marked(self, numbers: Sequence[int]) -> list[set[str]]:
+        def marked(number: int) -> set[str]:
+            return pins.pinned(self._folder.root, number)
+
+        if self._folder.is_local or len(numbers) < 2:
+            return [marked(number) for number in numbers]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(marked, numbers))
 
     def pruned(self, number: int, good: Collection[str], present: Collection[str]) -> None:
         """Mark those as deleted that are not ``present``, and that a newer one of the chain, which is there, had outdated.

@@ -26,6 +26,8 @@ from holdfast.storage.database import requests
 from holdfast.storage.database.attempts import AttemptWriter, Saved
 from holdfast.storage.database.driver import Ending
 from holdfast.storage.database.leases import Leases
+from holdfast.storage.database.outbox import Outbox
+from holdfast.storage.journal import JournalWriter
 from holdfast.storage.objects import ObjectRoot
 from holdfast.testing.lab import Lab, dump
 from holdfast.testing.samples import sample_spec
@@ -49,11 +51,11 @@ def lab(opened: Opened) -> Lab:
     return Lab(opened.database, opened.record)
 
 
-def publish(opened: Opened, writer: AttemptWriter, step: int, *, row: bool = True) -> str:
+def publish(opened: Opened, writer: AttemptWriter, step: int, *, row: bool = True, trial: int = 0) -> str:
     store: Any = checkpoints_in(opened.folder)
-    staged = store.stage(0, writer.number, step)
+    staged = store.stage(trial, writer.number, step)
     files = write_state({"step": step}, staged, serializer="safe")
-    manifest = replace(manifest_of(files, trial=0, attempt=writer.number, step=step), experiment=opened.record.uuid)
+    manifest = replace(manifest_of(files, trial=trial, attempt=writer.number, step=step), experiment=opened.record.uuid)
     published = store.publish(staged, manifest)
     if row:
         saved = Saved(path=published.path, digest=published.digest, bytes=published.bytes)
@@ -157,6 +159,19 @@ def test_a_pin_is_in_the_path(opened: Opened, lab: Lab) -> None:
     assert pins.pinned(root, 0) == {paths[0]}
     opened.folder.delete()
     assert pins.pinned(root, 0) == set()
+
+
+def test_pins_outlive_the_database(opened: Opened, lab: Lab, tmp_path: Path) -> None:
+    for trial in range(4):
+        writer = lab.started(trial / 4)
+        publish(opened, writer, 0, trial=trial)
+        lab.end(writer)
+    JournalWriter(opened.folder.root, 1, Outbox(opened.database, opened.record.id)).start()
+    for trial in (1, 3):  # after the journal was written: their markers are all that the path has of it
+        Experiment(opened).pin(trial, 0)
+    elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"
+    with closing(locate.open_path(opened.folder.location, database=elsewhere, options=opened.spec.storage_options)) as again:
+        assert [item.pinned for item in Experiment(again).checkpoints()] == [False, True, False, True]
 
 
 def test_only_what_has_no_manifest_is_missing(opened: Opened, lab: Lab) -> None:
