@@ -51,6 +51,8 @@ ANSWER_SECONDS = 5.0
 """What the API gets to answer one request."""
 LAST_SECONDS = 3.0
 """How long the end of a search waits for Prefect at each of its steps."""
+BUSY_SECONDS = 8.0
+"""How long a server that is there and busy is asked once more why a search was ended."""
 CLOSING_SECONDS = 60.0
 """How long the runs of dead processes are looked for; what the server was not told of by then never comes."""
 RETRY_SECONDS = 1.0
@@ -169,6 +171,8 @@ class Wishes:
         """task runs whose trials are to be cancelled"""
         self.is_away = False
         """whether the last question was not answered"""
+        self.is_busy = False
+        """whether it was put off, or is not answered yet: by a server that is there"""
         self._run = this_run()
         self._above: list[uuid.UUID] | None = None
         self._inflight: Callable[[], Collection[uuid.UUID]] = tuple
@@ -191,8 +195,8 @@ class Wishes:
         with self._looks:
             wanted = self._begun + 1
             self._wake.set()
-            self._looks.wait_for(lambda: self._done >= wanted, seconds)
-            self.is_away = self.is_away or self._done < wanted
+            if not self._looks.wait_for(lambda: self._done >= wanted, seconds):
+                self.is_away = self.is_busy = True
 
     def end(self) -> None:
         """Stop looking."""
@@ -214,9 +218,10 @@ class Wishes:
                     self._begun += 1
                 try:
                     self._look(client)
-                    self.is_away = False
+                    self.is_away = self.is_busy = False
                 except AWAY as error:  # a busy server still answers
                     self.is_away = not isinstance(error, PrefectHTTPStatusError | ObjectNotFound)
+                    self.is_busy = isinstance(error, PrefectHTTPStatusError | httpx.TimeoutException)
                 with self._looks:
                     self._done = self._begun
                     self._looks.notify_all()
@@ -254,15 +259,20 @@ def _runs_above(client: SyncPrefectClient, run: uuid.UUID) -> list[uuid.UUID]:
 def wish_behind(error: BaseException, wishes: Wishes | None = None) -> str | None:
     """Say which wish SIGTERM is the messenger of, or None: a worker sends it to a run that is cancelled in Prefect.
 
-    ``wishes`` are those that are being looked for, if any are.
+    ``wishes`` are those that are being looked for, if any are. A busy server is asked again for BUSY_SECONDS: what a person
+    cancelled would otherwise be taken for an interrupted search, which may be restored.
     """
     if not isinstance(error, TerminationSignal):
         return None
     looking = wishes or Wishes()
     if wishes is None:
         looking.start(tuple)
-    if looking.stop is None:
+    deadline = time.monotonic() + BUSY_SECONDS
+    while looking.stop is None:
         looking.ask()
+        if not looking.is_busy or time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS / 10)
     if wishes is None:
         looking.end()
     return CANCELLED if looking.stop == CANCELLED else None

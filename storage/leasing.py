@@ -184,12 +184,16 @@ class Keeper:
     def _watch(self) -> None:
         """Give the lease up in time when a renewal does not come back: a call to a server that hangs may take minutes."""
         patience = self._terms.duration - 3 * self._terms.renewal
+        awake = looked = time.monotonic()
         while not self._ended.wait(self._terms.renewal / 5):
-            asked = self._asked
+            now, asked = time.monotonic(), self._asked
+            if now - looked > patience / 2:
+                awake = now  # suspended meanwhile: that no answer came by now says nothing of the database
+            looked = now
             if self._lost is not None:
                 return
-            if asked is not None and time.monotonic() - asked > patience:
-                silence = f"database {self._lease.database} has not answered for {time.monotonic() - asked:.0f} s"
+            if asked is not None and now - max(asked, awake) > patience:
+                silence = f"database {self._lease.database} has not answered for {now - asked:.0f} s"
                 self._lose(self._refusal or DatabaseError(f"{silence}; look after it, then restore"))
                 return
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,7 +22,11 @@ import pytest
 import yaml
 
 import holdfast
+from holdfast.core.errors import StorageError
 from holdfast.report.tables import trial_json
+from holdfast.storage.database.engine import connect, sqlite_url
+from holdfast.storage.root import LocalRoot
+from holdfast.tasks.workers import processes
 from holdfast.testing.executed import Entry, executed, starts  # noqa: F401  # for the tests, as everything here
 from holdfast.testing.runs import DIED, HOLDFAST, PATIENCE, Ended, Running, Runs, warm  # noqa: F401
 from holdfast.testing.warm import WANTED, Warm
@@ -227,6 +231,24 @@ class Lab:
     def until_logged(self, event: str, trial: int, step: int, process: Running) -> None:
         """Wait until the trainable has logged an event."""
         self.until(lambda: any((e.event, e.trial, e.step) == (event, trial, step) for e in self.log()), process)
+
+    def suspend(self, run: Running) -> None:
+        """Stop a process (SIGSTOP) where it holds neither the database's lock nor the folder's."""
+        while True:
+            run.signal(signal.SIGSTOP)
+            self.until_suspended(run)
+            with suppress(StorageError), closing(connect(sqlite_url(self.database))) as database:
+                if not database.is_locked(patience=0.2):
+                    with LocalRoot(self.path()).exclusive(patience=0.2):
+                        return
+            run.signal(signal.SIGCONT)
+            time.sleep(0.05)  # it has to come out of it
+
+    def until_suspended(self, run: Running) -> None:
+        """Wait until a process is stopped."""
+        pid = run.process.pid
+        started = str(processes.identity(pid))
+        self.until(lambda: processes.is_suspended(processes.same_host(), pid, started), run)
 
     def close(self) -> None:
         """End every process that is left."""

@@ -21,7 +21,7 @@ TRIALS = 2
 STEPS = 3
 HELD = 2
 """The step of trial 0 in which the process of the search is killed."""
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 @dataclass
@@ -123,11 +123,11 @@ class Crash:
         """Compare what is shown of it with what happened: events, task runs, artifacts."""
         uuid = self.uuid()
         wanted = ["started", *["recovering"] * claims, "restored", "completed"]
-        self.until(lambda: self.events() == wanted, f"the events: {self.events()}", 30)
+        self.until(lambda: self.events() == wanted, f"the events: {self.events()}")
         expected = {"trial-0#1": "CRASHED", "trial-0#2": "COMPLETED", "trial-1#1": "COMPLETED"}
-        self.until(lambda: self.task_runs() == expected, f"the task runs: {self.task_runs()}", 30)
+        self.until(lambda: self.task_runs() == expected, f"the task runs: {self.task_runs()}")
         for kind in ("progress", "leaderboard", "summary"):
-            self.until(lambda kind=kind: self.site.artifact(artifact_key(kind, self.name, uuid)), f"the artifact {kind}", 30)
+            self.until(lambda kind=kind: self.site.artifact(artifact_key(kind, self.name, uuid)), f"the artifact {kind}")
         board = self.site.artifact(artifact_key("leaderboard", self.name, uuid))
         summary = self.site.artifact(artifact_key("summary", self.name, uuid))
         assert board is not None

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 from playwright.sync_api import Browser, Locator, Page
 from support_deployed import WINDOW, Site
 
-PATIENCE = 30_000
+PATIENCE = 90_000
 """milliseconds"""
 
 

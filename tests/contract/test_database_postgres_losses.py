@@ -281,9 +281,9 @@ def test_a_writer_that_falls_silent_loses_its_locks(lab: Lab, beside: Database) 
         with lab.database.write() as tx:
             assert tx.run(Statement(text("SHOW idle_in_transaction_session_timeout"))) == [("30s",)]
             assert tx.run(Statement(text("SHOW lock_timeout"))) == [("1min",)]
-            tx.run(Statement(text("SET idle_in_transaction_session_timeout = '50ms'")))
             add_trial(tx, lab.id, 5, {"x": 0.5}, seed=1, source="proposed")
             tx.run(Statement(text("SELECT 1 FROM experiment FOR UPDATE")))
+            tx.run(Statement(text("SET idle_in_transaction_session_timeout = '50ms'")))
             inside.set()
             over.wait(60)
             tx.run(ONE)

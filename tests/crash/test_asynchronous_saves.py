@@ -152,7 +152,7 @@ class TestKilled:
         assert states[0] == states[1]
 
     def test_the_search_at_random_moments(self, make_lab: MakeLab) -> None:
-        lab = make_lab(steps=40)
+        lab = make_lab(steps=400)
         slow = lab.order("slow", 0, 0)
         command: tuple[object, ...] = ("run", lab.spec(search={"num_trials": 1}, checkpoints=ASYNCHRONOUS))
         newest = -1
@@ -167,7 +167,7 @@ class TestKilled:
             command = ("restore", lab.path())
         slow.unlink()
         lab.run(*command)
-        assert steps_of(lab, 0) == list(range(40))
+        assert steps_of(lab, 0) == list(range(400))
 
 
 @pytest.mark.parametrize("point", ["checkpoint.manifest-written:3", "checkpoint.renamed:3"])

@@ -41,8 +41,8 @@ def test_each_end_of_an_attempt_is_told_apart(make_lab: MakeLab) -> None:
 
     run = lab.start("restore", lab.path())
     lab.until(lambda: [entry.attempt for entry in lab.log() if entry.event == "hold"] == [1, 2, 3], run)
-    hold.unlink()
-    hold = lab.order("hold", 0, 2)
+    before, hold = hold, lab.order("hold", 0, 2)
+    before.unlink()
     lab.until_logged("hold", 0, 2, run)
     run.signal(signal.SIGTERM)
     lab.until(lambda: "running trials have" in run.output, run)
@@ -89,7 +89,7 @@ def train(trial):
         trial.report({"loss": 1.0}, step=step, state={"step": step})
 """
     (lab.folder / "slow.py").write_text(code)
-    failure = {"max_failures": 1, "trial_timeout": 10.0, "retry_on": ["timed_out"], "retry_delay": 0.5}
+    failure = {"max_failures": 1, "trial_timeout": 20.0, "retry_on": ["timed_out"], "retry_delay": 0.5}
     lab.run("run", lab.spec(trainable="slow.py:train", search={"num_trials": 3}, failure=failure), code=1)
     assert lab.statuses() == ["COMPLETED", "FAILED", "COMPLETED"]
     assert [(each.outcome.value, each.parent_step) for each in attempts(lab, 0)] == [

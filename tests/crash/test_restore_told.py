@@ -102,8 +102,10 @@ def test_what_is_left_out_and_what_comes_back(lab: Lab) -> None:
     """R3 and R4; and each attempt's own error can be read after all of it."""
     lab.order("hold", 0, 2)
     lab.order("fail", 1, 1)
+    gate = lab.order("hold", 1, 0)
     run = lab.start("run", lab.spec(search={"num_trials": 3, "max_concurrent": 2}), fault="proposal.committed:3")
     lab.until_logged("hold", 0, 2, run)
+    gate.unlink()
     assert run.wait().code == DIED
     (lab.folder / "orders/hold-0-2").unlink()
     first = lab.trials()

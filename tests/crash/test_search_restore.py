@@ -319,8 +319,7 @@ class TestOneOwner:
         run = lab.start("run", lab.spec(search={"num_trials": 3, "max_concurrent": 2}))
         for number in (0, 1):
             lab.until_logged("hold", number, 1, run)
-        # With nothing to write: suspended within a transaction, it would keep SQLite's lock and nobody could take over.
-        run.signal(signal.SIGSTOP)
+        lab.suspend(run)
         assert lab.light("restore", lab.path()).code == 3
         for hold in holds:
             hold.unlink()

@@ -201,7 +201,7 @@ class TestInPrefect:
         run = lab.start("run", lab.spec(name="hanging"), HOLDFAST_GRACE_SECONDS="1")
         view = View(lab, "hanging")
         lab.until(lambda: view.tasks() == {"trial-0#1": "RUNNING Running"}, run)
-        lab.until_logged("step", 0, 0, run)
+        lab.until(lambda: lab.checkpoints(0, "hanging"), run)
         view.set_flow("CANCELLING")
         assert run.wait().code == 0
         assert record(lab, "hanging") == ("stopped", "stopped: cancelled in Prefect")
@@ -286,5 +286,5 @@ def test_an_api_that_is_away_delays_nothing(make_lab: MakeLab) -> None:
     began = time.monotonic()
     run.signal(signal.SIGTERM)
     assert run.wait().code == 143, run.output
-    assert time.monotonic() - began < 30, run.output
+    assert time.monotonic() - began < 55, run.output
     assert record(lab, "away") == ("interrupted", "interrupted: SIGTERM")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from support import DIED, Lab, MakeLab, executed, starts, steps_of
+from support_prefect import make_endless
 
 from holdfast.flows.server import EmbeddedServer
 
 
 class TestStopping:
     def test_cancelled_and_stopped_on_request(self, make_lab: MakeLab) -> None:
-        lab = make_lab(steps=150)
+        lab = make_lab()
+        make_endless(lab)
         lab.order("slow", 0, 0)
         slow = lab.order("slow", 1, 0)
         run = lab.start("run", lab.spec(search={"num_trials": 3}))
@@ -84,13 +86,13 @@ class TestUserCode:
     def test_nothing_that_user_code_does_takes_the_search_down(self, lab: Lab) -> None:
         for order in (("segv", 0, 1), ("exit", 1, 1), ("noise", 2, 1), ("hang", 3, 1), ("nan", 4, 2), ("mute", 5, 0)):
             lab.order(*order)
-        spec = lab.spec(search={"num_trials": 7, "max_concurrent": 2}, failure={"trial_timeout": 5})
+        spec = lab.spec(search={"num_trials": 7, "max_concurrent": 2}, failure={"trial_timeout": 15})
         lab.run("run", spec, code=1)
         trials = lab.trials()
         assert [trial["status"] for trial in trials] == [
             *("FAILED", "FAILED", "COMPLETED", "TIMED_OUT", "COMPLETED", "FAILED", "COMPLETED")
         ]
-        for number, word in ((0, "SIGSEGV"), (1, "3"), (3, "trial_timeout of 5 s"), (5, "'loss'")):
+        for number, word in ((0, "SIGSEGV"), (1, "3"), (3, "trial_timeout of 15 s"), (5, "'loss'")):
             assert word in trials[number]["error"], trials[number]
         assert trials[4]["metrics"]["loss"] == "NaN"
         assert lab.json("show", lab.path())["best"]["number"] in (2, 6)
@@ -114,9 +116,11 @@ class TestUserCode:
     def test_the_first_failure_can_end_the_search(self, lab: Lab) -> None:
         """And once its cause is removed, the failed trial and the ones that were stopped with it go on."""
         lab.order("hold", 0, 1)
+        gate = lab.order("hold", 1, 0)
         fail = lab.order("fail", 1, 1)
         run = lab.start("run", lab.spec(search={"max_concurrent": 2}, failure={"fail_fast": True}))
         lab.until_logged("hold", 0, 1, run)
+        gate.unlink()
         lab.until(lambda: "FAILED" in lab.statuses(), run)
         (lab.folder / "orders/hold-0-1").unlink()
         assert run.wait().code == 1

@@ -33,16 +33,10 @@ ELSEWHERE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--ut
 """Runs what follows among other processes, none of ours; its host may have a name of its own."""
 
 
-def until_suspended(lab: Lab, run: Running) -> None:
-    pid = run.process.pid
-    started = str(processes.identity(pid))
-    lab.until(lambda: processes.is_suspended(processes.same_host(), pid, started), run)
-
-
 def suspended(lab: Lab) -> Running:
     """Start a search that stops itself within the transaction of its second report, and wait until it has."""
     run = lab.start("run", lab.spec(search={"num_trials": 2}), script=SUSPENDED)
-    until_suspended(lab, run)
+    lab.until_suspended(run)
     return run
 
 
@@ -76,8 +70,7 @@ def test_suspended_for_longer_than_the_lease_and_restored_elsewhere(make_lab: Ma
     outside = between.start("run", between.spec(search={"num_trials": 3, "max_concurrent": 2}))
     for number in (0, 1):
         between.until_logged("hold", number, 1, outside)
-    outside.signal(signal.SIGSTOP)  # its trials have nothing to say, so it is in a transaction for a renewal at most
-    until_suspended(between, outside)
+    between.suspend(outside)
     inside = suspended(within)
     for hold in holds:
         hold.unlink()

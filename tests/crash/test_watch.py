@@ -166,7 +166,7 @@ def test_who_lives_or_was_ended_by_a_person_is_left_alone(lab: Lab) -> None:
     lab.until_logged("hold", 1, 1, search)
     rows = actions(lab)
     assert "drives it" in look(lab)["exp"].why
-    search.signal(signal.SIGSTOP)
+    lab.suspend(search)
     statements(lab, f"UPDATE experiment SET lease_expires = {NOW} - 100")
     assert "suspended" in look(lab)["exp"].why
     search.signal(signal.SIGCONT)
@@ -228,7 +228,7 @@ def test_a_lost_database_and_broken_neighbours_do_not_stop_it(lab: Lab) -> None:
 
 def test_a_watch_that_is_ended_ends_its_restores_and_the_next_one_goes_on(lab: Lab) -> None:
     order = lab.order("hold", 1, 1)
-    daemon = lab.start("watch", lab.folder / "runs", "--every", "0.2")
+    daemon = lab.start("watch", lab.folder / "runs", "--every", "0.2", HOLDFAST_GRACE_SECONDS="2")  # its restores', too
     (lab.folder / "runs").mkdir(exist_ok=True)
     search = lab.start("run", lab.spec())
     lab.until_logged("hold", 1, 1, search)
@@ -236,8 +236,8 @@ def test_a_watch_that_is_ended_ends_its_restores_and_the_next_one_goes_on(lab: L
     lab.until(lambda: len(starts(lab.log(), 1)) == 2, daemon)
     lab.until(lambda: [entry.event for entry in lab.log()].count("hold") == 2, daemon)
     daemon.signal(signal.SIGTERM)
-    order.unlink()
     assert daemon.wait().code == 143
+    order.unlink()
     with lab.open() as experiment:
         assert not experiment.lease.is_held
         assert experiment.audit()[-1].detail["passed_on"] is True

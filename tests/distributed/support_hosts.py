@@ -219,6 +219,7 @@ class Network:
     def __init__(self, folder: Path, names: Sequence[str], environment: Mapping[str, str]) -> None:
         """Make the hosts ``names``, whose processes get ``environment`` and folders of their own."""
         self.folder = folder
+        self.uplink = f"hf{secrets.token_hex(5)}"  # no other's: one that was left goes away only after a while
         self.hosts: dict[str, Host] = {}
         self._relays = Relays()
         ready = "import os, sys; sys.stdout.write('ready\\n'); sys.stdout.flush(); os.read(0, 1)"
@@ -245,10 +246,10 @@ class Network:
             networks = [ipaddress.ip_network(dst, strict=False) for dst in taken if dst != "default"]
             ranges = (ipaddress.ip_network(f"10.{212 + place // 256}.{place % 256}.0/24") for place in range(1024))
             free = next(chosen for chosen in ranges if not any(chosen.overlaps(other) for other in networks))
-            name, address = f"hf{secrets.token_hex(5)}", str(free[1])  # one that was left goes away only after a while
-            _run("ip", "link", "add", name, "type", "veth", "peer", "name", "uplink", "netns", self.switch.pid)
-            _run("ip", "address", "add", f"{address}/24", "dev", name)
-            _run("ip", "link", "set", name, "up")
+            address = str(free[1])
+            _run("ip", "link", "add", self.uplink, "type", "veth", "peer", "name", "uplink", "netns", self.switch.pid)
+            _run("ip", "address", "add", f"{address}/24", "dev", self.uplink)
+            _run("ip", "link", "set", self.uplink, "up")
         self.switch.ip("link", "set", "uplink", "master", "bridge", "up")
         return address
 

@@ -29,7 +29,8 @@ sys.path[:0] = sys.argv[2:]
 from support_hosts import Network
 net = Network(Path(sys.argv[1]), ["one"], dict(os.environ))
 process = net["one"].run("sleep", "1000")
-print(process.pid, net.switch.pid, net["one"].inner.pid, f"hf{os.getpid()}", flush=True)
+print(process.pid, net.switch.pid, net["one"].inner.pid, net.uplink, flush=True)
+assert Path("/sys/class/net", net.uplink).exists()
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

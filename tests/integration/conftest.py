@@ -31,8 +31,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory, server_environment: dict[str
         "specs": ["./specs"],
         "limits": {
             "body": 100_000,
-            "body_seconds": 1.0,
-            "header_seconds": 1.0,
+            "body_seconds": 5.0,
+            "header_seconds": 5.0,
             "per_client": {"times": 10_000},
             "per_hook": {"times": 500},
         },

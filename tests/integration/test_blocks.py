@@ -35,7 +35,9 @@ import json, sys
 from pathlib import Path
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from holdfast.cli import main
+from holdfast.flows import serving
 from holdfast.flows.serving import Serving
+serving.is_healthy.__kwdefaults__["seconds"] = 30  # a server under load
 commands = json.loads(sys.argv[1])
 for words in commands:
     print("CODE", main(words), *words, flush=True)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,9 +62,11 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         return
     everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in everybody:
-        one.suspend()  # or one of them would end the others in its own way
+        with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
+            one.suspend()  # or one of them would end the others in its own way
     for one in everybody:
-        one.kill()
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
     psutil.wait_procs(everybody[1:])
 

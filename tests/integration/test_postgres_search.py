@@ -105,6 +105,7 @@ def test_a_stopped_driver_on_postgresql_is_taken_over(lab: Lab, url: str, tmp_pa
     hold = lab.order("hold", 0, 1)
     run = lab.start("run", lab.spec(database=url, search={"num_trials": 1}))
     lab.until_logged("hold", 0, 1, run)
+    lab.light("show", lab.path(), "--database", url)  # its imports would take of the lease
     run.signal(signal.SIGSTOP)
     assert lab.light("restore", lab.path(), "--database", url).code == 3
     hold.unlink()

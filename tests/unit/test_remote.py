@@ -115,8 +115,8 @@ def test_an_engine_ends_it_from_its_event_loop(drive: Drive) -> None:
 
 
 def test_idle_ones_close_and_used_ones_stay(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "IDLE_SECONDS", 0.0)
     with using(drive.place(), "dask") as runtime:
+        monkeypatch.setattr(remote, "IDLE_SECONDS", 0.0)
         beats = runtime._beats
         until(lambda: runtime._beats > beats + 5)
         assert runtime.over is None
@@ -268,7 +268,7 @@ def test_a_call_that_hangs_is_noticed(drive: Drive, monkeypatch: pytest.MonkeyPa
     before = children()
     file = drive.opened.database.file
     assert file is not None
-    with closing(sqlite3.connect(file, isolation_level=None)) as blocker:
+    with closing(sqlite3.connect(file, isolation_level=None, timeout=60)) as blocker:
         blocker.execute("BEGIN IMMEDIATE")
         monkeypatch.setattr(remote, "terms", Terms(duration=0.6, renewal=0.05))
         until(lambda: runtime.over is not None)

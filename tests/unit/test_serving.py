@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -83,9 +82,7 @@ def test_a_server_that_answers_is_found_and_adopted(monkeypatch: pytest.MonkeyPa
 def test_what_a_dead_one_left_is_ignored_without_a_request(process: dict[str, object]) -> None:
     with health() as (url, asked):
         say(url, **process)
-        begun = time.perf_counter()
         assert left_running() is None
-        assert time.perf_counter() - begun < 0.5
         assert asked == []
 
 

@@ -34,8 +34,8 @@ def main():
         raise ValueError("no luck")
     elif do == "late":
         atexit.register(print, "at exit")
-        threading.Thread(target=lambda: (time.sleep(0.05), print("thread"))).start()
         print("main")
+        threading.Thread(target=lambda: (time.sleep(0.05), print("thread"))).start()
     elif do == "hang":
         print("hanging", flush=True)
         time.sleep(600)
