@@ -59,6 +59,10 @@ class EmbeddedServer:
                 env=environment(
                     PREFECT_SERVER_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{database}",
                     PREFECT_API_URL="",
+                    # What :func:`make_template` did: half of a start, and Prefect does it for every new address.
+                    PREFECT_SERVER_DATABASE_MIGRATE_ON_START="false",
+                    PREFECT_SERVER_REGISTER_BLOCKS_ON_START="false",
+                    PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION="false",
                     PREFECT_UI_ENABLED="false",
                     PREFECT_SERVER_ANALYTICS_ENABLED="false",
                     DO_NOT_TRACK="1",
@@ -106,9 +110,9 @@ class EmbeddedServer:
 
 
 def template_file() -> Path:
-    """Where an empty, migrated Prefect database is kept: making one costs more than the rest of the start."""
+    """Where a Prefect database is kept in which nothing ran yet: making one costs more than the rest of the start."""
     version = metadata.version("prefect")
-    return settings().cache_folder / f"prefect-{version}.db"
+    return settings().cache_folder / f"prefect-{version}-blocks.db"
 
 
 def guard(last: Callable[[], object]) -> None:
@@ -131,13 +135,22 @@ def guard(last: Callable[[], object]) -> None:
 
 
 def make_template(database: Path, template: Path) -> None:
-    """Keep a copy of the migrated, empty database for the next start."""
+    """Make a database with the tables and the block types of this Prefect, and keep a copy for the next start."""
     import asyncio
     import sqlite3
 
+    import prefect.plugins
     from prefect.server.database import provide_database_interface
+    from prefect.server.models.block_registration import run_block_auto_registration
 
-    asyncio.run(provide_database_interface().create_db())
+    async def made() -> None:
+        interface = provide_database_interface()
+        await interface.create_db()
+        prefect.plugins.load_prefect_collections()  # which may bring block types
+        async with await interface.session() as session:
+            await run_block_auto_registration(session=session)
+
+    asyncio.run(made())
     with contextlib.suppress(OSError, sqlite3.Error):
         template.parent.mkdir(parents=True, exist_ok=True)
         draft = template.with_suffix(f".{os.getpid()}")
@@ -160,8 +173,9 @@ def main() -> None:
     import uvicorn
     from prefect.server.api.server import create_app
 
-    if not template.exists():
-        make_template(folder / "prefect.db", template)
+    database = folder / "prefect.db"
+    if not database.exists():  # there was no template to copy when we were started
+        make_template(database, template)
     app = create_app()
     gc.freeze()
     gc.enable()
