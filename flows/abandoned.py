@@ -1,4 +1,4 @@
-"""Finding searches that were cut off, and claiming their restores. Nothing here imports Prefect."""
+"""Finding searches that were cut off, and claiming their restores. Nothing here imports Prefect before it is needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast import references, standing
 from holdfast.core import faults
 from holdfast.core.errors import Contention, ExperimentNotFound, HoldfastError, SpecError
 from holdfast.core.failure_section import Cause, RecoverySection
-from holdfast.core.recovery import Decision, Situation, Verdict, is_under_way, judge, own_notes
+from holdfast.core.recovery import Decision, Note, Situation, Verdict, handed_to, is_under_way, judge, own_notes
 from holdfast.core.trial import Attempt
 from holdfast.core.values import Json
 from holdfast.holding import holder, liveness
@@ -221,6 +221,9 @@ def _examined(row: Row, opened: Opened, alive: Alive) -> Examined:
         recovery,
     )
     command = restore_command(opened) if decision.cause is not None else None
+    if decision.verdict in (Verdict.RESTORE, Verdict.WAIT) and (run := _called_off(notes, known.epoch)) is not None:
+        why = f"{decision.why}; flow run {run}, which was to restore it, was cancelled in Prefect; `{command}` does it"
+        decision = replace(decision, verdict=Verdict.LEFT, why=why)
     if decision.verdict is Verdict.GAVE_UP:
         decision = replace(decision, why=f"{decision.why}; see to the cause, then `{command}`")
     shown = replace(
@@ -248,6 +251,16 @@ def _examined(row: Row, opened: Opened, alive: Alive) -> Examined:
         drives=drives if cut_off else (),
         later=_later(opened.record.uuid, known, decision, silent, drives),
     )
+
+
+def _called_off(notes: Sequence[Note], epoch: int) -> str | None:
+    """Return the flow run that was to go on from an epoch, if a person cancelled it before it did."""
+    run = handed_to(notes, epoch)
+    if run is None:
+        return None
+    from holdfast.flows.watched_runs import was_cancelled
+
+    return run if was_cancelled(run) else None
 
 
 def _later(uuid: str, known: Known, decision: Decision, silent: float | None, drives: Sequence[Drove]) -> Later | None:

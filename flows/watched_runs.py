@@ -78,6 +78,16 @@ def is_open(run: str) -> bool | None:
     return state is None or not state.is_final()
 
 
+def was_cancelled(run: str) -> bool:
+    """Tell whether a flow run ended as Cancelled, as far as an API says so."""
+    try:
+        with impatient_client() as client:
+            state = client.read_flow_run(uuid.UUID(run)).state
+    except (ObjectNotFound, *_UNREACHED, OSError):
+        return False
+    return state is not None and state.is_cancelled()
+
+
 def close_runs(examined: Examined) -> None:
     """Put the runs of a dead process into a final state though its experiment is not restored now."""
     if not examined.drives or not is_open(examined.drives[0].flow_run):

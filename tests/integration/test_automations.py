@@ -171,6 +171,24 @@ def test_many_watches_and_a_person_restore_once_and_the_next_one_is_scheduled_fo
     assert len(restores(server, lab, "healed")) == 1
 
 
+def test_a_restore_that_a_person_cancels_before_it_begins_is_not_made_again(server: Own, lab: Lab) -> None:
+    lab.run("run", lab.spec(name="unwanted"), fault="checkpoint.committed:2", code=DIED)
+    assert (looked(server, lab)["result"] or "").startswith("handed over")
+    (first,) = restores(server, lab, "unwanted")
+    server.set_state(first["id"], "CANCELLED")
+    before = actions(lab, "unwanted")
+    for _ in range(2):
+        row = looked(server, lab)
+        assert (row["verdict"], row["result"]) == ("left alone", None)
+        assert f"flow run {first['id']}, which was to restore it, was cancelled in Prefect; `holdfast restore" in row["why"]
+    assert watches(server, lab) == []
+    assert (actions(lab, "unwanted"), len(restores(server, lab, "unwanted"))) == (before, 1)
+    # What a person restores, and crashes again, is looked after again.
+    lab.run("restore", lab.path("unwanted"), fault="checkpoint.committed:2", code=DIED)
+    assert (looked(server, lab)["result"] or "").startswith("handed over")
+    assert len(restores(server, lab, "unwanted")) == 2
+
+
 def test_a_lease_of_a_host_that_is_gone_is_waited_for_by_one_watch(server: Own, lab: Lab) -> None:
     """Prefect says Crashed before the lease has run out; while Prefect says that it runs, nobody is looked for."""
     lab.run("run", lab.spec(name="away"), fault="checkpoint.committed:2", code=DIED)

@@ -163,6 +163,14 @@ def is_under_way(notes: Sequence[Note], epoch: int, now: float, alive: Callable[
     return age < UNSEEN_SECONDS if seen is None else seen
 
 
+def handed_to(notes: Sequence[Note], epoch: int) -> str | None:
+    """Return the flow run that the newest claimed restore of an epoch was handed over to, if it was."""
+    number = len(claims(notes, epoch))
+    started = [note for note in notes if note.action == STARTED and note.concerns(epoch, number)]
+    run = started[-1].detail.get("flow_run_id") if started else None
+    return None if run is None else str(run)
+
+
 def judge(found: Situation, settings: RecoverySection) -> Decision:
     """Say what is to be done with an experiment."""
     if found.driver is not None:
