@@ -83,7 +83,9 @@ def _api_reasons() -> list[str]:
         if names_api():
             return []  # somewhere that only Prefect reads
         return ["no Prefect API is named, and that of this process is reached from this machine alone; set PREFECT_API_URL"]
-    host = urlsplit(url).hostname or ""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
     if host in _LOOPBACK or host.startswith("127."):
-        return [f"Prefect's API {url} is reached from this machine alone; set PREFECT_API_URL to an address that all reach"]
+        api = f"Prefect's API at {parts.netloc.rpartition('@')[2]}"  # without a user and a password
+        return [f"{api} is reached from this machine alone; set PREFECT_API_URL to an address that all reach"]
     return []

@@ -90,7 +90,9 @@ def test_the_database_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch)
         settings.cache_clear()
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:4200/api", "http://localhost:4200/api", "http://[::1]:4200/api", ""])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:4200/api", "http://localhost:4200/api", "http://me:secret@[::1]:4200/api", ""]
+)
 def test_an_api_that_this_machine_alone_reaches_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", url)
     refused("PREFECT_API_URL", storage="s3://bucket/runs", database=POSTGRES)
