@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import text
@@ -232,7 +233,7 @@ class _Tables:
     def __init__(self, tx: Transaction, experiment: int, contents: Contents) -> None:
         self._tx = tx
         self._experiment = experiment
-        self._tables = {name: [rows[key] for key in sorted(rows, key=_order)] for name, rows in contents.tables.items()}
+        self._tables = {name: [rows[key] for key in _sorted(rows)] for name, rows in contents.tables.items()}
 
     def write(self) -> None:
         tables, digests = self._tables, self._configs()
@@ -299,5 +300,8 @@ def parent_of(row: dict[str, Any]) -> tuple[int, int]:
     return (parent[0], parent[1]) if isinstance(parent, list) else (row["trial"], parent)
 
 
-def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple((value is None, value) for value in key)
+def _sorted(keys: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    try:
+        return sorted(keys)
+    except TypeError:  # None comes last
+        return sorted(keys, key=lambda key: tuple((value is None, value) for value in key))
