@@ -212,7 +212,7 @@ class ServerDatabase:
 
 
 def _copy_template(file: Path) -> None:
-    """Let a new database start as a copy of an empty one that is migrated already: it saves some seconds."""
+    """Let a new database start as a copy of one in which nothing ran yet: making the tables takes some seconds."""
     if file.exists() or not template_file().exists():
         return
     draft = file.with_suffix(".draft")

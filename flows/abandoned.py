@@ -12,13 +12,13 @@ from holdfast import references, standing
 from holdfast.core import faults
 from holdfast.core.errors import Contention, ExperimentNotFound, HoldfastError, SpecError
 from holdfast.core.failure_section import Cause, RecoverySection
-from holdfast.core.recovery import Decision, Note, Situation, Verdict, handed_to, is_under_way, judge, own_notes
+from holdfast.core.recovery import ENDED, Decision, Handed, Situation, Verdict, handed_over, is_under_way, judge, own_notes
 from holdfast.core.trial import Attempt
 from holdfast.core.values import Json
 from holdfast.holding import holder, liveness
 from holdfast.locate import Opened, folder_at, open_path
 from holdfast.report.observer import restore_command
-from holdfast.storage.database import recovering
+from holdfast.storage.database import recovering, requests
 from holdfast.storage.database.leases import describe
 from holdfast.storage.database.reads import Drove, Reader
 from holdfast.storage.database.recovering import Known
@@ -115,6 +115,8 @@ class Examined:
     drives: tuple[Drove, ...] = ()
     """the flow runs that drove, the last one first"""
     later: Later | None = None
+    called_off: Handed | None = None
+    """the restore that a person cancelled, as Prefect says and the database does not yet"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,9 +223,11 @@ def _examined(row: Row, opened: Opened, alive: Alive) -> Examined:
         recovery,
     )
     command = restore_command(opened) if decision.cause is not None else None
-    if decision.verdict in (Verdict.RESTORE, Verdict.WAIT) and (run := _called_off(notes, known.epoch)) is not None:
-        why = f"{decision.why}; flow run {run}, which was to restore it, was cancelled in Prefect; `{command}` does it"
-        decision = replace(decision, verdict=Verdict.LEFT, why=why)
+    handed = handed_over(notes, known.epoch) if decision.verdict in (Verdict.RESTORE, Verdict.WAIT) else None
+    called_off = handed is not None and (handed.called_off or _is_cancelled(handed))
+    if handed is not None and called_off:
+        why = f"{decision.why}; flow run {handed.run}, which was to restore it, was cancelled in Prefect; `{command}` does it"
+        decision = replace(decision, verdict=Verdict.LEFT, why=why, attempt=0, at=None)
     if decision.verdict is Verdict.GAVE_UP:
         decision = replace(decision, why=f"{decision.why}; see to the cause, then `{command}`")
     shown = replace(
@@ -250,17 +254,14 @@ def _examined(row: Row, opened: Opened, alive: Alive) -> Examined:
         runs=tuple(recovering.open_runs(opened.database, opened.record.id)) if cut_off else (),
         drives=drives if cut_off else (),
         later=_later(opened.record.uuid, known, decision, silent, drives),
+        called_off=handed if called_off and handed is not None and not handed.called_off else None,
     )
 
 
-def _called_off(notes: Sequence[Note], epoch: int) -> str | None:
-    """Return the flow run that was to go on from an epoch, if a person cancelled it before it did."""
-    run = handed_to(notes, epoch)
-    if run is None:
-        return None
+def _is_cancelled(handed: Handed) -> bool:
     from holdfast.flows.watched_runs import was_cancelled
 
-    return run if was_cancelled(run) else None
+    return was_cancelled(handed.run)
 
 
 def _later(uuid: str, known: Known, decision: Decision, silent: float | None, drives: Sequence[Drove]) -> Later | None:
@@ -338,6 +339,17 @@ def gave_up(examined: Examined, places: Places) -> bool:
     try:
         detail: dict[str, Json] = {"why": examined.decision.why, "restores": examined.decision.restores}
         return recovering.give_up(opened.database, opened.record.id, epoch=examined.epoch, detail=detail)
+    finally:
+        opened.close()
+
+
+def call_off(examined: Examined, handed: Handed, places: Places) -> None:
+    """Note in the audit that a person cancelled a restore before it began: Prefect may forget its runs."""
+    path = examined.row.path
+    opened = open_path(path, database=places.database, options=places.options_of(path))
+    try:
+        detail: dict[str, Json] = {"epoch": examined.epoch, "attempt": handed.attempt, "cancelled": True}
+        requests.note(opened.database, opened.record.id, ENDED, {**detail, "flow_run_id": handed.run})
     finally:
         opened.close()
 

@@ -51,7 +51,7 @@ ANSWER_SECONDS = 5.0
 """What the API gets to answer one request."""
 LAST_SECONDS = 3.0
 """How long the end of a search waits for Prefect at each of its steps."""
-BUSY_SECONDS = 8.0
+BUSY_SECONDS = 2.5
 """How long a server that is there and busy is asked once more why a search was ended."""
 CLOSING_SECONDS = 60.0
 """How long the runs of dead processes are looked for; what the server was not told of by then never comes."""
@@ -221,7 +221,7 @@ class Wishes:
                     self.is_away = self.is_busy = False
                 except AWAY as error:  # a busy server still answers
                     self.is_away = not isinstance(error, PrefectHTTPStatusError | ObjectNotFound)
-                    self.is_busy = isinstance(error, PrefectHTTPStatusError | httpx.TimeoutException)
+                    self.is_busy = _is_later(error)
                 with self._looks:
                     self._done = self._begun
                     self._looks.notify_all()
@@ -242,6 +242,13 @@ class Wishes:
             self.state, self.stop = now, SUSPENDED
         else:  # what a stopped attempt's own task says of itself is nobody's wish
             self.cancelled |= {run.id for run in found if run.state_name not in OWN_STATES}
+
+
+def _is_later(error: Exception) -> bool:
+    """Tell whether a server that answers so, or not in time, may answer a moment later."""
+    if isinstance(error, PrefectHTTPStatusError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(error, httpx.TimeoutException)
 
 
 def _runs_above(client: SyncPrefectClient, run: uuid.UUID) -> list[uuid.UUID]:

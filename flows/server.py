@@ -160,6 +160,18 @@ def make_template(database: Path, template: Path) -> None:
         os.replace(draft, template)
 
 
+def _is_ready(database: Path) -> bool:
+    """Tell whether a database has what :func:`make_template` makes."""
+    import sqlite3
+
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+            rows = connection.execute("SELECT EXISTS (SELECT 1 FROM alembic_version) AND EXISTS (SELECT 1 FROM block_type)")
+            return bool(rows.fetchone()[0])
+    except sqlite3.Error:
+        return False
+
+
 def main() -> None:
     """Serve Prefect's API on a free port of the loopback interface, named on standard output."""
     folder, template = Path(sys.argv[1]), Path(sys.argv[2])
@@ -174,7 +186,9 @@ def main() -> None:
     from prefect.server.api.server import create_app
 
     database = folder / "prefect.db"
-    if not database.exists():  # there was no template to copy when we were started
+    if not _is_ready(database):  # there was no template to copy when we were started, or it was spoilt
+        for file in folder.glob("prefect.db*"):
+            file.unlink()
         make_template(database, template)
     app = create_app()
     gc.freeze()

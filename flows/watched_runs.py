@@ -20,6 +20,8 @@ from holdfast.flows.prefect_runs import DeadRuns, close_dead_runs, impatient_cli
 from holdfast.flows.telling import public, send_event
 from holdfast.report.texts import one_line
 
+_BY_PREFECT = "Deployment concurrency "
+"""How Prefect's messages begin where its own limit cancels a run."""
 _UNREACHED = (PrefectHTTPStatusError, httpx.HTTPError)
 
 
@@ -79,13 +81,15 @@ def is_open(run: str) -> bool | None:
 
 
 def was_cancelled(run: str) -> bool:
-    """Tell whether a flow run ended as Cancelled, as far as an API says so."""
+    """Tell whether a person cancelled a flow run, as far as an API says so; Prefect cancels what is too much for a limit."""
+    if not has_api():
+        return False
     try:
         with impatient_client() as client:
             state = client.read_flow_run(uuid.UUID(run)).state
     except (ObjectNotFound, *_UNREACHED, OSError):
         return False
-    return state is not None and state.is_cancelled()
+    return state is not None and state.is_cancelled() and not (state.message or "").startswith(_BY_PREFECT)
 
 
 def close_runs(examined: Examined) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.core.errors import Contention, EngineError, HoldfastError, Infrastructure, SpecError
 from holdfast.core.recovery import ENDED, STARTED, Verdict
 from holdfast.core.values import Json
-from holdfast.flows.abandoned import GONE, UNREADABLE, Claimed, Examined, Later, Places, Row, claim, gave_up, survey
+from holdfast.flows.abandoned import GONE, UNREADABLE, Claimed, Examined, Later, Places, Row, call_off, claim, gave_up, survey
 from holdfast.flows.launching import Launcher, Restoring, alive, end_all
 from holdfast.flows.naming import EXPERIMENT_EVENT
 from holdfast.locate import open_path
@@ -100,6 +100,9 @@ class Watch:
             self._give_up(row, examined)
         if self._dry_run:
             return
+        if examined.called_off is not None:
+            with suppress(HoldfastError, OSError):  # the next look notes it, or asks again
+                call_off(examined, examined.called_off, self._places)
         if verdict is Verdict.RESTORE:
             self._due.append((row, examined))
         elif examined.drives:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from holdfast import references, standing
 from holdfast.core import faults
 from holdfast.core.errors import (
+    AlreadyClaimed,
     Corrupt,
     ExperimentExists,
     ExperimentNotFound,
@@ -112,6 +113,13 @@ def open_path(
     Raises ExperimentNotFound when there is none, Corrupt when its files or rows are damaged or went separate ways,
     DatabaseError when the database cannot be used. Nothing is changed then.
     """
+    for _ in range(_TRIES):
+        with suppress(AlreadyClaimed):  # another process brought the same database up to date, and may drive with it by now
+            return _open_path(path, database, readonly, options)
+    return _open_path(path, database, readonly, options)
+
+
+def _open_path(path: str | Path, database: str | None, readonly: bool, options: Mapping[str, Any] | None) -> Opened:
     if "\0" in str(path):
         raise ExperimentNotFound("a path has no NUL character; `holdfast list` shows the experiments of a storage")
     path, options = references.place(path, options)
@@ -148,6 +156,8 @@ def _database(url: Location, folder: Folder, *, readonly: bool) -> Database | No
     return None if missing else open_database(url, readonly=readonly)
 
 
+_TRIES = 3
+"""How often an experiment is looked at anew while others write it."""
 _LACKS = {
     standing.Verdict.UNKNOWN: "does not have the experiment",
     standing.Verdict.BEHIND: "has an older state of the experiment",
@@ -180,7 +190,7 @@ def _together(
         elif target is None:
             target = open_database(url, create_missing=True)
         try:
-            record, words = standing.bring(folder, identity, target, verdict, found)
+            record, words = standing.bring(folder, identity, target, verdict, found, None if readonly else record)
             notes.append(words if scratch is None else f"shown as the journal tells it: the database {_LACKS[verdict]}")
         except BaseException:
             if target is not database:

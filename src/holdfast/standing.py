@@ -163,13 +163,19 @@ def told(folder: Folder, identity: Identity, database: str) -> Told:
     return Told(contents, end)
 
 
-def bring(folder: Folder, identity: Identity, database: Database, why: Verdict, found: Told) -> tuple[Record, str]:
-    """Write what the path told into the database, in place of what that has; return the record and words about it."""
+def bring(
+    folder: Folder, identity: Identity, database: Database, why: Verdict, found: Told, before: Record | None
+) -> tuple[Record, str]:
+    """Write what the path told into the database, in place of what that has; return the record and words about it.
+
+    ``before`` is what was judged: AlreadyClaimed when that is not what is there.
+    """
     lease = own_lease(folder, identity)
     here = replace(identity, location=folder.location)
     contents = found.contents
     detail = {"journal": found.journal, "seq": contents.end, "because": why.value, "location": folder.location}
-    rebuild.rebuild(database, here, contents, epoch=0 if lease is None else lease.epoch, detail=detail)
+    judged = None if before is None else (before.seq, before.epoch)
+    rebuild.rebuild(database, here, contents, epoch=0 if lease is None else lease.epoch, detail=detail, judged=judged)
     record = by_uuid(database, identity.uuid)
     assert record is not None  # written above
     trials = sum(number >= 0 for (number,) in contents.tables["trial"])

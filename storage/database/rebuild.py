@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import text
 
-from holdfast.core.errors import Corrupt, ExperimentExists
+from holdfast.core.errors import AlreadyClaimed, Corrupt, ExperimentExists
 from holdfast.core.values import digest, dumps, dumps_ordered
 from holdfast.storage.database import statements as sql
 from holdfast.storage.database.engine import Database, Statement, Transaction
@@ -41,7 +41,7 @@ _REPLACE = _sql(
     f"UPDATE experiment SET {_EXPERIMENT}, holder = NULL, lease_expires = NULL, lease_renewed = NULL,"
     " told = 'continue', journaled = -1 WHERE uuid = :uuid RETURNING id"
 )
-_FIND = _sql("SELECT id, seq FROM experiment WHERE uuid = :uuid")
+_FIND = _sql("SELECT seq, epoch FROM experiment WHERE uuid = :uuid")
 _TAKEN = _sql("SELECT uuid, location FROM experiment WHERE name = :name AND uuid <> :uuid")
 _CLEAR = [
     _sql(f"DELETE FROM {table} WHERE experiment_id = :experiment")
@@ -153,13 +153,29 @@ def rename(database: Database, identity: Identity, old: str) -> None:
 
 
 @repeatable
-def rebuild(database: Database, identity: Identity, contents: Contents, *, epoch: int, detail: dict[str, Any]) -> None:
+def rebuild(
+    database: Database,
+    identity: Identity,
+    contents: Contents,
+    *,
+    epoch: int,
+    detail: dict[str, Any],
+    judged: tuple[int, int] | Literal["whatever"] | None = "whatever",
+) -> None:
     """Write an experiment's rows, in place of those that the database has of it, in one transaction.
 
-    ``epoch`` is the path's. ExperimentExists when the name belongs to another experiment of the database.
+    ``epoch`` is the path's. ``judged`` is (seq, epoch) of the row that was found to be out of date, None where there was none:
+    AlreadyClaimed when there is another by now, which somebody may drive. ExperimentExists when the name belongs to another
+    experiment of the database.
     """
     with database.write() as tx:
-        experiment = _head(tx, identity, contents, epoch)
+        found = [(int(row[0]), int(row[1])) for row in tx.run(_FIND, uuid=identity.uuid)]
+        if judged != "whatever" and found != ([] if judged is None else [judged]):
+            raise AlreadyClaimed(
+                f"another process wrote experiment {identity.name!r} into {database.label} at this moment; nothing was "
+                "changed; try again"
+            )
+        experiment = _head(tx, identity, contents, epoch, is_there=bool(found))
         for position, (name, direction) in enumerate(json.loads(contents.experiment["spec"])["objectives"].items()):
             tx.run(_OBJECTIVE, experiment=experiment, position=position, name=name, direction=direction)
         try:
@@ -181,7 +197,7 @@ def _spec_text(identity: Identity) -> str:
     return dumps_ordered({**identity.spec, "name": identity.name})
 
 
-def _head(tx: Transaction, identity: Identity, contents: Contents, epoch: int) -> int:
+def _head(tx: Transaction, identity: Identity, contents: Contents, epoch: int, *, is_there: bool) -> int:
     taken = tx.run(_TAKEN, name=identity.name, uuid=identity.uuid)
     if taken:
         raise ExperimentExists(
@@ -211,7 +227,7 @@ def _head(tx: Transaction, identity: Identity, contents: Contents, epoch: int) -
         "ended": said.get("ended"),
     }
     contents.experiment["spec"] = spec
-    if tx.run(_FIND, uuid=identity.uuid):
+    if is_there:
         experiment = int(tx.run(_REPLACE, **values)[0][0])
         for clear in _CLEAR:
             tx.run(clear, experiment=experiment)

@@ -172,21 +172,32 @@ def test_many_watches_and_a_person_restore_once_and_the_next_one_is_scheduled_fo
 
 
 def test_a_restore_that_a_person_cancels_before_it_begins_is_not_made_again(server: Own, lab: Lab) -> None:
-    lab.run("run", lab.spec(name="unwanted"), fault="checkpoint.committed:2", code=DIED)
+    lab.run("run", lab.spec(name="unwanted", recovery={"delay": 900}), fault="checkpoint.committed:2", code=DIED)
     assert (looked(server, lab)["result"] or "").startswith("handed over")
     (first,) = restores(server, lab, "unwanted")
+    words = f"flow run {first['id']}, which was to restore it, was cancelled in Prefect; `holdfast restore"
     server.set_state(first["id"], "CANCELLED")
     before = actions(lab, "unwanted")
-    for _ in range(2):
+    dry = json.loads(lab.run("watch", lab.folder / "runs", "--dry-run", "--json").output)["experiments"][0]
+    assert (dry["verdict"], dry["next"], words in dry["why"]) == ("left alone", None, True)
+    assert actions(lab, "unwanted") == before
+    for is_forgotten in (False, True):
+        if is_forgotten:
+            server.ask("DELETE", f"/flow_runs/{first['id']}")
         row = looked(server, lab)
-        assert (row["verdict"], row["result"]) == ("left alone", None)
-        assert f"flow run {first['id']}, which was to restore it, was cancelled in Prefect; `holdfast restore" in row["why"]
+        assert (row["verdict"], row["result"], row["next"], words in row["why"]) == ("left alone", None, None, True)
+    # It was noted once, and holds where Prefect forgets, and where no Prefect is.
+    assert actions(lab, "unwanted") == [*before, "recovery ended"]
+    away = json.loads(lab.run("watch", lab.folder / "runs", "--json", PREFECT_API_URL="").output)["experiments"][0]
+    assert (away["verdict"], words in away["why"]) == ("left alone", True)
     assert watches(server, lab) == []
-    assert (actions(lab, "unwanted"), len(restores(server, lab, "unwanted"))) == (before, 1)
     # What a person restores, and crashes again, is looked after again.
     lab.run("restore", lab.path("unwanted"), fault="checkpoint.committed:2", code=DIED)
     assert (looked(server, lab)["result"] or "").startswith("handed over")
-    assert len(restores(server, lab, "unwanted")) == 2
+    (second,) = restores(server, lab, "unwanted")
+    # What Prefect cancels by itself is nobody's wish.
+    server.set_state(second["id"], "CANCELLED", message="Deployment concurrency limit reached.")
+    assert looked(server, lab)["verdict"] == "waits"
 
 
 def test_a_lease_of_a_host_that_is_gone_is_waited_for_by_one_watch(server: Own, lab: Lab) -> None:

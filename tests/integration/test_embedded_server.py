@@ -32,8 +32,10 @@ def test_the_first_one_makes_what_the_others_begin_with(tmp_path: Path, monkeypa
     """Tables and block types, which Prefect makes at every start: what one run leaves is not there for the next one."""
     monkeypatch.setattr(settings(), "cache_folder", tmp_path / "cache")
     known: list[list[str]] = []
-    for first in (True, False):
-        assert template_file().exists() is not first
+    for found in ("nothing", "a copy", "a spoilt one"):
+        assert template_file().exists() is (found != "nothing")
+        if found == "a spoilt one":
+            template_file().write_bytes(b"")
         server = EmbeddedServer()
         server.begin()
         try:
@@ -47,6 +49,6 @@ def test_the_first_one_makes_what_the_others_begin_with(tmp_path: Path, monkeypa
             assert done.stdout == "x\n", done.stderr
         finally:
             server.stop()
-    assert known[0] == known[1]
+    assert known[0] == known[1] == known[2]
     assert {"local-file-system", "secret", "webhook"} <= set(known[0])
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [template_file().name]

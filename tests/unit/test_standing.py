@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from store_kit import content, create
 
 import holdfast
+from holdfast import standing
 from holdfast.core.errors import Conflict, Corrupt, ExperimentExists, HoldfastError, InvalidInput, LeaseHeld
 from holdfast.core.trial import Outcome
 from holdfast.holding import WentOn, check_path
@@ -130,6 +132,33 @@ def test_a_lost_database_is_rebuilt_and_that_is_said(path: Path) -> None:
         assert opened.notes == ()
         drive(opened)
     assert numbers(path) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_of_two_that_bring_a_database_up_to_date_at_once_the_later_one_takes_nothing_away(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    """The first one drives with it by then: its rows and its lease stay."""
+    shutil.copy(database_of(path), tmp_path / "old.db")
+    with closing(open_path(path)) as opened:
+        drive(opened)
+    database_of(path).unlink()
+    if not is_lost:
+        shutil.copy(tmp_path / "old.db", database_of(path))
+    told = standing.told
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(standing, "told", told)
+        found = told(*arguments)
+        with closing(open_path(path)) as first:
+            drive(first)
+        return found
+
+    monkeypatch.setattr(standing, "told", meanwhile)
+    with closing(open_path(path)) as second:
+        assert [trial.number for trial in Reader(second.database, second.record.id).trials()] == [0, 1, 2, 3]
+        assert [row.action for row in Reader(second.database, second.record.id).audit()].count("rebuilt") == 1
+        assert second.notes == ()
 
 
 def test_who_only_looks_rebuilds_nothing(path: Path) -> None:

@@ -163,12 +163,25 @@ def is_under_way(notes: Sequence[Note], epoch: int, now: float, alive: Callable[
     return age < UNSEEN_SECONDS if seen is None else seen
 
 
-def handed_to(notes: Sequence[Note], epoch: int) -> str | None:
-    """Return the flow run that the newest claimed restore of an epoch was handed over to, if it was."""
+@dataclass(frozen=True, kw_only=True)
+class Handed:
+    """A restore that was handed over to a flow run."""
+
+    run: str
+    attempt: int
+    called_off: bool
+    """whether it is known that a person cancelled the flow run before it began to restore"""
+
+
+def handed_over(notes: Sequence[Note], epoch: int) -> Handed | None:
+    """Return the newest claimed restore of an epoch, if it was handed over."""
     number = len(claims(notes, epoch))
-    started = [note for note in notes if note.action == STARTED and note.concerns(epoch, number)]
-    run = started[-1].detail.get("flow_run_id") if started else None
-    return None if run is None else str(run)
+    about = [note for note in notes if note.concerns(epoch, number)]
+    runs = [note.detail.get("flow_run_id") for note in about if note.action == STARTED]
+    if not runs or runs[-1] is None:
+        return None
+    called_off = any(note.action == ENDED and note.detail.get("cancelled") is True for note in about)
+    return Handed(run=str(runs[-1]), attempt=number, called_off=called_off)
 
 
 def judge(found: Situation, settings: RecoverySection) -> Decision:
