@@ -169,9 +169,14 @@ class Receiver:
             return reply(connection)
 
     def deliver(self, hook: str, body: Any, *, scheme: str = "standard", source: str = "127.0.0.1", **how: Any) -> Reply:
-        """Send a signed delivery."""
+        """Send a signed delivery, and again where Prefect's server was busy, as a sender does."""
         text = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.call(f"/hooks/{hook}", text, signed(scheme, text, **how), source=source)
+        for tries in range(5):
+            time.sleep(min(tries, 1))
+            answer = self.call(f"/hooks/{hook}", text, signed(scheme, text, **how), source=source)
+            if answer.status != 503 or answer.kind != "prefect":
+                break
+        return answer
 
     def raw(self, *parts: bytes, patience: float = 20.0) -> bytes:
         """Send bytes as they are, as far as they are taken; return all that comes back until the connection is closed."""

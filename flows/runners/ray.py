@@ -34,6 +34,8 @@ from holdfast.tasks.place import Place
 
 _CONNECT_SECONDS = 30.0
 """How long a cluster that refuses is asked again: its head may have just begun, or have no time to start a process for us."""
+_REFUSALS = 4
+"""How often a head that answers is asked, however long that takes."""
 _PAUSE_SECONDS = 1.0
 _SILENT_MS = 30_000
 _RESULT_SECONDS = 5.0
@@ -93,11 +95,15 @@ class RayRunner:
 
     def _start(self) -> None:
         deadline = time.monotonic() + (_CONNECT_SECONDS if self._address else 0.0)
+        refused = 0
         while True:
             try:
                 self._init()
             except (ConnectionError, OSError, RuntimeError, ValueError, errors.RayError) as error:
-                if not isinstance(error, ValueError) and time.monotonic() < deadline:
+                # A head answers, and its process for us came to nothing: under load that alone may take all the time.
+                refused += isinstance(error, ConnectionAbortedError)
+                is_patient = time.monotonic() < deadline or 0 < refused < _REFUSALS
+                if not isinstance(error, ValueError) and is_patient:
                     time.sleep(_PAUSE_SECONDS)
                     continue
                 where = self._address or "this machine"

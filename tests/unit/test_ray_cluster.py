@@ -37,26 +37,31 @@ def test_a_cluster_that_refuses_at_first_is_asked_again(monkeypatch: pytest.Monk
     from holdfast.flows.runners import ray as module
 
     asked: list[str] = []
+    errors: list[Exception] = []
 
     def init(address: str, **_: Any) -> None:
         asked.append(address)
-        if len(asked) < 3:
-            raise ConnectionAbortedError("Initialization failure from server: Starting Ray client server failed")
+        if errors:
+            raise errors.pop()
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(module, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_CONNECT_SECONDS", 0.0)  # each time took longer than a head gets that does not answer
+    refusal = ConnectionAbortedError("Initialization failure from server: Starting Ray client server failed")
+    errors += [refusal] * 3
     with module.RayRunner("ray://head:10001", Resources(), 1):
-        assert asked == ["ray://head:10001"] * 3
+        assert asked == ["ray://head:10001"] * 4
 
-    asked.clear()
-    monkeypatch.setattr(module, "_CONNECT_SECONDS", 0.0)
-    refused = pytest.raises(
-        Infrastructure, match=r"no Ray cluster answers at ray://head:10001 .*mend execution.address, or let "
-    )
-    with refused, module.RayRunner("ray://head:10001", Resources(), 1):
-        pass
-    assert len(asked) == 1
+    for error, times in ((refusal, 4), (ConnectionError("nobody"), 1)):
+        asked.clear()
+        errors[:] = [error] * 9
+        refused = pytest.raises(
+            Infrastructure, match=r"no Ray cluster answers at ray://head:10001 .*mend execution.address, or let "
+        )
+        with refused, module.RayRunner("ray://head:10001", Resources(), 1):
+            pass
+        assert len(asked) == times
 
 
 def test_an_address_that_is_none_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
